@@ -1,8 +1,11 @@
 //! Routed names are answered by the kernel: as the daemon answers them, and also while it is dead or
 //! being replaced.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use testbed::TIMEOUT;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
@@ -33,6 +36,51 @@ pub fn run() -> Result<()> {
 
     ensure!(nohop.terminate()?.success());
     ensure!(nodes.curl("helloworld")? == "hello from one\n", "after an orderly stop");
+    Ok(())
+}
+
+/// With `catalog.expired = "refuse"` neither names nor connections outlive `catalog.max_age`, until a daemon
+/// is back.
+pub fn too_old() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let one = nodes.helloworld("one")?;
+    let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
+    let config = "catalog.expired = \"refuse\"\ncatalog.max_age = \"1s\"\n";
+    let mut nohop = nodes.nohop(&(catalog.config() + config))?;
+    let vip = vip(&nohop, "helloworld")?;
+    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    let is_answered = || -> Result<bool> {
+        Ok(nodes.dig("+short helloworld.service")?.trim() == vip.ip().to_string())
+    };
+    let fails =
+        || -> Result<bool> { Ok(nodes.dig("helloworld.service")?.contains("status: SERVFAIL")) };
+    let connects = || -> Result<bool> {
+        Ok(nodes.connect(vip, 1)?.all_answered(|answer| answer == "hello from one"))
+    };
+    let is_refused =
+        || -> Result<bool> { Ok(nodes.connect(vip, 1)?.all_failed_with("ConnectionRefused")) };
+    ensure!(is_answered()? && connects()?);
+
+    nohop.kill()?;
+    wait_until("names to fail", fails)?;
+    // For connections a daemon counts as alive longer.
+    wait_until("connections to be refused", is_refused)?;
+    ensure!(fails()?);
+
+    nohop.start_again()?;
+    wait_until("names to be answered", is_answered)?;
+    ensure!(connects()?);
+    Ok(())
+}
+
+/// Waits until it is so: no event shows what a program in the kernel decides by the time.
+fn wait_until(what: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
+    const PAUSE: Duration = Duration::from_millis(100);
+    let deadline = Instant::now() + TIMEOUT;
+    while !is_so()? {
+        ensure!(Instant::now() < deadline, "waited for {what} for {TIMEOUT:?}");
+        std::thread::sleep(PAUSE);
+    }
     Ok(())
 }
 

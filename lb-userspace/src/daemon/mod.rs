@@ -377,7 +377,9 @@ impl Daemon {
                         let _ = request.send(reload);
                     }
                 }
-                () = self.pipeline.publish_held() => {}
+                () = self.pipeline.publish_held() => {
+                    self.announce_table();
+                }
                 Ok(()) = self.network.changed() => {
                     tokio::task::block_in_place(|| self.configure_names());
                 }
@@ -421,6 +423,7 @@ impl Daemon {
         if let Some(hostnames) = hostnames {
             self.resolver.want(hostnames);
         }
+        self.announce_table();
         self.begin_waits();
     }
 
@@ -578,6 +581,14 @@ impl Daemon {
         }
     }
 
+    /// Has the kernel leave to the DNS server what only that answers, once it has a table. Returns whether it
+    /// has.
+    fn announce_table(&self) -> bool {
+        let is_synced = self.pipeline.published().borrow().is_synced();
+        self.datapath.set_names_ready(is_synced);
+        is_synced
+    }
+
     /// Sets how the kernel answers names, once this host's interfaces are known.
     fn configure_names(&mut self) {
         if let Some(network) = &*self.network.borrow_and_update() {
@@ -590,8 +601,7 @@ impl Daemon {
     fn tick(&mut self) {
         let views = self.sources.views();
         let age = views.borrow().iter().filter_map(|source| source.health.borrow().age()).max();
-        let is_synced = self.pipeline.published().borrow().is_synced();
-        self.datapath.set_names_ready(is_synced);
+        let is_ready = self.announce_table();
         self.datapath.heartbeat(age);
         let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
         self.datapath.set_max_age((expired == Expired::Refuse).then_some(max_age));
@@ -601,7 +611,7 @@ impl Daemon {
             self.attached.send_replace(false);
         }
         self.update_mode();
-        self.notify.alive(*self.attached.borrow() && is_synced);
+        self.notify.alive(*self.attached.borrow() && is_ready);
         self.pool.send_replace(self.pipeline.builder().vips().pool_use(SystemTime::now()));
         self.pipeline.record();
         if self.datapath.is_behind() {
