@@ -39,6 +39,7 @@ pub fn settings(port: u16) -> NamesSettings {
         allowed: vec!["10.0.0.0/8".parse().unwrap()],
         client_rate: 10,
         interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
+        missing_forwarding: Vec::new(),
     }
 }
 
@@ -419,6 +420,11 @@ pub fn pass_where_answers_get_lost() {
             .configure_names(NamesSettings { mode: Some(KernelMode::Standby), ..settings(PORT) });
         assert_eq!(probe(&mut datapath), (0, 2));
         assert_eq!(datapath.names_counters().answered, 0);
+        datapath.configure_names(NamesSettings {
+            missing_forwarding: vec!["/proc/one".into()],
+            ..settings(PORT)
+        });
+        assert!(reason(&datapath).starts_with("/proc/one is 0, so"), "{}", reason(&datapath));
         datapath.configure_names(settings(PORT));
         datapath.keep();
 

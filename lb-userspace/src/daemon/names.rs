@@ -55,7 +55,40 @@ pub fn settings(config: &DnsConfig, listen: &[SocketAddr], network: &HostNetwork
         allowed,
         client_rate: config.client_rate,
         interfaces: interfaces(&reached, &network.links),
+        missing_forwarding: missing_forwarding(&reached, &network.links, |path| {
+            std::fs::read_to_string(path).ok()
+        }),
     }
+}
+
+/// The files of `forwarding` that are off for a bridge with an address of a family in which containers may
+/// ask: bpf_fib_lookup() leads nowhere without it. `read` returns a file's content.
+fn missing_forwarding(
+    reached: &BTreeSet<IpAddr>,
+    links: &[HostLink],
+    read: impl Fn(&str) -> Option<String>,
+) -> Vec<String> {
+    let mut missing = Vec::new();
+    for (family, is_ipv4) in [("ipv4", true), ("ipv6", false)] {
+        let is_asked = |ip: &IpAddr| ip.is_ipv4() == is_ipv4 && !ip.is_loopback();
+        // Every interface has a link-local address of IPv6.
+        let has_address = |link: &&HostLink| {
+            let is_own = |ip: &IpAddr| match ip {
+                IpAddr::V4(_) => is_ipv4,
+                IpAddr::V6(ip) => !is_ipv4 && !ip.is_unicast_link_local(),
+            };
+            link.kind == LinkKind::Bridge && link.addresses.iter().any(is_own)
+        };
+        if reached.iter().any(is_asked) {
+            let bridges = links.iter().filter(has_address);
+            let file = |link: &HostLink| {
+                format!("/proc/sys/net/{family}/conf/{}/forwarding", link.interface.name)
+            };
+            let is_off = |file: &String| read(file).is_some_and(|content| content.trim() == "0");
+            missing.extend(bridges.map(file).filter(is_off));
+        }
+    }
+    missing
 }
 
 /// The interfaces by which queries to these addresses come from this host and from its containers:
@@ -80,9 +113,46 @@ mod tests {
     use crate::config::Config;
     use crate::dns::Interfaces;
 
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn bridges_without_forwarding() {
+        let link = |name: &str, kind, addresses: &[&str]| HostLink {
+            interface: IngressInterface { name: name.to_owned(), index: 1 },
+            kind,
+            addresses: addresses.iter().map(|text| ip(text)).collect(),
+        };
+        let links = [
+            link("eth0", LinkKind::Other, &["10.0.0.1", "fd00::1"]),
+            link("docker0", LinkKind::Bridge, &["172.17.0.1", "fe80::1"]),
+            link("br.1", LinkKind::Bridge, &["10.1.0.1", "fd01::1"]),
+        ];
+        // Where it listens; the files that have 0, all of them or one; what is found.
+        let table = [
+            ("127.0.0.1 ::1", "", ""),
+            ("10.0.0.1", "", "ipv4/docker0 ipv4/br.1"),
+            ("10.0.0.1", "docker0", "ipv4/docker0"),
+            ("172.17.0.1 ::1", "eth0", ""),
+            ("fd01::1", "", "ipv6/br.1"),
+            ("10.0.0.1 fd01::1", "br.1", "ipv4/br.1 ipv6/br.1"),
+        ];
+        for (reached, off, expected) in table {
+            let reached = reached.split(' ').map(ip).collect();
+            let read = |path: &str| Some(if path.contains(off) { "0\n" } else { "1\n" }.to_owned());
+            let expected: Vec<String> = expected
+                .split_whitespace()
+                .filter_map(|one| one.split_once('/'))
+                .map(|(family, name)| format!("/proc/sys/net/{family}/conf/{name}/forwarding"))
+                .collect();
+            assert_eq!(missing_forwarding(&reached, &links, read), expected);
+        }
+        assert!(missing_forwarding(&[ip("10.0.0.1")].into(), &links, |_| None).is_empty());
+    }
+
     #[test]
     fn where_queries_come_from() {
-        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
         let link = |name: &str, index, kind, address: &str| HostLink {
             interface: IngressInterface { name: name.to_owned(), index },
             kind,

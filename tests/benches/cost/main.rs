@@ -129,6 +129,7 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
         allowed: Vec::new(),
         client_rate: 0,
         interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
+        missing_forwarding: Vec::new(),
     });
     let (few, many) = (&few, &many);
     // Whose backends stay eligible, although they refuse.

@@ -71,6 +71,9 @@ pub struct NamesSettings {
     pub client_rate: u32,
     /// The interfaces by which queries come.
     pub interfaces: Vec<Interface>,
+    /// The settings of the host that are off, so that what comes by some of these interfaces is left to
+    /// the daemon.
+    pub missing_forwarding: Vec<String>,
 }
 
 /// The unit, as far as this kernel has it.
@@ -295,7 +298,8 @@ impl Names {
             }
             Ok(loaded) => {
                 let problem = loaded.probe_state.problem().map(str::to_owned);
-                (UnitState::Attached, problem.or_else(|| loaded.incomplete.clone()))
+                let problem = problem.or_else(|| loaded.incomplete.clone());
+                (UnitState::Attached, problem.or_else(|| loaded.missing_forwarding()))
             }
         };
         UnitHealth { name: UNIT, is_required: false, state, reason }
@@ -431,6 +435,14 @@ impl LoadedNames {
             },
             _ => NamesMode::Off,
         }
+    }
+
+    /// Why queries by some interfaces are left to the daemon.
+    fn missing_forwarding(&self) -> Option<String> {
+        let missing = &self.settings.as_ref()?.missing_forwarding;
+        let what =
+            "is 0, so queries of containers there are answered by the daemon, and not without it";
+        (!missing.is_empty()).then(|| format!("{} {what}", missing.join(", ")))
     }
 
     fn set_mode(&mut self) {
