@@ -168,6 +168,8 @@ pub struct NamesControl {
     pub mode: u32,
     /// 1 while a required hook was found detached: what isn't the daemon's to answer is SERVFAIL.
     pub is_detached: u32,
+    /// Zero: an earlier version read a deadline here.
+    pub unused: u64,
     /// The time in which a client regains a query, in nanoseconds; 0 where clients aren't limited.
     pub interval_ns: u64,
     /// How far ahead of the present a client's queries may be accounted, in nanoseconds.
@@ -184,8 +186,6 @@ pub struct NamesControl {
     /// 1 while a daemon can answer from its table: not while it starts or stops. Until then the unit
     /// answers as if it were dead.
     pub is_ready: u64,
-    /// Zero.
-    pub reserved: u64,
 }
 
 impl NamesControl {

@@ -367,8 +367,9 @@ pub fn without_type_information() {
     let former = TcpStream::connect(address).unwrap();
     let port = former.local_addr().unwrap().port();
     let (_still_open, _) = listener.accept().unwrap();
-    forget(former);
+    // Before the other one's port is free, or it may get that one.
     let _fills = TcpStream::connect(address).unwrap();
+    forget(former);
     let flags = SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
     rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).unwrap();

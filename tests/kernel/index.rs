@@ -9,7 +9,7 @@ use aya::maps::{HashMap, Map, MapData};
 use lb_common::{Frontend, INDEX_WAYS, IPPROTO_TCP, IndexKey};
 use lb_userspace::table::Service;
 
-use crate::fixture::{OTHER_VIP, Place, Server, VIP, connect, service, table, ways};
+use crate::fixture::{End, OTHER_VIP, Place, Server, VIP, connect, service, table, ways};
 
 /// A key of `FRONTENDS`, and a service with a zero behind it.
 type Frontends = HashMap<MapData, [u8; 8], u64>;
@@ -144,13 +144,4 @@ pub fn no_connect_meets_the_service_of_another_vip() {
         assert_eq!(met.iter().flatten().collect::<BTreeSet<_>>().len(), 2 * N_VIPS);
     });
     datapath.detach();
-}
-
-/// Sets the flag when it is dropped, also by a panic: clients wait for it.
-struct End<'a>(&'a AtomicBool);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }

@@ -199,9 +199,11 @@ pub fn every_way_to_ask() {
         let socket = client(at(A));
         for _ in 0..2 {
             for server in [at(A), at(B)] {
+                datapath.heartbeat(None);
                 assert_eq!(ask(&socket, server).unwrap(), ('n', server));
             }
         }
+        datapath.heartbeat(None);
         for server in [at(A), at(B), at(B), at(A)] {
             socket.send_to(b"?", server).unwrap();
         }
@@ -210,9 +212,11 @@ pub fn every_way_to_ask() {
         }
         let dual = client(at(C));
         for server in [mapped(A), at(C), mapped(B), at(C)] {
+            datapath.heartbeat(None);
             assert_eq!(ask(&dual, server).unwrap(), ('n', server));
         }
         let socket = ipv6_only();
+        datapath.heartbeat(None);
         assert_eq!(ask(&socket, at(C)).unwrap(), ('n', at(C)));
 
         // Connected to one, then to another; and to nohop itself, at the usual port.
@@ -223,6 +227,7 @@ pub fn every_way_to_ask() {
         intercept(&mut datapath, settings(&tasks, vec![nohop]));
         let socket = client(at(A));
         for server in [at(A), at(B), nohop, at(A)] {
+            datapath.heartbeat(None);
             socket.connect(server).unwrap();
             socket.send(b"?").unwrap();
             let expected = ('n', server);
@@ -232,12 +237,14 @@ pub fn every_way_to_ask() {
             );
         }
         // Connected, and by sendto() to another.
+        datapath.heartbeat(None);
         assert_eq!(ask(&socket, at(B)).unwrap(), ('n', at(B)));
         socket.send(b"?").unwrap();
         assert_eq!(receive(&socket).unwrap(), ('n', at(A)));
         let socket = client(mapped(A));
         socket.connect(mapped(A)).unwrap();
         for _ in 0..6 {
+            datapath.heartbeat(None);
             socket.send(b"?").unwrap();
             assert_eq!(receive(&socket).unwrap(), ('n', mapped(A)));
         }

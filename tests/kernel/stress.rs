@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::fixture::{Place, VIP, at_length, service};
+use crate::fixture::{End, Place, VIP, at_length, service};
 
 const N_CLIENTS: usize = 3;
 const N_LISTENERS: usize = 64;
@@ -36,15 +36,6 @@ struct Swaps {
     finished: AtomicU64,
     n_connects: AtomicU64,
     done: AtomicBool,
-}
-
-/// Sets the flag when it is dropped.
-struct End<'a>(&'a AtomicBool);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 /// The results of one thread's connections.

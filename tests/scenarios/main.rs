@@ -181,7 +181,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("names_from_cni", &["host-local"], names_from_containers::by_cni),
     (
         "names_from_docker",
-        &["containerd", "docker", "dockerd", "musl-gcc", "runc"],
+        &["containerd", "docker", "dockerd", "libdevmapper.so.1.02.1", "musl-gcc", "runc"],
         names_from_containers::by_docker,
     ),
     ("node_by_name", &["node"], clients_by_name::node),

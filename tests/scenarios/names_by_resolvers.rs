@@ -69,7 +69,8 @@ pub fn run() -> Result<()> {
         become_so(&nohop, daemon)?;
         for (list, name, [when_dead, when_silent]) in LISTS {
             // As short as can be, where no answer comes.
-            let options = "options timeout:1 attempts:1";
+            let timeout = if matches!(daemon, Daemon::Hangs) { 1 } else { 30 };
+            let options = format!("options timeout:{timeout} attempts:1");
             nodes.client.set_resolv_conf(&format!("nameserver 127.0.0.1\n{list}\n{options}\n"))?;
             let without = match daemon {
                 Daemon::Runs => &[],
@@ -94,7 +95,7 @@ pub fn run() -> Result<()> {
         let text = cmd::stdout(node)?;
         ensure!(text.trim() == vip, "c-ares, {daemon:?}: {text}");
     }
-    nohop.start_again().context("after all")
+    nohop.start_again().context("at the end")
 }
 
 fn become_so(nohop: &Nohop, daemon: Daemon) -> Result<()> {

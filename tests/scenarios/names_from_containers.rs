@@ -98,8 +98,11 @@ struct Docker {
     directory: TempDir,
 }
 
-/// Mounts the cgroups as its daemon and runc look for them, and runs it in one below the root of them.
+/// Hides /run and what is written to /etc, which it has no options for. Mounts the cgroups as its daemon and
+/// runc look for them, and runs it in one below the root of them.
 const DOCKERD: &str = r#"
+mount -t tmpfs none /run && mkdir /run/etc /run/work &&
+mount -t overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work none /etc &&
 mount -t cgroup2 none /sys/fs/cgroup && mkdir -p /sys/fs/cgroup/dockerd &&
 echo $$ > /sys/fs/cgroup/dockerd/cgroup.procs && exec "$@"
 "#;
@@ -111,8 +114,11 @@ impl Docker {
         let tools = dockerd.parent().context("a file has a directory")?.display().to_string();
         let dir = directory.path().display();
         let socket = format!("unix://{dir}/socket");
+        // Not the host's.
+        let config = directory.path().join("daemon.json");
+        std::fs::write(&config, "{}").with_context(|| format!("write {}", config.display()))?;
         let options = format!(
-            "--data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --host {socket} \
+            "--config-file {dir}/daemon.json --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --host {socket} \
              --exec-opt native.cgroupdriver=cgroupfs --storage-driver vfs --bip {DOCKER}/24 \
              --iptables=false --ip6tables=false --ip-masq=false --userland-proxy=false"
         );

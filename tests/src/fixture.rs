@@ -332,6 +332,15 @@ pub fn n_connects() -> usize {
     if is_emulated() { 1_000 } else { 10_000 }
 }
 
+/// Sets the flag when it is dropped, also by a panic: other threads run until then.
+pub struct End<'a>(pub &'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// `n`, or a quarter of it where not all is tried: what only time or number shows is tried longer by
 /// `cargo xtask test --full`.
 pub fn at_length(n: u64) -> u64 {

@@ -52,7 +52,7 @@ pub fn run(kernel: Option<Version>, counts: bool) -> Result<ExitCode> {
 /// How much is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// What shows most faults in the time that a change can wait.
+    /// Enough to find most faults while a change waits.
     Usual,
     /// Everything, at length.
     Full,

@@ -199,7 +199,8 @@ pub struct DatapathStatus {
 pub struct UnitStatus {
     /// The unit's name.
     pub name: String,
-    /// `attached`; `waiting` while its hooks still run an earlier daemon's programs; `failed`.
+    /// `attached`; `waiting` for its target, the first table, or the replacement of an earlier daemon's
+    /// programs; `off` by configuration, shadow mode or an obstacle; `failed`.
     pub state: String,
     /// Why it isn't attached, or where it doesn't work; `null` while all is well.
     pub reason: Option<String>,

@@ -531,8 +531,6 @@ fn unit_holds(address: SocketAddr, unit: &str) -> bool {
 /// How long the machine's resolver may take: as long as glibc waits for its first nameserver.
 const LOOKUP_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Looks a service up as every program does, through getaddrinfo() and the machine's resolver, and
-/// compares the answer with the service's VIP, which only the daemon has.
 /// Whether the kernel answers names, as a running daemon has found.
 fn kernel_names(daemon: Option<&api::Status>) -> CheckResult {
     let units = daemon.map(|status| status.datapath.units.as_slice()).unwrap_or_default();
@@ -544,12 +542,15 @@ fn kernel_names(daemon: Option<&api::Status>) -> CheckResult {
         Some(reason) if ["off", "waiting"].contains(&unit.state.as_str()) => {
             Ok(format!("{}: {reason}", unit.state))
         }
-        Some(reason) => {
-            wrong(reason, "see the message; until then names fail while no daemon runs")
-        }
+        Some(reason) => wrong(
+            reason,
+            "fix what the message names; until then these queries need a running daemon",
+        ),
     }
 }
 
+/// Looks a service up as every program does, through getaddrinfo() and the machine's resolver, and
+/// compares the answer with the service's VIP, which only the daemon has.
 fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckResult {
     let Some(status) = daemon.filter(|status| status.ready) else {
         return Ok("not tried: no daemon is ready to answer".to_owned());

@@ -600,7 +600,10 @@ impl Daemon {
     /// Checks what may change at any time, and retries failures.
     fn tick(&mut self) {
         let views = self.sources.views();
-        let age = views.borrow().iter().filter_map(|source| source.health.borrow().age()).max();
+        // Unknown while a source hasn't answered: what the kernel has of it may be an earlier daemon's.
+        let ages: Option<Vec<Duration>> =
+            views.borrow().iter().map(|source| source.health.borrow().age()).collect();
+        let age = ages.and_then(|ages| ages.into_iter().max());
         let is_ready = self.announce_table();
         self.datapath.heartbeat(age);
         let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
@@ -631,6 +634,7 @@ impl Daemon {
         self.notify.stopping();
         // Before the DNS server stops reading.
         self.datapath.set_names_ready(false);
+        self.datapath.stop_interception();
         let vips = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
         let drains = tokio::time::timeout(FLUSH_TIMEOUT, self.drains.flush());
         // Clients get what is answered meanwhile.

@@ -39,7 +39,11 @@ pub fn settings(config: &DnsConfig, listen: &[SocketAddr], network: &HostNetwork
         .iter()
         .flat_map(|listener| {
             let addresses = network.interfaces.addresses.iter();
-            let same_family = addresses.filter(|ip| ip.is_ipv4() || listener.is_ipv6());
+            // Each interface has a link-local network of its own, so the address alone is no one's.
+            let same_family = addresses.filter(|ip| match ip {
+                IpAddr::V4(_) => true,
+                IpAddr::V6(ip) => listener.is_ipv6() && !ip.is_unicast_link_local(),
+            });
             same_family.map(|ip| SocketAddr::new(*ip, listener.port()))
         })
         .filter(|address| !bound.contains(address))

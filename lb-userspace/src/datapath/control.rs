@@ -278,6 +278,11 @@ impl Datapath {
         self.names.set_ready(is_ready);
     }
 
+    /// Intercepts no DNS queries any more, until the next heartbeat.
+    pub fn stop_interception(&self) {
+        self.intercept.stop();
+    }
+
     /// Whether a required hook was found detached: names are SERVFAIL then.
     pub fn set_names_detached(&mut self, is_detached: bool) {
         self.names.set_detached(is_detached);

@@ -249,6 +249,11 @@ impl SharedDatapath {
         lock(&self.datapath).set_names_ready(is_ready);
     }
 
+    /// As [`Datapath::stop_interception`].
+    pub fn stop_interception(&self) {
+        lock(&self.datapath).stop_interception();
+    }
+
     /// As [`Datapath::set_names_detached`].
     pub fn set_names_detached(&self, is_detached: bool) {
         lock(&self.datapath).set_names_detached(is_detached);

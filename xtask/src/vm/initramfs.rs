@@ -9,8 +9,17 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// The modules that the tests need, where the kernel hasn't them built in.
-const MODULES: [&str; 7] =
-    ["cls_bpf", "dummy", "inet_diag", "sch_ingress", "tcp_diag", "udp_diag", "veth"];
+const MODULES: [&str; 9] = [
+    "bridge",
+    "cls_bpf",
+    "dummy",
+    "inet_diag",
+    "macvlan",
+    "sch_ingress",
+    "tcp_diag",
+    "udp_diag",
+    "veth",
+];
 
 const DIRECTORY: u32 = 0o040_755;
 const EXECUTABLE: u32 = 0o100_755;

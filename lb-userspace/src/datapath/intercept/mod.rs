@@ -113,17 +113,26 @@ impl Intercept {
             return;
         };
         let (vip, sizes) = (&self.vip, &self.sizes);
+        // What failed may have been for lack of memory.
+        let earlier = self.loaded.take_if(|loaded| loaded.is_err()).and_then(Result::err);
+        let is_new = self.loaded.is_none();
         let loaded = self.loaded.get_or_insert_with(|| {
             let loaded = LoadedIntercept::load(vip, sizes, pins);
-            loaded.inspect_err(|reason| tracing::warn!("the unit {UNIT} doesn't run: {reason}"))
+            loaded.inspect_err(|reason| {
+                if earlier.as_ref() != Some(reason) {
+                    tracing::warn!("the unit {UNIT} doesn't run: {reason}");
+                }
+            })
         });
         if let Ok(loaded) = loaded {
-            if self.settings.as_ref().is_none_or(|present| present.listen != wanted.listen) {
+            let present = self.settings.as_ref().filter(|_| !is_new);
+            if present.is_none_or(|present| servers(&present.listen) != servers(&wanted.listen)) {
                 loaded.set_servers(&wanted.listen);
             }
             let found = FoundCgroups::of(&wanted.whose, scope);
             // Before the first query of theirs.
-            loaded.follow_resolvers(&found, self.settings.as_ref() != Some(&wanted));
+            let is_first = present.is_none_or(|present| present.whose != wanted.whose);
+            loaded.follow_resolvers(&found, is_first);
             loaded.attach(found);
         }
         self.settings = Some(wanted);

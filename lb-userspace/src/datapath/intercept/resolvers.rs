@@ -50,7 +50,16 @@ fn search_in(cgroups: &[PathBuf]) -> BTreeSet<u64> {
         // In a container a server on loopback serves that container alone, and is one of its own.
         bound.is_in_own_namespace || !bound.local.ip().to_canonical().is_loopback()
     };
-    bound.iter().filter(is_resolver).map(|bound| bound.cgroup_id).take(MAX_RESOLVERS).collect()
+    let cgroups: BTreeSet<u64> =
+        bound.iter().filter(is_resolver).map(|bound| bound.cgroup_id).collect();
+    // Cgroups, not sockets: any process can bind as many of those as it wants.
+    if cgroups.len() > MAX_RESOLVERS {
+        tracing::warn!(
+            "dns.intercept: of {} DNS servers {MAX_RESOLVERS} are left out",
+            cgroups.len()
+        );
+    }
+    cgroups.into_iter().take(MAX_RESOLVERS).collect()
 }
 
 fn collect_processes(cgroup: &Path, depth: usize, pids: &mut BTreeSet<u32>) {

@@ -1,5 +1,4 @@
 //! The unit's maps.
-#![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
