@@ -346,7 +346,7 @@ mod tests {
                 vec![(0, Connect('a')), (1, Send('b')), (2, Reply('b')), (3, Reply('a'))],
             ),
             (
-                "connected anew",
+                "connected again",
                 vec![(0, Connect('a')), (1, Send('b')), (2, Connect('c')), (3, Reply('c'))],
             ),
         ];

@@ -1,4 +1,4 @@
-//! The index of frontends: it leads where `FRONTENDS` leads, whoever wrote that, and while it changes.
+//! The index of frontends: it leads where `FRONTENDS` leads, whichever version wrote that, and while it changes.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;

@@ -380,7 +380,7 @@ pub fn what_is_left_alone() {
         fs::create_dir(&tasks.path).unwrap();
         intercept(&mut datapath, settings(&tasks, listen(&loopback)));
         tasks.enter();
-        assert_eq!(answer(&datapath, at(A)), 'n', "made anew");
+        assert_eq!(answer(&datapath, at(A)), 'n', "created again");
         intercept(&mut datapath, settings(&tasks, listen(&loopback)));
         assert_eq!(answer(&datapath, at(A)), 'n');
     });

@@ -126,7 +126,7 @@ pub fn killed_at_random() -> Result<()> {
     none_is_lost(load).map(drop)
 }
 
-/// Services that nobody has used for long are answered by the daemon while one runs, and it asks Consul
+/// Services that weren't used for long are answered by the daemon while one runs, and it asks Consul
 /// then: also while the next one starts, none of their names is lost.
 pub fn idle_services() -> Result<()> {
     const N: usize = 60;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin::{api, client};
 use crate::catalog::Handle;
-use crate::config::{Config, ConfigErrors, Intercepted, SourceKind, cgroup};
+use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
 use crate::datapath::{
     Charge, Features, Limit, Safety, TcpTerminator, are_charged, exclusion_problems, find_obstacle,
     intercept_problems, is_bpffs, look_at_pins, nearest_directory, route,
@@ -77,7 +77,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     for (is_required, found) in exclusions(&config) {
         checks.push(finding("excluded cgroups", is_required, found));
     }
-    if config.dns.intercept != Intercepted::Tasks(false) {
+    if config.dns.intercept.is_on() {
         checks.push(finding("dns.intercept", false, interception(&config)));
     }
     checks.push(finding("hooks", true, hooks(&config)));

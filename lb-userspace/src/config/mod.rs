@@ -237,6 +237,13 @@ pub enum Intercepted {
     Cgroups(Vec<PathBuf>),
 }
 
+impl Intercepted {
+    /// Whether those of any process are.
+    pub fn is_on(&self) -> bool {
+        *self != Intercepted::Tasks(false)
+    }
+}
+
 /// When the kernel answers routed names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::config::{DnsConfig, Intercepted};
+use crate::config::DnsConfig;
 use crate::datapath::InterceptSettings;
 use crate::dns;
 
@@ -13,8 +13,7 @@ pub fn settings(
     listen: &[SocketAddr],
     has_upstream: bool,
 ) -> Option<InterceptSettings> {
-    let is_wanted = config.intercept != Intercepted::Tasks(false);
-    is_wanted.then(|| InterceptSettings {
+    config.intercept.is_on().then(|| InterceptSettings {
         whose: config.intercept.clone(),
         listen: dns::reached_at(listen),
         obstacle: (!has_upstream).then(|| {
