@@ -1,6 +1,6 @@
 //! Controls the kernel side: applies tables, watches the hooks, detaches or keeps them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use lb_common::{
 
 use super::activity::Usage;
 use super::bpf::netns_cookie;
+use super::edge::{Edge, EdgeFlow, EdgeOptions, EdgeStatus};
 use super::error::DatapathError;
 use super::events::Reports;
 use super::features::{Features, Limit};
@@ -41,6 +42,7 @@ pub struct Datapath {
     pub(super) units: Units,
     pub(super) names: Names,
     pub(super) intercept: Intercept,
+    pub(super) edge: Edge,
     pub(super) pins: Pins,
     pub(super) pinned_maps: PinnedMaps,
     pub(super) socket_terminator: SocketTerminator,
@@ -264,7 +266,33 @@ impl Datapath {
         let mut units = self.units.status();
         units.push(self.names.status());
         units.extend(self.intercept.status());
+        units.extend(self.edge.health());
         units
+    }
+
+    /// Sets what this node does as an edge; `None` for nothing.
+    pub fn configure_edge(&mut self, options: Option<EdgeOptions>) {
+        self.edge.configure(options);
+    }
+
+    /// Sets the public addresses of services, which the next table applies.
+    pub fn set_public(&mut self, public: HashMap<Arc<str>, Vec<SocketAddr>>) {
+        self.edge.set_public(public);
+    }
+
+    /// How the edge does; `None` where this node is none.
+    pub fn edge_status(&self) -> Option<EdgeStatus> {
+        self.edge.status()
+    }
+
+    /// The flows through the edge, in no order.
+    pub fn edge_flows(&self) -> Vec<EdgeFlow> {
+        self.edge.flows()
+    }
+
+    /// What the edge decided on packets, by name.
+    pub fn edge_counts(&self) -> Vec<(&'static str, u64)> {
+        self.edge.counts()
     }
 
     /// Sets how the kernel answers names.

@@ -1,13 +1,15 @@
 //! The datapath as the daemon's parts share it: the loop applies tables and checks the hooks, others
 //! read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use lb_common::NamesCounters;
 
 use super::control::Datapath;
+use super::edge::{EdgeFlow, EdgeOptions, EdgeStatus};
 use super::error::DatapathError;
 use super::intercept::InterceptSettings;
 use super::names::NamesSettings;
@@ -267,6 +269,31 @@ impl SharedDatapath {
     /// As [`Datapath::intercept_counts`].
     pub fn intercept_counts(&self) -> Vec<(&'static str, u64)> {
         lock(&self.datapath).intercept_counts()
+    }
+
+    /// As [`Datapath::configure_edge`].
+    pub fn configure_edge(&self, options: Option<EdgeOptions>) {
+        lock(&self.datapath).configure_edge(options);
+    }
+
+    /// As [`Datapath::set_public`].
+    pub fn set_public(&self, public: HashMap<Arc<str>, Vec<SocketAddr>>) {
+        lock(&self.datapath).set_public(public);
+    }
+
+    /// As [`Datapath::edge_status`].
+    pub fn edge_status(&self) -> Option<EdgeStatus> {
+        lock(&self.datapath).edge_status()
+    }
+
+    /// As [`Datapath::edge_flows`].
+    pub fn edge_flows(&self) -> Vec<EdgeFlow> {
+        lock(&self.datapath).edge_flows()
+    }
+
+    /// As [`Datapath::edge_counts`].
+    pub fn edge_counts(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.datapath).edge_counts()
     }
 
     /// Verifies by queries that the kernel's answers arrive on `lo`. Blocks up to four seconds.

@@ -14,6 +14,7 @@ mod cause;
 mod conns;
 mod control;
 pub mod diag;
+mod edge;
 mod ejected;
 mod error;
 mod events;
@@ -44,6 +45,9 @@ mod units;
 
 pub use bpf::{AttachType, netns_cookie};
 pub use control::{COUNTERS, Datapath, exclusion_problems};
+pub use edge::{
+    EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeOptions, EdgeStatus, EdgeTimeouts,
+};
 pub use ejected::{BackendRef, Ejected};
 pub use error::DatapathError;
 pub use events::{Report, Reports};

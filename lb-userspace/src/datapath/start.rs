@@ -11,6 +11,7 @@ use super::activity::Usage;
 use super::btf::SocketBits;
 use super::conns::TcpConns;
 use super::control::Datapath;
+use super::edge::Edge;
 use super::error::DatapathError;
 use super::features::Features;
 use super::in_flight::Recounter;
@@ -127,6 +128,7 @@ impl Datapath {
             units,
             names,
             intercept,
+            edge: Edge::default(),
             pins,
             pinned_maps,
             socket_terminator,

@@ -1,0 +1,109 @@
+//! What an edge reports of itself.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How an edge does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EdgeStatus {
+    /// The configured interfaces, in order.
+    pub interfaces: Vec<EdgeInterface>,
+    /// How many flows there are.
+    pub n_flows: u32,
+    /// How many there is room for.
+    pub max_flows: u32,
+    /// What keeps it from working, a sentence each.
+    pub problems: Vec<String>,
+}
+
+/// An interface of an edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EdgeInterface {
+    /// Its name.
+    pub name: String,
+    /// How the program is attached; `None` where it isn't.
+    pub mode: Option<EdgeMode>,
+    /// Why it isn't attached, or not in a better way: the driver's or the kernel's words.
+    pub message: Option<String>,
+}
+
+/// How a program is attached to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EdgeMode {
+    /// By tcx, from Linux 6.6 on.
+    Tcx,
+    /// By a filter of the qdisc clsact.
+    Clsact,
+    /// By the driver.
+    XdpNative,
+}
+
+impl EdgeMode {
+    /// As `nohop status` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            EdgeMode::Tcx => "tcx",
+            EdgeMode::Clsact => "clsact",
+            EdgeMode::XdpNative => "xdp-native",
+        }
+    }
+}
+
+/// A flow through an edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EdgeFlow {
+    /// The service, where the table has it still.
+    pub service: Option<Arc<str>>,
+    /// The client.
+    pub client: SocketAddr,
+    /// What it sent to.
+    pub vip: SocketAddr,
+    /// Where its packets go.
+    pub backend: SocketAddr,
+    /// From where they go there.
+    pub source: SocketAddr,
+    /// The protocol number.
+    pub protocol: u8,
+    /// Its state.
+    pub state: EdgeFlowState,
+    /// The packets of both directions.
+    pub packets: u64,
+    /// Their bytes, from the IP header on.
+    pub bytes: u64,
+    /// The time since its first packet.
+    pub age: Duration,
+    /// The time since its last one.
+    pub idle: Duration,
+}
+
+/// A flow's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EdgeFlowState {
+    /// TCP: the client's SYN was sent on.
+    SynSent,
+    /// TCP: the backend has answered.
+    SynReceived,
+    /// TCP: the client has confirmed that.
+    Established,
+    /// TCP: one side has closed it.
+    HalfClosed,
+    /// TCP: both have, or one has reset it.
+    Closed,
+    /// UDP.
+    Udp,
+}
+
+impl EdgeFlowState {
+    /// As `nohop flows` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            EdgeFlowState::SynSent => "syn-sent",
+            EdgeFlowState::SynReceived => "syn-received",
+            EdgeFlowState::Established => "established",
+            EdgeFlowState::HalfClosed => "half-closed",
+            EdgeFlowState::Closed => "closed",
+            EdgeFlowState::Udp => "udp",
+        }
+    }
+}
