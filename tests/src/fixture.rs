@@ -257,6 +257,7 @@ pub fn service(name: &str, vip: Ipv4Addr, backends: &[(SocketAddr, u16)]) -> Ser
         protocols: Protocols::Tcp,
         algorithm: Default::default(),
         pin: None,
+        public: Vec::new(),
         backends: backends.iter().map(|&(address, weight)| backend(address, weight)).collect(),
         excluded: Vec::new(),
         notes: Vec::new(),

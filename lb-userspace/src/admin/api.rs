@@ -230,6 +230,9 @@ pub struct ServiceStatus {
     /// One more address, in the host's network namespace only.
     #[serde(default)]
     pub pin: Option<SocketAddrV4>,
+    /// Its public addresses, which edges serve to clients outside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub public: Vec<SocketAddr>,
     /// The ports it is connected to at: a list of numbers, or `"any"`.
     pub ports: Ports,
     /// `tcp`, `udp` or `both`.

@@ -461,6 +461,7 @@ mod tests {
                 vip6: None,
                 notes: vec![],
                 pin: None,
+                public: Vec::new(),
                 ports: Ports::only([80]),
                 protocol: Protocols::Tcp,
                 algorithm: crate::config::BalanceAlgorithm::Random,

@@ -5,7 +5,7 @@ use serde_json::Value as Json;
 
 use super::builder::{ConfigBuilder, SourceName};
 use super::toml_value::{Parsed, TomlValue};
-use super::{Config, Token, address, balance, consul, text};
+use super::{Config, Token, address, balance, consul, edge, text};
 
 /// A key of the configuration.
 pub struct Key {
@@ -138,6 +138,16 @@ pub const KEYS: &[Key] = keys! {
     restart("the network around the pins is a constant of the programs")
     "vip.pins" config.vip.pins: |value| value.table(address::service_name, |pin| pin.text(address::pin));
         "one more address for a service, in the host's network namespace only: { helloworld = \"127.0.0.1:80\" }"
+    restart(PROGRAMS) "vip.public" config.vip.public: edge::public_networks;
+        "networks that public VIPs may come from, by `nohop-public` of a service or by edge.vips; at most four"
+    restart("the programs are attached there at the start")
+    "edge.interfaces" config.edge.interfaces: |value| value.list_or_none(|it| it.text(edge::interface));
+        "interfaces where packets of clients and of backends arrive; with one or more this node is an edge"
+    restart("the edge's programs have them from the start")
+    "edge.source" config.edge.source: |value| value.list_or_none(|it| it.text(edge::source));
+        "addresses of this edge that backends see"
+    live "edge.vips" config.edge.vips: |value| value.table(address::service_name, |vip| vip.text(edge::public_vip));
+        "public VIPs, beside those that services declare: { web = \"203.0.113.10:80\" }"
     restart(LISTENS) "dns.listen" config.dns.listen: |value| value.list(|it| it.text(address::socket_address));
         "addresses of the DNS server, UDP and TCP"
     restart(LISTENS) "dns.listen_tls" config.dns.listen_tls: |value| value.list_or_none(|it| it.text(address::socket_address));
@@ -198,10 +208,6 @@ pub const PLANNED: &[&str] = &[
     "nomad.namespaces",
     "nomad.token_file",
     "nomad.region",
-    "vip.public",
-    "edge.interfaces",
-    "edge.source",
-    "edge.vips",
     "identity.on",
     "identity.docker",
     "intentions.mode",

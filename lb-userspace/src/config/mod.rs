@@ -6,6 +6,7 @@ mod builder;
 pub mod cgroup;
 pub mod consul;
 mod diagnostic;
+mod edge;
 pub mod keys;
 mod parse;
 #[cfg(test)]
@@ -15,7 +16,7 @@ mod toml_value;
 mod validate;
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ pub use parse::LoadedConfig;
 
 /// The configuration file without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
+
+/// The number of networks that public VIPs may come from: a connection to anything else is compared to each.
+pub const MAX_PUBLIC_NETWORKS: usize = 4;
 
 /// The number of cgroups that can be excluded at once.
 pub const MAX_EXCLUDED_CGROUPS: usize = 1_024;
@@ -59,6 +63,8 @@ pub struct Config {
     pub consul: ConsulConfig,
     /// `[vip]`
     pub vip: VipConfig,
+    /// `[edge]`
+    pub edge: EdgeConfig,
     /// `[dns]`
     pub dns: DnsConfig,
     /// `[datapath]`
@@ -184,12 +190,32 @@ pub struct VipConfig {
     pub ports: Vec<u16>,
     /// Further addresses, each for one service, that apply in the host's network namespace only.
     pub pins: BTreeMap<String, SocketAddrV4>,
+    /// The networks that public VIPs may come from: at most [`MAX_PUBLIC_NETWORKS`], which don't overlap.
+    pub public: Vec<IpNet>,
 }
 
 impl VipConfig {
     /// The pools: the IPv4 one, and the IPv6 one where there is one.
     pub fn pools(&self) -> impl Iterator<Item = IpNet> {
         std::iter::once(IpNet::V4(self.pool)).chain(self.pool6.map(IpNet::V6))
+    }
+}
+
+/// The edge: what takes packets of clients outside for public VIPs.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct EdgeConfig {
+    /// The interfaces where packets of clients and of backends arrive; empty where this node is no edge.
+    pub interfaces: Vec<String>,
+    /// The addresses of this edge that backends see.
+    pub source: Vec<IpAddr>,
+    /// Public VIPs by service, beside those that services declare themselves; within [`VipConfig::public`].
+    pub vips: BTreeMap<String, SocketAddr>,
+}
+
+impl EdgeConfig {
+    /// Whether this node is an edge.
+    pub fn is_on(&self) -> bool {
+        !self.interfaces.is_empty()
     }
 }
 
@@ -366,7 +392,9 @@ impl Default for Config {
                 pool6: None,
                 ports: vec![80],
                 pins: BTreeMap::new(),
+                public: Vec::new(),
             },
+            edge: EdgeConfig::default(),
             dns: DnsConfig {
                 listen: vec![SocketAddr::from(([127, 0, 0, 1], 53))],
                 listen_tls: Vec::new(),

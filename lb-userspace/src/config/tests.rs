@@ -67,6 +67,11 @@ fn the_defaults_written_out_are_the_defaults() {
         pool6 = ""
         ports = [80]
         pins = {}
+        public = []
+        [edge]
+        interfaces = []
+        source = []
+        vips = {}
         [dns]
         listen = ["127.0.0.1:53"]
         listen_tls = []
@@ -107,7 +112,7 @@ const EVERY_KEY: &str = r#"
     meta = { stage = "live" }
     health = "warning"
     address = "wan_ipv6"
-    watch = "used"
+    watch = "all"
     max_age = "15m"
     expired = "refuse"
     [balance]
@@ -137,6 +142,11 @@ const EVERY_KEY: &str = r#"
     pool6 = "fd6e::/64"
     ports = [80, 0x1bb]
     pins = { Hello = "127.0.0.1:80", other = "10.0.0.9:80" }
+    public = ["203.0.113.0/24", "2001:db8:1::/64", "198.51.100.7"]
+    [edge]
+    interfaces = ["eth0", "eth1.100"]
+    source = ["10.0.0.2", "2001:db8::2"]
+    vips = { Web = "203.0.113.10:80" }
     [dns]
     listen = ["127.0.0.2:53", "[::1]:53"]
     listen_tls = ["10.0.0.9:853"]
@@ -176,7 +186,7 @@ fn every_key_is_taken() {
             meta: BTreeMap::from([("stage".into(), "live".into())]),
             health: HealthPolicy::Warning,
             address: AddressChoice::WanIpv6,
-            watch: WatchPolicy::Used,
+            watch: WatchPolicy::All,
             max_age: Duration::from_secs(900),
             expired: Expired::Refuse,
         },
@@ -221,6 +231,14 @@ fn every_key_is_taken() {
                 ("hello".into(), "127.0.0.1:80".parse().unwrap()),
                 ("other".into(), "10.0.0.9:80".parse().unwrap()),
             ]),
+            public: ["203.0.113.0/24", "2001:db8:1::/64", "198.51.100.7/32"]
+                .map(|network| network.parse().unwrap())
+                .into(),
+        },
+        edge: EdgeConfig {
+            interfaces: vec!["eth0".into(), "eth1.100".into()],
+            source: vec!["10.0.0.2".parse().unwrap(), "2001:db8::2".parse().unwrap()],
+            vips: BTreeMap::from([("web".into(), "203.0.113.10:80".parse().unwrap())]),
         },
         dns: DnsConfig {
             listen: vec!["127.0.0.2:53".parse().unwrap(), "[::1]:53".parse().unwrap()],
@@ -291,7 +309,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             "identity.on = true\n[edge]\ninterface = 'eth0'",
             &[
                 "f:1: identity.on: is planned, not in this version; remove it",
-                "f:3: edge.interface: is planned, not in this version; remove it",
+                "f:3: edge.interface: unknown key; did you mean edge.interfaces? else remove it",
             ],
         ),
         (
@@ -307,6 +325,99 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             &[
                 "f:1: catalog.sources: duplicate element; remove one",
                 "f:1: catalog.sources: 'dns' is invalid; write `consul` or `file`",
+            ],
+        ),
+        // Public VIPs and the edge.
+        (
+            "[vip]\npublic = ['203.0.113.9/24', 'public', '127.0.0.0/7', '224.1.0.0/16', '::/0', 7]",
+            &[
+                "f:2: vip.public: 203.0.113.9/24 has bits below its prefix; write 203.0.113.0/24",
+                "f:2: vip.public: 'public' isn't a network; write one such as 203.0.113.0/24",
+                "f:2: vip.public: 127.0.0.0/7 has bits below its prefix; write 126.0.0.0/7",
+                "f:2: vip.public: 224.1.0.0/16 overlaps 224.0.0.0/3, whose addresses clients of other \
+                 hosts can't use; write one such as 203.0.113.0/24",
+                "f:2: vip.public: ::/0 overlaps ::/64, whose addresses clients of other hosts can't \
+                 use; write one such as 203.0.113.0/24",
+                "f:2: vip.public: expected a string, found an integer",
+            ],
+        ),
+        (
+            "vip.public = ['10.1.0.0/24', '10.2.0.0/24', '10.3.0.0/24', '10.4.0.0/24', '10.5.0.0/24']",
+            &[
+                "f:1: vip.public: has 5 networks, and 4 is the most, since each connection is compared \
+                 to every one; write larger ones",
+            ],
+        ),
+        (
+            "[vip]\npublic = ['10.1.0.0/24', '10.0.0.0/8', 'fd00::/16']\npool6 = 'fd00::/96'\n\
+             pins = { web = '10.1.0.1:80' }\n[dns]\nroutes = { corp = '10.9.0.1' }",
+            &[
+                "f:2: vip.public: 10.1.0.0/24 and 10.0.0.0/8 overlap; write one network in place of both",
+                "f:2: vip.public: 10.0.0.0/8 has 10.9.0.1:53, which is dns.routes; write smaller \
+                 networks, of public VIPs alone",
+                "f:2: vip.public: fd00::/16 overlaps vip.pool6 fd00::/96; choose networks apart",
+                "f:4: vip.pins: web = \"10.1.0.1:80\" lies in vip.public 10.1.0.0/24; remove the pin, \
+                 and write nohop-public = \"10.1.0.1:80\" in the service's Meta",
+                "f:4: vip.pins: web = \"10.1.0.1:80\" lies in vip.public 10.0.0.0/8; remove the pin, and \
+                 write nohop-public = \"10.1.0.1:80\" in the service's Meta",
+            ],
+        ),
+        (
+            "[edge]\ninterfaces = ['lo', 'a/b', 'sixteen-letters!', '', 'eth0', 'eth0']\n\
+             source = ['::1', '10.0.0', '0.0.0.0']\nvips = { web = '10.0.0.1', db = '127.0.0.1:80' }",
+            &[
+                "f:2: edge.interfaces: lo has no packets of other hosts; write one such as eth0",
+                "f:2: edge.interfaces: 'a/b' isn't the name of an interface; write one such as eth0",
+                "f:2: edge.interfaces: 'sixteen-letters!' isn't the name of an interface; write one such \
+                 as eth0",
+                "f:2: edge.interfaces: '' isn't the name of an interface; write one such as eth0",
+                "f:2: edge.interfaces: duplicate element; remove one",
+                "f:3: edge.source: ::1 lies in ::/64, where no backend replies to; write an address of \
+                 this host, such as 10.0.0.2",
+                "f:3: edge.source: '10.0.0' isn't an address; write an address of this host, such as \
+                 10.0.0.2",
+                "f:3: edge.source: 0.0.0.0 lies in 0.0.0.0/8, where no backend replies to; write an \
+                 address of this host, such as 10.0.0.2",
+                "f:4: edge.vips.db: 127.0.0.1:80 lies in 127.0.0.0/8, which isn't public; write \
+                 ADDR:PORT, such as 203.0.113.10:80",
+                "f:4: edge.vips.web: '10.0.0.1' isn't a public VIP; write ADDR:PORT, such as \
+                 203.0.113.10:80",
+            ],
+        ),
+        (
+            "edge.interfaces = ['eth0']\ncatalog.watch = 'used'",
+            &[
+                "f:1: edge.interfaces: needs edge.source; write an address of this host that backends \
+                 can reply to",
+                "f:2: catalog.watch: an edge watches all services, since clients outside use them; \
+                 remove catalog.watch, or write \"all\"",
+            ],
+        ),
+        (
+            "edge.source = ['10.0.0.2']\nedge.vips = { web = '203.0.113.1:80' }\n\
+             vip.public = ['203.0.113.0/24', '10.0.0.0/8']",
+            &[
+                "f:1: edge.source: 10.0.0.2 lies in vip.public 10.0.0.0/8; write an address of this host \
+                 outside of it",
+                "f:1: edge.source: needs edge.interfaces; name those where packets arrive, such as \
+                 [\"eth0\"]",
+                "f:2: edge.vips: needs edge.interfaces; name those where packets arrive, such as \
+                 [\"eth0\"]",
+            ],
+        ),
+        (
+            "[edge]\ninterfaces = ['eth0']\nsource = ['10.0.0.2']\n\
+             vips = { a = '203.0.113.1:80', b = '203.0.113.1:80', c = '[2001:db8::1]:80' }",
+            &[
+                "f:4: edge.vips: a = \"203.0.113.1:80\" lies in no network of vip.public; add \
+                 203.0.113.1/32 to it on all nodes",
+                "f:4: edge.vips: b = \"203.0.113.1:80\" lies in no network of vip.public; add \
+                 203.0.113.1/32 to it on all nodes",
+                "f:4: edge.vips: a and b both have 203.0.113.1:80; give one another address or port",
+                "f:4: edge.vips: c = \"[2001:db8::1]:80\" lies in no network of vip.public; add \
+                 2001:db8::1/128 to it on all nodes",
+                "f:4: edge.vips: c = \"[2001:db8::1]:80\" needs an IPv6 address in edge.source; add one \
+                 of this host",
             ],
         ),
         // Former names.
@@ -943,6 +1054,7 @@ fn differences_are_shown_as_toml() {
         ),
         ("", "catalog.meta = { \"a b\" = \"c\" }", "catalog.meta: {} -> { \"a b\" = \"c\" }"),
         ("", "cgroup = \"/a\"", "cgroup: \"auto\" -> \"/a\" (restart)"),
+        ("", "vip.public = [\"10.1.1.1\"]", "vip.public: [] -> [\"10.1.1.1/32\"] (restart)"),
         (
             "vip.pins = { web = \"10.0.0.1:80\" }",
             "on_exit = \"detach\"",

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::builder::ConfigBuilder;
-use super::{AdminAddress, ConsulAddress, Forward, SourceKind, consul};
+use super::{AdminAddress, ConsulAddress, Forward, SourceKind, consul, edge};
 
 /// Notes every rule between keys that is broken.
 pub(super) fn check(builder: &mut ConfigBuilder) {
@@ -14,6 +14,8 @@ pub(super) fn check(builder: &mut ConfigBuilder) {
     check_pins(builder);
     check_routes(builder);
     check_dns_tls(builder);
+    let own_addresses = own_addresses(builder);
+    edge::check(builder, &own_addresses);
     // A source that isn't used needs no certificates.
     if builder.config.catalog.sources.contains(&SourceKind::Consul) {
         consul::check_tls(builder);

@@ -211,7 +211,7 @@ impl Departures {
 fn frontends(service: &Service) -> Vec<SocketAddr> {
     let vips = [Some(service.vip.into()), service.vip6.map(Into::into)];
     let vips = vips.into_iter().flatten().map(|vip| SocketAddr::new(vip, 0));
-    vips.chain(service.pin.map(SocketAddr::V4)).collect()
+    vips.chain(service.pin.map(SocketAddr::V4)).chain(service.public.iter().copied()).collect()
 }
 
 /// What the task follows.

@@ -345,6 +345,7 @@ mod tests {
     fn services_are_found_by_their_addresses() {
         let web = Service {
             pin: Some("127.0.0.1:81".parse().unwrap()),
+            public: Vec::new(),
             excluded: vec![Excluded {
                 address: "10.0.0.8:1".into(),
                 node: "n".into(),
@@ -507,6 +508,7 @@ mod tests {
             protocols: Protocols::Tcp,
             algorithm: BalanceAlgorithm::Random,
             pin: None,
+            public: Vec::new(),
             backends: backends.iter().map(backend).collect(),
             excluded: Vec::new(),
             notes: Vec::new(),

@@ -481,6 +481,7 @@ impl DaemonView {
             vip: service.vip,
             vip6: service.vip6,
             pin: service.pin,
+            public: service.public.clone(),
             ports: service.ports.clone(),
             protocol: service.protocols,
             algorithm: service.algorithm,

@@ -914,8 +914,10 @@ fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, Servi
     let vips = std::iter::once(IpAddr::V4(service.vip)).chain(service.vip6.map(IpAddr::V6));
     let at_vips = vips.flat_map(|vip| ports.iter().map(move |&port| (vip, port, 0)));
     let at_pin = service.pin.map(|pin| (IpAddr::V4(*pin.ip()), pin.port(), 1));
+    let at_public = service.public.iter().map(|public| (public.ip(), public.port(), 0));
     at_vips
         .chain(at_pin)
+        .chain(at_public)
         .flat_map(|(address, port, host_only)| {
             protocols.into_iter().flatten().map(move |protocol| {
                 let frontend = FrontendKey { address, port, protocol };

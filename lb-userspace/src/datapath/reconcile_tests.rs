@@ -57,6 +57,7 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
         algorithm: Default::default(),
         protocols: if s == 4 { Protocols::Both } else { Protocols::Tcp },
         pin: None,
+        public: Vec::new(),
         backends: backends.iter().map(backend).collect(),
         excluded: Vec::new(),
         notes: Vec::new(),

@@ -138,6 +138,7 @@ fn table() -> Table {
             protocols,
             algorithm: Default::default(),
             pin: None,
+            public: Vec::new(),
             backends: Vec::new(),
             excluded: Vec::new(),
             notes: Vec::new(),

@@ -114,6 +114,7 @@ fn web(generation: u64) -> Table {
         protocols: Protocols::Tcp,
         algorithm: Default::default(),
         pin: None,
+        public: Vec::new(),
         backends: Vec::new(),
         excluded: Vec::new(),
         notes: Vec::new(),

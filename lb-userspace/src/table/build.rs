@@ -347,6 +347,7 @@ impl Builder {
             protocols: protocols.unwrap_or(Protocols::Tcp),
             algorithm,
             pin: self.pins.get(&**name).copied(),
+            public: Vec::new(),
             backends: Vec::new(),
             excluded: Vec::new(),
             notes,

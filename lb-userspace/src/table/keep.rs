@@ -231,6 +231,7 @@ mod tests {
             protocols: Protocols::Tcp,
             algorithm: Default::default(),
             pin: None,
+            public: Vec::new(),
             backends: serving.iter().map(|id| backend(id, BackendState::Healthy)).collect(),
             excluded: excluded.collect(),
             notes: Vec::new(),

@@ -91,6 +91,9 @@ pub struct Service {
     pub algorithm: BalanceAlgorithm,
     /// One more address, in the host's network namespace only.
     pub pin: Option<SocketAddrV4>,
+    /// Its public addresses, sorted: an edge serves them to clients outside, and connections from this node
+    /// to one of them go straight to a backend, from every network namespace. No other service has them.
+    pub public: Vec<SocketAddr>,
     /// The instances that connects to may reach, ordered, and those that can't be reached from here.
     pub backends: Vec<Backend>,
     /// The instances that are out, each with the reason.
@@ -106,11 +109,11 @@ pub struct Service {
 impl Service {
     /// Whether both are the same but for the generation.
     fn is_same(&self, other: &Service) -> bool {
-        let Service { name, vip, vip6, ports, protocols, algorithm, pin, .. } = other;
+        let Service { name, vip, vip6, ports, protocols, algorithm, pin, public, .. } = other;
         let Service { backends, excluded, notes, watch, generation: _, .. } = other;
         (&self.name, &self.vip, &self.vip6, &self.ports, &self.protocols)
             == (name, vip, vip6, ports, protocols)
-            && (&self.algorithm, &self.pin) == (algorithm, pin)
+            && (&self.algorithm, &self.pin, &self.public) == (algorithm, pin, public)
             && (&self.backends, &self.excluded, &self.notes, &self.watch)
                 == (backends, excluded, notes, watch)
     }

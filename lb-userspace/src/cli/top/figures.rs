@@ -243,6 +243,7 @@ pub mod tests {
             vip: [127, 186, 3, 9].into(),
             vip6: None,
             pin: None,
+            public: Vec::new(),
             ports: Ports::only([80]),
             protocol: Protocols::Tcp,
             algorithm: crate::config::BalanceAlgorithm::Random,

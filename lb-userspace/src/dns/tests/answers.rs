@@ -48,6 +48,7 @@ fn table(generation: u64) -> Table {
             protocols,
             algorithm: Default::default(),
             pin: None,
+            public: Vec::new(),
             backends: Vec::new(),
             excluded: Vec::new(),
             notes: Vec::new(),

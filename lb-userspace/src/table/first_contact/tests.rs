@@ -51,6 +51,7 @@ impl World {
             protocols: Protocols::Tcp,
             algorithm: Default::default(),
             pin: None,
+            public: Vec::new(),
             backends,
             excluded: Vec::new(),
             notes: Vec::new(),

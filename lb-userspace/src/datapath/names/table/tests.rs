@@ -79,6 +79,7 @@ fn service(name: &str, last: u8, watch: Watch) -> (Arc<str>, Arc<Service>) {
         protocols: Protocols::Tcp,
         algorithm: Default::default(),
         pin: None,
+        public: Vec::new(),
         backends: Vec::new(),
         excluded: Vec::new(),
         notes: Vec::new(),
