@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lb_userspace::table::{Protocols, Service};
 use rustix::event::{PollFd, PollFlags};
@@ -539,6 +539,17 @@ pub fn a_connections_datagrams_are_translated_once() {
     }
 }
 
+/// Waits until a thread of the datapath's has disconnected the socket. `udp_abort()` sets the error, wakes who
+/// polls, and only then disconnects.
+fn wait_for_abort(socket: &UdpSocket) {
+    rustix::event::poll(&mut [PollFd::new(socket, PollFlags::ERR)], None).unwrap();
+    let start = Instant::now();
+    while socket.peer_addr().is_ok() {
+        assert!(start.elapsed() < Duration::from_secs(30), "it has an error and still a peer");
+        std::thread::yield_now();
+    }
+}
+
 /// The results of a connected socket after its backend was removed, call by call, as docs/sockets.md has them.
 pub fn what_a_writer_gets_after_its_backend_left() {
     for way in ways(VIP, 80) {
@@ -548,9 +559,7 @@ pub fn what_a_writer_gets_after_its_backend_left() {
         let socket = client(way);
         socket.connect(way).unwrap();
         bed.apply(vec![udp_service("web", VIP, &[present.address])]);
-        // It is disconnected by a thread of the datapath's.
-        let mut poll = [PollFd::new(&socket, PollFlags::ERR)];
-        rustix::event::poll(&mut poll, None).unwrap();
+        wait_for_abort(&socket);
         for _ in 0..3 {
             let error = socket.send(b"?").unwrap_err();
             assert_eq!(
@@ -568,7 +577,7 @@ pub fn what_a_writer_gets_after_its_backend_left() {
 
         // One that names the VIP each time continues with another backend, after the error.
         bed.apply(vec![udp_service("web", VIP, &[former.address])]);
-        rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::ERR)], None).unwrap();
+        wait_for_abort(&socket);
         let error = socket.send_to(b"?", way).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionAborted, "once");
         assert_eq!(ask(&socket, way).unwrap(), ('f', way));
