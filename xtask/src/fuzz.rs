@@ -9,8 +9,8 @@ use crate::process;
 use crate::setup;
 
 /// The targets; lb-userspace/src/fuzzing.rs describes what each reads, and lb-common/src/decide/model.rs
-/// what `decide` does.
-const TARGETS: [&str; 6] = ["consul", "config", "catalog", "decide", "dns", "state"];
+/// what `decide` does, lb-common/src/edge/reference.rs what `edge` does.
+const TARGETS: [&str; 7] = ["consul", "config", "catalog", "decide", "dns", "edge", "state"];
 
 /// Inputs longer than this find nothing that shorter ones don't.
 const MAX_LEN: usize = 64 << 10;

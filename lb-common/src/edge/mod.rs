@@ -1,0 +1,16 @@
+//! The edge: packets of outside clients to public VIPs are sent to backends by translation of both
+//! addresses. Plain functions on the first bytes of packets, and the records of flows.
+
+mod flow;
+mod packet;
+mod translate;
+
+pub use flow::*;
+pub use packet::*;
+pub use translate::*;
+
+#[cfg(any(test, fuzzing))]
+pub mod reference;
+
+#[cfg(test)]
+mod tests;
