@@ -144,8 +144,10 @@ pub trait ControlWords: Copy {
     fn heartbeat_ns(self) -> u64;
     /// When the table was last known to be right.
     fn table_ns(self) -> u64;
-    /// How old the table may be while no daemon is alive; 0 for any age.
+    /// How old the table may be while no daemon is alive that has applied it; 0 for any age.
     fn max_age_ns(self) -> u64;
+    /// Whether the table is an earlier daemon's.
+    fn is_inherited(self) -> bool;
     /// The cookie of the host's network namespace.
     fn host_netns(self) -> u64;
     /// The daemon's process id.
@@ -584,7 +586,8 @@ fn is_daemon(tables: &impl Tables, control: impl ControlWords, caller: &impl Cal
         && tables.now_ns().wrapping_sub(control.heartbeat_ns()) < HEARTBEAT_TIMEOUT_NS
 }
 
-/// Whether the table is too old to be used, and no daemon is alive that would decide so for each service.
+/// Whether the table is too old to be used, and no daemon is alive that would decide so for each service:
+/// one that has applied no table of its own knows nothing of this one's services.
 /// The clock is only read where the age matters.
 #[inline(always)]
 pub fn is_expired(control: impl ControlWords, now_ns: impl FnOnce() -> u64) -> bool {
@@ -594,7 +597,8 @@ pub fn is_expired(control: impl ControlWords, now_ns: impl FnOnce() -> u64) -> b
     }
     let now_ns = now_ns();
     now_ns.saturating_sub(control.table_ns()) >= max_age_ns
-        && now_ns.saturating_sub(control.heartbeat_ns()) >= HEARTBEAT_TIMEOUT_NS
+        && (control.is_inherited()
+            || now_ns.saturating_sub(control.heartbeat_ns()) >= HEARTBEAT_TIMEOUT_NS)
 }
 
 #[inline(always)]

@@ -486,7 +486,11 @@ pub struct Control {
     /// The same as the kernel sees it: its connections are bypassed.
     pub tgid: u64,
     /// 1 once the maps have held a whole table: before that nothing may be switched to them.
-    pub is_synced: u64,
+    pub is_synced: u32,
+    /// 1 from when a daemon starts until it has applied a table of its own: what the maps have is an
+    /// earlier daemon's, for which `max_age_ns` applies as if no daemon were alive. Earlier versions
+    /// have one word of both, in which they write `is_synced`; so 1 only where that is 1.
+    pub is_inherited: u32,
     /// 1 while connections are only counted and pass untouched; 0 while they are translated.
     pub is_shadow: u64,
     /// The depths at which `BYPASS` has cgroups: bit 3 for those at depth 3.
@@ -498,7 +502,7 @@ pub struct Control {
     /// 1 while TCP connections are kept as records ([`ConnRecord`](crate::ConnRecord)): the unit
     /// `outcomes`, which releases them, is attached. 0 while sockets' storage has them.
     pub keeps_records: u64,
-    /// How old the table may be (`table_ns`) while no daemon is alive: from then on services have no
+    /// How old the table may be (`table_ns`) while no daemon is alive that has applied it: from then on services have no
     /// backend, and names are SERVFAIL. In nanoseconds; 0 for any age. An age rather than a moment,
     /// since every version writes `table_ns`: what one that doesn't know this word leaves is no
     /// deadline in the past.

@@ -294,6 +294,11 @@ impl ControlWords for ControlPtr {
     }
 
     #[inline(always)]
+    fn is_inherited(self) -> bool {
+        word!(self.is_inherited) != 0
+    }
+
+    #[inline(always)]
     fn host_netns(self) -> u64 {
         word!(self.host_netns)
     }

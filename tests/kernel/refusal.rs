@@ -93,9 +93,15 @@ pub fn by_an_old_table() {
     // The next daemon, of whatever version, begins over what this one left.
     datapath.set_max_age(Some(limit));
     drop(datapath);
-    let datapath = place.start();
+    let mut datapath = place.start();
+    datapath.heartbeat(Some(Duration::ZERO));
+    let refused =
+        connect(address).expect_err("a daemon is alive, but the table is the earlier one's");
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    ask(&socket, address).unwrap_err();
+    datapath.apply(&served).unwrap();
     datapath.heartbeat(None);
-    serves("a daemon is alive again");
+    serves("it has a table of its own");
     // One that doesn't know the age writes when the table was right, as each does.
     datapath.heartbeat(Some(Duration::ZERO));
     datapath.keep();

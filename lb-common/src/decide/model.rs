@@ -60,6 +60,10 @@ impl ControlWords for Control {
         self.max_age_ns
     }
 
+    fn is_inherited(self) -> bool {
+        self.is_inherited != 0
+    }
+
     fn host_netns(self) -> u64 {
         self.host_netns
     }

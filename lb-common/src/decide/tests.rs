@@ -187,24 +187,27 @@ fn a_process_that_has_a_dead_daemons_id_is_not_bypassed() {
 #[test]
 fn an_old_table_has_no_backends_while_no_daemon_is_alive() {
     const TIMEOUT: u64 = HEARTBEAT_TIMEOUT_NS;
-    let refused = Expected::Refuse(RefuseReason::NoBackend {
-        service: WEB,
-        has_other_family: false,
-        report: false,
-    });
+    let refused = || {
+        let (has_other_family, report) = (false, false);
+        Expected::Refuse(RefuseReason::NoBackend { service: WEB, has_other_family, report })
+    };
     let serves = || Expected::Send(0, false);
-    // When the table was right, its age that is allowed, the last heartbeat, now.
+    // When the table was right, its age that is allowed, the last heartbeat, now; whether it is an earlier
+    // daemon's.
     let table = [
-        ([1_000, 0, 0, 1_000 + TIMEOUT], serves(), "any age is allowed"),
-        ([1_000, 500, 0, 1_499 + TIMEOUT], refused, "too old"),
-        ([1_000, TIMEOUT, 0, 999 + TIMEOUT], serves(), "not yet"),
-        ([1_000, 500, 1_500, 1_499 + TIMEOUT], serves(), "the daemon is alive"),
-        ([9 * TIMEOUT, 500, 0, TIMEOUT], serves(), "right in the future"),
+        ([1_000, 0, 0, 1_000 + TIMEOUT], 0, serves(), "any age is allowed"),
+        ([1_000, 500, 0, 1_499 + TIMEOUT], 0, refused(), "too old"),
+        ([1_000, TIMEOUT, 0, 999 + TIMEOUT], 0, serves(), "not yet"),
+        ([1_000, TIMEOUT, 0, 999 + TIMEOUT], 1, serves(), "an earlier daemon's, not yet"),
+        ([1_000, 500, 1_500, 1_499 + TIMEOUT], 0, serves(), "the daemon is alive"),
+        ([1_000, 500, 1_500, 1_500], 1, refused(), "it is alive, and the table an earlier one's"),
+        ([9 * TIMEOUT, 500, 0, TIMEOUT], 0, serves(), "right in the future"),
     ];
-    for ([table_ns, max_age_ns, heartbeat_ns, now_ns], expected, case) in table {
+    for ([table_ns, max_age_ns, heartbeat_ns, now_ns], is_inherited, expected, case) in table {
         let mut model = Model { now_ns, ..tables() };
         let control = model.control.unwrap();
-        model.control = Some(Control { table_ns, max_age_ns, heartbeat_ns, ..control });
+        model.control =
+            Some(Control { table_ns, max_age_ns, heartbeat_ns, is_inherited, ..control });
         assert_eq!(outcome(&model, &CLIENT, &tcp(VIP, 80)), expected, "{case}");
     }
     // What passes still does.

@@ -76,6 +76,7 @@ impl Datapath {
         daemon.heartbeat_ns = monotonic_ns();
         self.names.heartbeat(daemon.heartbeat_ns);
         daemon.trace = TraceSwitch::default();
+        daemon.is_inherited = daemon.is_synced;
         // Until what releases them is attached, which comes last.
         daemon.keeps_records = 0;
         self.control_block.set_daemon(daemon);
@@ -128,6 +129,7 @@ impl Datapath {
         let daemon = self.control_block.daemon();
         self.control_block.set_daemon(Control {
             is_synced: 1,
+            is_inherited: 0,
             table_generation: table.generation,
             ..daemon
         });
@@ -243,7 +245,8 @@ impl Datapath {
         daemon.heartbeat_ns = now;
         self.names.heartbeat(now);
         self.intercept.heartbeat(now);
-        if let Some(age) = table_age {
+        // What the maps have of an earlier daemon has no news.
+        if let Some(age) = table_age.filter(|_| daemon.is_inherited == 0) {
             daemon.table_ns = now.saturating_sub(age.as_nanos() as u64);
         }
         self.control_block.set_daemon(daemon);
