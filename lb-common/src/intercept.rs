@@ -13,6 +13,8 @@ pub const DNS_PORT: u16 = 53;
 pub const INTERCEPT_NS: u64 = 2_000_000_000;
 /// The number of cgroups of resolvers, whose queries aren't intercepted.
 pub const MAX_RESOLVERS: usize = 1_024;
+/// The number of other ports that are known as those of resolvers which the daemon forwards to.
+pub const MAX_UPSTREAM_PORTS: usize = 64;
 
 /// The queries of a socket that may still be answered, of each address family.
 const N_PENDING: usize = 4;
@@ -33,6 +35,21 @@ pub struct InterceptControl {
     pub on_host: DnsServers,
     /// Where queries from other network namespaces go.
     pub elsewhere: DnsServers,
+}
+
+/// The key of `INTERCEPT_RESOLVERS`: who has a DNS server, and whose queries aren't intercepted
+/// therefore. The value is when that was found, in nanoseconds of CLOCK_MONOTONIC.
+///
+/// On the host and elsewhere apart, as one cgroup may do both: docker-proxy, which is in that of
+/// Docker's daemon, has ports of the host that lead to a container's; the daemon itself asks for
+/// containers in their network namespaces.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, Immutable, IntoBytes)]
+pub struct ResolverCgroup {
+    /// The cgroup's id.
+    pub cgroup_id: u64,
+    /// 1 for what is in the host's network namespace, 0 for what is in another one.
+    pub is_host: u64,
 }
 
 /// Where queries go, by the family of the address that is asked.
@@ -130,6 +147,15 @@ pub fn is_loopback(address: &Address) -> bool {
     match address.to_v4() {
         Some([first, ..]) => first == 127 || first == 0,
         None => high == 0 && (low == 0 || low == 1u64.to_be()),
+    }
+}
+
+/// Whether an address, as a socket is bound to it, receives from its own network namespace alone.
+#[inline(always)]
+pub fn is_bound_to_loopback(address: &Address) -> bool {
+    match address.to_v4() {
+        Some([first, ..]) => first == 127,
+        None => address.words() == [0, 1u64.to_be()],
     }
 }
 
@@ -275,6 +301,11 @@ mod tests {
         }
         for other in ["10.0.0.1", "128.0.0.1", "::2", "fe80::1", "1::1"] {
             assert!(!is_loopback(&address(other)), "{other}");
+        }
+        for (bound, expected) in
+            [("127.0.0.11", true), ("::1", true), ("0.0.0.0", false), ("::", false), ("::2", false)]
+        {
+            assert_eq!(is_bound_to_loopback(&address(bound)), expected, "{bound}");
         }
         for (text, expected) in
             [("224.0.0.251", true), ("255.255.255.255", true), ("ff02::fb", true)]

@@ -34,6 +34,20 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 /// The kernel goes on with the address as it now is.
 const PROCEED: i32 = 1;
 
+/// bind() of an IPv4 socket.
+#[cgroup_sock_addr(bind4)]
+pub fn nohop_dns_bind4(ctx: SockAddrContext) -> i32 {
+    policy::bind(&ctx, &Address::v4(context::address4(&ctx)));
+    PROCEED
+}
+
+/// bind() of an IPv6 socket.
+#[cgroup_sock_addr(bind6)]
+pub fn nohop_dns_bind6(ctx: SockAddrContext) -> i32 {
+    policy::bind(&ctx, &context::address6(&ctx));
+    PROCEED
+}
+
 /// connect() of an IPv4 socket, TCP or UDP.
 #[cgroup_sock_addr(connect4)]
 pub fn nohop_dns_conn4(ctx: SockAddrContext) -> i32 {

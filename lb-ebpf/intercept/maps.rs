@@ -9,7 +9,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     Asked, BypassCgroup, BypassLevel, Control, DEFAULT_MAX_SERVICES, DNS_PORT, DnsServer,
     FRONTENDS_PER_SERVICE, Frontend, InterceptControl, InterceptedSocket, Interception,
-    MAX_BYPASS_CGROUPS, MAX_RESOLVERS, ServiceRef,
+    MAX_BYPASS_CGROUPS, MAX_RESOLVERS, MAX_UPSTREAM_PORTS, ResolverCgroup, ServiceRef,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -26,9 +26,12 @@ static INTERCEPT_CONTROL: Array<InterceptControl, 1, MMAPABLE> = Array::new();
 /// By the number of an [`Interception`].
 #[btf_map]
 static INTERCEPT_COUNTERS: Array<u64, { Interception::ALL.len() }, MMAPABLE> = Array::new();
-/// Cgroups that have a DNS server of their own, by their ids.
+/// Cgroups that have a DNS server of their own, and when that was found.
 #[btf_map]
-static INTERCEPT_RESOLVERS: HashMap<u64, u32, MAX_RESOLVERS> = HashMap::new();
+static INTERCEPT_RESOLVERS: HashMap<ResolverCgroup, u64, MAX_RESOLVERS> = HashMap::new();
+/// Other ports than 53 of the resolvers that the daemon forwards to.
+#[btf_map]
+static INTERCEPT_PORTS: HashMap<u64, u64, MAX_UPSTREAM_PORTS> = HashMap::new();
 /// What each socket asked. It lives and dies with the socket.
 #[btf_map]
 static SK_INTERCEPT: SkStorage<InterceptedSocket> = SkStorage::new();
@@ -88,8 +91,22 @@ pub fn is_bypassed(cgroup_id: u64) -> bool {
 
 /// Whether a cgroup has a DNS server.
 #[inline(always)]
-pub fn is_resolver(cgroup_id: u64) -> bool {
-    INTERCEPT_RESOLVERS.get_ptr(cgroup_id).is_some()
+pub fn is_resolver(cgroup_id: u64, is_host: bool) -> bool {
+    INTERCEPT_RESOLVERS.get_ptr(ResolverCgroup { cgroup_id, is_host: is_host.into() }).is_some()
+}
+
+/// Adds a cgroup that has a DNS server from now on.
+#[inline(always)]
+pub fn add_resolver(cgroup_id: u64, is_host: bool, now_ns: u64) {
+    let resolver = ResolverCgroup { cgroup_id, is_host: is_host.into() };
+    // Where the map is full the daemon has reported that.
+    let _ = INTERCEPT_RESOLVERS.insert(resolver, now_ns, 0);
+}
+
+/// Whether a resolver that the daemon forwards to has this port, which isn't 53.
+#[inline(always)]
+pub fn is_upstream_port(port: u16) -> bool {
+    INTERCEPT_PORTS.get_ptr(u64::from(port)).is_some()
 }
 
 /// Whether a service has port 53 of an address.

@@ -9,7 +9,8 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    Address, DNS_PORT, DnsServer, Interception, N_BYPASS_LEVELS, is_loopback, is_multicast,
+    Address, DNS_PORT, DnsServer, Interception, N_BYPASS_LEVELS, is_bound_to_loopback, is_loopback,
+    is_multicast,
 };
 
 use crate::{context, maps};
@@ -83,6 +84,23 @@ pub fn server_for(ctx: &SockAddrContext, query: &Query) -> Option<DnsServer> {
     (decided == Interception::Sent).then_some(server)
 }
 
+/// A socket is about to be bound: what has a port of DNS servers is one, and what its cgroup asks is
+/// intercepted no more from now on, as nohop may forward to it. The daemon finds those that were bound
+/// before the program was attached, and forgets those that have gone.
+#[inline(always)]
+pub fn bind(ctx: &SockAddrContext, address: &Address) {
+    const IPPROTO_UDP: u8 = 17;
+    let port = context::port(ctx);
+    if context::protocol(ctx) != IPPROTO_UDP || port != DNS_PORT && !maps::is_upstream_port(port) {
+        return;
+    }
+    let is_host = is_host(ctx);
+    // In a container a server on loopback serves that container alone, and is one of its own.
+    if is_host || !is_bound_to_loopback(address) {
+        maps::add_resolver(cgroup_id(), is_host, now_ns());
+    }
+}
+
 #[inline(always)]
 fn decide(ctx: &SockAddrContext, query: &Query, is_host: bool, server: &DnsServer) -> Interception {
     if now_ns() >= maps::until_ns() {
@@ -91,7 +109,7 @@ fn decide(ctx: &SockAddrContext, query: &Query, is_host: bool, server: &DnsServe
     if bpf_get_current_pid_tgid() >> 32 == maps::daemon_tgid() {
         return Interception::Own;
     }
-    if is_excluded() {
+    if is_excluded(is_host) {
         return Interception::Excluded;
     }
     if !is_host && is_loopback(&query.address) {
@@ -145,13 +163,19 @@ fn is_host(ctx: &SockAddrContext) -> bool {
 
 /// Whether the process is in a cgroup that is bypassed, or below one, or in a resolver's.
 #[inline(always)]
-fn is_excluded() -> bool {
-    // SAFETY: the helper has no preconditions.
-    if maps::is_resolver(unsafe { bpf_get_current_cgroup_id() }) {
+fn is_excluded(is_host: bool) -> bool {
+    if maps::is_resolver(cgroup_id(), is_host) {
         return true;
     }
     let levels = maps::bypass_levels();
     levels != 0 && is_bypassed(levels)
+}
+
+/// The id of the process's cgroup.
+#[inline(always)]
+fn cgroup_id() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_get_current_cgroup_id() }
 }
 
 #[inline(always)]

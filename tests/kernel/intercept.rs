@@ -1,6 +1,7 @@
 //! The unit `intercept`: DNS queries of the processes in a cgroup go to nohop, in a network namespace of
 //! the trial's own with resolvers of its own.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -8,8 +9,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use lb_userspace::config::Intercepted;
-use lb_userspace::datapath::{Datapath, InterceptSettings, UnitHealth, UnitState};
+use lb_userspace::datapath::{
+    Datapath, InterceptSettings, UnitHealth, UnitState, intercept_problems,
+};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, socket, sockopt};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use crate::disconnect::leave;
 use crate::fixture::{Echo, Place, Server, VIP, ask, client, receive, table};
@@ -75,8 +79,9 @@ fn listen(ips: &[IpAddr]) -> Vec<SocketAddr> {
 
 fn settings(tasks: &Tasks, listen: Vec<SocketAddr>) -> InterceptSettings {
     InterceptSettings {
-        whose: Intercepted::Cgroups(vec![tasks.path.clone()]),
+        cgroups: Intercepted::Cgroups(vec![tasks.path.clone()]),
         listen,
+        upstreams: BTreeSet::new(),
         obstacle: None,
     }
 }
@@ -94,6 +99,24 @@ fn intercept(datapath: &mut Datapath, settings: InterceptSettings) {
 fn count(datapath: &Datapath, name: &str) -> u64 {
     let counts = datapath.intercept_counts();
     counts.into_iter().find(|(counted, _)| *counted == name).unwrap().1
+}
+
+/// What is decided on a query from another network namespace, which leads nowhere, where a server of the
+/// same cgroup may be bound.
+fn from_container(datapath: &Datapath, server: Option<SocketAddr>) -> &'static str {
+    datapath.heartbeat(None);
+    let before = datapath.intercept_counts();
+    let query = || {
+        leave();
+        let _server = server.map(|server| UdpSocket::bind(server).unwrap());
+        client(at(A)).send_to(b"?", at(A)).unwrap_err();
+    };
+    std::thread::scope(|scope| scope.spawn(query).join().unwrap());
+    let counts = datapath.intercept_counts().into_iter().zip(before);
+    let mut counted = counts.filter(|((_, now), (_, before))| now != before);
+    let ((name, _), _) = counted.next().unwrap();
+    assert!(counted.next().is_none());
+    name
 }
 
 /// Runs a trial in a network namespace of its own, with resolvers `a`, `b` and `c`.
@@ -319,10 +342,10 @@ pub fn what_is_left_alone() {
         // Not twice.
         let below = tasks.path.join("below");
         fs::create_dir(&below).unwrap();
-        let whose = Intercepted::Cgroups(vec![below.clone(), tasks.path.clone()]);
+        let cgroups = Intercepted::Cgroups(vec![below.clone(), tasks.path.clone()]);
         intercept(
             &mut datapath,
-            InterceptSettings { whose, ..settings(&tasks, listen(&loopback)) },
+            InterceptSettings { cgroups, ..settings(&tasks, listen(&loopback)) },
         );
         enter(&below);
         assert_eq!(answer(&datapath, at(A)), 'n');
@@ -340,20 +363,48 @@ pub fn what_is_left_alone() {
         let own = UdpSocket::bind((HOST, DNS)).unwrap();
         let again = |datapath: &mut Datapath| {
             datapath.configure_intercept(None);
-            let whose = Intercepted::Cgroups(vec![tasks.path.clone()]);
+            let cgroups = Intercepted::Cgroups(vec![tasks.path.clone()]);
             let settings = settings(&tasks, listen(&loopback));
-            intercept(datapath, InterceptSettings { whose, ..settings });
+            intercept(datapath, InterceptSettings { cgroups, ..settings });
         };
         again(&mut datapath);
         assert_eq!(answer(&datapath, at(A)), 'a', "a DNS server");
         enter(&tasks.path);
         assert_eq!(answer(&datapath, at(A)), 'n', "another cgroup than the server's");
         enter(&below);
+        // In a container the same cgroup is intercepted, as Docker's daemon is that has a docker-proxy.
+        assert_eq!(from_container(&datapath, None), "unreachable");
         drop(own);
-        let own = UdpSocket::bind(at(Ipv4Addr::LOCALHOST)).unwrap();
         again(&mut datapath);
-        assert_eq!(answer(&datapath, at(A)), 'n', "a DNS server on loopback");
+        assert_eq!(answer(&datapath, at(A)), 'n', "it has gone");
+        // One that is bound while its cgroup is intercepted is known at once.
+        let own = UdpSocket::bind((HOST, DNS)).unwrap();
+        assert_eq!(answer(&datapath, at(A)), 'a', "a new DNS server");
         drop(own);
+        again(&mut datapath);
+        let unspecified = at(Ipv4Addr::UNSPECIFIED);
+        assert_eq!(from_container(&datapath, Some(unspecified)), "excluded");
+        again(&mut datapath);
+        assert_eq!(from_container(&datapath, Some(at(Ipv4Addr::LOCALHOST))), "unreachable");
+        // At another port it is one that nohop forwards to.
+        let upstream = SocketAddr::from((HOST, 5335));
+        let forwards = InterceptSettings {
+            cgroups: Intercepted::Cgroups(vec![tasks.path.clone()]),
+            upstreams: [upstream].into(),
+            ..settings(&tasks, listen(&loopback))
+        };
+        let own = UdpSocket::bind(upstream).unwrap();
+        assert_eq!(answer(&datapath, at(A)), 'n', "a server of something else");
+        intercept(&mut datapath, forwards.clone());
+        assert_eq!(answer(&datapath, at(A)), 'a', "a resolver that was there");
+        drop(own);
+        datapath.configure_intercept(None);
+        intercept(&mut datapath, forwards);
+        assert_eq!(answer(&datapath, at(A)), 'n', "it has gone");
+        let own = UdpSocket::bind(upstream).unwrap();
+        assert_eq!(answer(&datapath, at(A)), 'a', "a resolver that is new");
+        drop(own);
+        again(&mut datapath);
 
         // A VIP leads where it leads, or is refused; this service has no such port.
         let _wrong = TcpListener::bind((VIP, DNS)).unwrap();
@@ -384,6 +435,45 @@ pub fn what_is_left_alone() {
         intercept(&mut datapath, settings(&tasks, listen(&loopback)));
         assert_eq!(answer(&datapath, at(A)), 'n');
     });
+}
+
+/// Where DNS servers can't be found, one of them may be whom nohop forwards to.
+pub fn only_where_resolvers_are_found() {
+    inside(|| {
+        let place = Place::new();
+        let loopback = [Ipv4Addr::LOCALHOST.into()];
+        let _nohop = resolver('n', Ipv4Addr::LOCALHOST, PORT);
+        let mut datapath = place.start();
+        let tasks = Tasks::new(&place);
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+        assert_eq!(answer(&datapath, at(A)), 'n');
+
+        let upstreams = [at(B)].into();
+        let changed = InterceptSettings { upstreams, ..settings(&tasks, listen(&loopback)) };
+        without(CapabilitySet::SYS_PTRACE, || datapath.configure_intercept(Some(changed)));
+        assert_eq!(answer(&datapath, at(A)), 'a');
+        let shown = unit(&datapath).unwrap();
+        assert_eq!(shown.state, UnitState::Failed);
+        assert!(shown.reason.as_ref().unwrap().contains("CAP_SYS_PTRACE"), "{shown:?}");
+        let problems = without(CapabilitySet::SYS_PTRACE, || {
+            intercept_problems(&Intercepted::Tasks(true), &[])
+        });
+        assert!(problems[0].contains("CAP_SYS_PTRACE"), "{problems:?}");
+
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+        assert_eq!(answer(&datapath, at(A)), 'n');
+    });
+}
+
+/// Runs it on a thread that lacks a capability.
+fn without<T: Send>(capability: CapabilitySet, run: impl FnOnce() -> T + Send) -> T {
+    let limited = || {
+        let mut sets = capabilities(None).unwrap();
+        sets.effective.remove(capability);
+        set_capabilities(None, sets).unwrap();
+        run()
+    };
+    std::thread::scope(|scope| scope.spawn(limited).join().unwrap())
 }
 
 /// A container with a network namespace of its own reaches no loopback address of the host's.

@@ -353,6 +353,11 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "intercept_every_way_to_ask", intercept::every_way_to_ask),
     since((5, 10), "intercept_while_the_daemon_answers", intercept::only_while_the_daemon_answers),
     since((5, 10), "intercept_leaves_alone", intercept::what_is_left_alone),
+    since(
+        (5, 10),
+        "intercept_where_resolvers_are_found",
+        intercept::only_where_resolvers_are_found,
+    ),
     since((5, 10), "intercept_in_another_netns", intercept::in_another_network_namespace),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
     since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),

@@ -624,8 +624,9 @@ impl Daemon {
 
     /// Follows the processes whose DNS queries are intercepted.
     fn configure_intercept(&self) {
-        let has_upstream = self.dns.debug_client().has_default_upstream();
-        let settings = intercept::settings(&self.config.dns, &self.dns_listen, has_upstream);
+        let (upstreams, has_default) = self.dns.debug_client().upstream_addresses();
+        let settings =
+            intercept::settings(&self.config.dns, &self.dns_listen, upstreams, has_default);
         self.datapath.configure_intercept(settings);
     }
 

@@ -35,6 +35,10 @@ pub struct AttachType {
 impl AttachType {
     /// BPF_CGROUP_SOCK_OPS
     pub const SOCK_OPS: AttachType = AttachType { number: 3, name: "sock_ops" };
+    /// BPF_CGROUP_INET4_BIND
+    pub const BIND4: AttachType = AttachType { number: 8, name: "bind4" };
+    /// BPF_CGROUP_INET6_BIND
+    pub const BIND6: AttachType = AttachType { number: 9, name: "bind6" };
     /// BPF_CGROUP_INET4_CONNECT
     pub const CONNECT4: AttachType = AttachType { number: 10, name: "connect4" };
     /// BPF_CGROUP_INET6_CONNECT

@@ -1,6 +1,7 @@
 //! The query behind `nohop dns query`: it goes through the server's own socket and reports which
 //! upstream answered.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -78,9 +79,11 @@ impl DebugClient {
         self.handler.forwarder().readings()
     }
 
-    /// Whether there is an upstream for all names, not only for those of `dns.routes`.
-    pub fn has_default_upstream(&self) -> bool {
-        self.handler.forwarder().upstreams.plan().has_default()
+    /// The upstreams of all routes, and whether there is one for all names, not only for those of
+    /// `dns.routes`.
+    pub fn upstream_addresses(&self) -> (BTreeSet<SocketAddr>, bool) {
+        let plan = self.handler.forwarder().upstreams.plan();
+        (plan.upstreams().map(|upstream| upstream.address).collect(), plan.has_default())
     }
 
     /// The response for names of the zone that no routed service has.

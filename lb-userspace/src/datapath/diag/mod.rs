@@ -86,34 +86,47 @@ pub struct BoundUdp {
     pub local: SocketAddr,
     /// The id of the cgroup in which it was made.
     pub cgroup_id: u64,
-    /// Whether it is in the network namespace of this process.
+    /// Whether it is in the network namespace in which the search began.
     pub is_in_own_namespace: bool,
 }
 
-/// The UDP sockets that are bound to a port in the network namespaces of these processes and of this
-/// one. What can't be listed is left out.
+/// The UDP sockets that are bound to these ports in the network namespaces of these processes and of
+/// this one.
 ///
-/// The calling thread ends in another namespace. Needs CAP_SYS_ADMIN and CAP_SYS_PTRACE. Minimum kernel:
-/// 5.9.
-pub fn bound_udp(port: u16, pids: &BTreeSet<u32>) -> Vec<BoundUdp> {
+/// The calling thread ends in another namespace. Minimum kernel: 5.9.
+///
+/// # Errors
+/// Without CAP_SYS_ADMIN, CAP_SYS_PTRACE, or the kernel module udp_diag. What vanishes meanwhile is no
+/// error.
+pub fn bound_udp(ports: &BTreeSet<u16>, pids: &BTreeSet<u32>) -> Result<Vec<BoundUdp>, DiagError> {
+    if !netns::may_look() {
+        return Err(DiagError::Hidden);
+    }
+    let own = netns::own().map_err(DiagError::Processes)?;
     let mut all = Vec::new();
     for namespace in netns::of(pids) {
-        let is_in_own_namespace = namespace.is_own();
-        let list = |family| -> io::Result<Vec<_>> { SockDiag::open()?.bound_udp(family, port) };
-        let listed = namespace.enter().and_then(|is_there| match is_there {
-            true => Ok([list(Family::V4)?, list(Family::V6)?].concat()),
-            false => Ok(Vec::new()),
-        });
-        match listed {
-            Ok(listed) => all.extend(listed.into_iter().map(|(local, cgroup_id)| BoundUdp {
-                local,
-                cgroup_id,
-                is_in_own_namespace,
-            })),
-            Err(error) => tracing::debug!("the UDP sockets of a network namespace: {error}"),
+        let inode = namespace.inode;
+        if !namespace.enter().map_err(|source| DiagError::Enter { namespace: inode, source })? {
+            continue;
         }
+        let list = || -> io::Result<Vec<_>> {
+            let mut sock_diag = SockDiag::open()?;
+            let mut listed = Vec::new();
+            for &port in ports {
+                for family in [Family::V4, Family::V6] {
+                    listed.extend(sock_diag.bound_udp(family, port)?);
+                }
+            }
+            Ok(listed)
+        };
+        let listed = list().map_err(|source| DiagError::List { namespace: inode, source })?;
+        all.extend(listed.into_iter().map(|(local, cgroup_id)| BoundUdp {
+            local,
+            cgroup_id,
+            is_in_own_namespace: inode == own,
+        }));
     }
-    all
+    Ok(all)
 }
 
 /// The TCP connections whose sockets have storage in `storage`, or for whose cookie `has_record` is true,

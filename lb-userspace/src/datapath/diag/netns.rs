@@ -50,24 +50,24 @@ fn of_threads(processes: impl Iterator<Item = String>) -> Vec<Namespace> {
     links_by_inode.into_iter().map(|(inode, links)| Namespace { inode, links }).collect()
 }
 
-/// The namespace of this process, as its first thread is in it.
-const OWN: &str = "/proc/self/ns/net";
+/// The inode of the calling thread's namespace.
+///
+/// # Errors
+/// When /proc can't be read.
+pub fn own() -> io::Result<u64> {
+    Ok(fs::metadata("/proc/thread-self/ns/net")?.ino())
+}
 
-/// Whether this process may look at the namespaces of other users' processes (`ptrace_may_access`).
+/// Whether the calling thread may look at the namespaces of other users' processes (`ptrace_may_access`).
 pub fn may_look() -> bool {
     const CAP_SYS_PTRACE: u32 = 19;
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
     effective.is_some_and(|set| set >> CAP_SYS_PTRACE & 1 == 1)
 }
 
 impl Namespace {
-    /// Whether it is this process's.
-    pub fn is_own(&self) -> bool {
-        fs::metadata(OWN).is_ok_and(|metadata| metadata.ino() == self.inode)
-    }
-
     /// Moves the calling thread there. Returns false when no thread is in the namespace any more.
     ///
     /// # Errors

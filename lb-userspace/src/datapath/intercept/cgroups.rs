@@ -28,11 +28,11 @@ pub struct FoundCgroups {
 
 impl FoundCgroups {
     /// Looks for them. Those that aren't below `scope` have no VIPs.
-    pub fn of(whose: &Intercepted, scope: &Path) -> FoundCgroups {
-        FoundCgroups::among(&mounts(), whose, scope)
+    pub fn of(wanted: &Intercepted, scope: &Path) -> FoundCgroups {
+        FoundCgroups::among(&mounts(), wanted, scope)
     }
 
-    fn among(mounts: &[Mount], whose: &Intercepted, scope: &Path) -> FoundCgroups {
+    fn among(mounts: &[Mount], wanted: &Intercepted, scope: &Path) -> FoundCgroups {
         let mut notes = Vec::new();
         let mut all = Vec::new();
         let mut add = |pattern: &Path, is_expected: bool| match locate(mounts, pattern) {
@@ -49,7 +49,7 @@ impl FoundCgroups {
                 notes.push(format!("dns.intercept: '{}' has no process: {what}", pattern.display()))
             }
         };
-        match whose {
+        match wanted {
             Intercepted::Tasks(_) => TASKS.iter().for_each(|path| add(Path::new(path), false)),
             Intercepted::Cgroups(patterns) => patterns.iter().for_each(|path| add(path, true)),
         }

@@ -17,7 +17,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use lb_common::{Address, DnsServer, DnsServers, INTERCEPT_NS, InterceptControl, Interception};
+use lb_common::{
+    Address, DNS_PORT, DnsServer, DnsServers, INTERCEPT_NS, InterceptControl, Interception,
+    MAX_UPSTREAM_PORTS, ResolverCgroup,
+};
 
 use super::bpf::{AttachType, Link, ProgramWait};
 use super::error::DatapathError;
@@ -28,14 +31,16 @@ use super::pins::{Pins, monotonic_ns};
 use super::units::{UnitHealth, UnitState};
 use crate::config::{Intercepted, VipConfig};
 use cgroups::FoundCgroups;
-use resolvers::ResolverSearch;
+use resolvers::{FoundResolvers, ResolverSearch, search};
 
 /// The unit's name.
 const UNIT: &str = "intercept";
 
-/// The programs, in the order in which they are attached: reverse translation first, so that no
-/// translated socket lacks it.
-pub const PROGRAMS: [(&str, AttachType); 8] = [
+/// The programs, in the order in which they are attached: those that find DNS servers first, then
+/// reverse translation, so that no translated socket lacks it.
+pub const PROGRAMS: [(&str, AttachType); 10] = [
+    ("nohop_dns_bind4", AttachType::BIND4),
+    ("nohop_dns_bind6", AttachType::BIND6),
     ("nohop_dns_peer4", AttachType::GETPEERNAME4),
     ("nohop_dns_peer6", AttachType::GETPEERNAME6),
     ("nohop_dns_recv4", AttachType::RECVMSG4),
@@ -46,13 +51,19 @@ pub const PROGRAMS: [(&str, AttachType); 8] = [
     ("nohop_dns_conn6", AttachType::CONNECT6),
 ];
 
+/// The number of the first ones that find DNS servers.
+const N_BIND_PROGRAMS: usize = 2;
+
 /// Whose queries are intercepted, and where they go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InterceptSettings {
-    /// The processes.
-    pub whose: Intercepted,
+    /// The cgroups of the processes.
+    pub cgroups: Intercepted,
     /// The addresses at which the daemon answers, none unspecified.
     pub listen: Vec<SocketAddr>,
+    /// The resolvers that it forwards to: where one is a process of these cgroups, its own queries aren't
+    /// intercepted.
+    pub upstreams: BTreeSet<SocketAddr>,
     /// Why the daemon can't answer these processes now, if it can't: then they ask their own resolvers.
     pub obstacle: Option<String>,
 }
@@ -75,9 +86,13 @@ struct LoadedIntercept {
     control: Arc<AtomicArray<InterceptControl>>,
     counters: Arc<AtomicArray<u64>>,
     program_wait: Option<ProgramWait>,
-    /// The cgroups that have DNS servers, by their ids.
-    resolvers: Hash<u64, u32>,
+    /// The cgroups that have DNS servers, and when that was found.
+    resolvers: Hash<ResolverCgroup, u64>,
+    /// Other ports than 53 of the resolvers that the daemon forwards to.
+    ports: Hash<u64, u64>,
     search: ResolverSearch,
+    /// Why DNS servers can't be found: then nothing is intercepted.
+    unsafe_reason: Option<String>,
     /// The cgroups that it is attached to, by their ids.
     attached: BTreeMap<u64, AttachedCgroup>,
     /// Why it isn't attached somewhere.
@@ -88,6 +103,7 @@ struct LoadedIntercept {
 
 #[derive(Debug)]
 struct AttachedCgroup {
+    directory: File,
     /// In the order of [`PROGRAMS`].
     links: Vec<Link>,
 }
@@ -129,11 +145,13 @@ impl Intercept {
             if present.is_none_or(|present| servers(&present.listen) != servers(&wanted.listen)) {
                 loaded.set_servers(&wanted.listen);
             }
-            let found = FoundCgroups::of(&wanted.whose, scope);
-            // Before the first query of theirs.
-            let is_first = present.is_none_or(|present| present.whose != wanted.whose);
-            loaded.follow_resolvers(&found, is_first);
-            loaded.attach(found);
+            let found = FoundCgroups::of(&wanted.cgroups, scope);
+            let is_changed = present.is_none_or(|present| present.upstreams != wanted.upstreams);
+            if is_changed {
+                loaded.set_ports(&wanted.upstreams);
+            }
+            loaded.follow_resolvers(&found, &wanted.upstreams, is_changed);
+            loaded.attach(found, &wanted.upstreams);
         }
         self.settings = Some(wanted);
         self.heartbeat(monotonic_ns());
@@ -177,7 +195,8 @@ impl Intercept {
         if self.is_detached {
             return Some("hooks of the unit connect aren't attached".to_owned());
         }
-        self.settings.as_ref()?.obstacle.clone()
+        let is_unsafe = self.loaded.as_ref()?.as_ref().ok().and_then(|it| it.unsafe_reason.clone());
+        is_unsafe.or_else(|| self.settings.as_ref()?.obstacle.clone())
     }
 
     /// The unit's state; `None` while nothing is to be intercepted.
@@ -185,9 +204,10 @@ impl Intercept {
         let settings = self.settings.as_ref()?;
         let (state, reason) = match self.loaded.as_ref()? {
             Err(reason) => (UnitState::Failed, Some(reason.clone())),
-            Ok(LoadedIntercept { problem: Some(problem), .. }) => {
-                (UnitState::Failed, Some(problem.clone()))
-            }
+            Ok(
+                LoadedIntercept { unsafe_reason: Some(problem), .. }
+                | LoadedIntercept { problem: Some(problem), .. },
+            ) => (UnitState::Failed, Some(problem.clone())),
             Ok(loaded) => match self.why_off() {
                 Some(reason) => (UnitState::Off, Some(reason)),
                 None if loaded.attached.is_empty() => {
@@ -254,7 +274,9 @@ impl LoadedIntercept {
                 counters: AtomicArray::take(&mut ebpf, "INTERCEPT_COUNTERS")?,
                 program_wait: ProgramWait::new().ok(),
                 resolvers: take_hash(&mut ebpf, "INTERCEPT_RESOLVERS")?,
+                ports: take_hash(&mut ebpf, "INTERCEPT_PORTS")?,
                 search: ResolverSearch::default(),
+                unsafe_reason: None,
                 ebpf,
                 attached: BTreeMap::new(),
                 problem: None,
@@ -274,29 +296,79 @@ impl LoadedIntercept {
         self.control.store(0, &InterceptControl { until_ns, on_host, elsewhere });
     }
 
-    /// Takes over which cgroups have DNS servers.
-    fn follow_resolvers(&mut self, found: &FoundCgroups, waits: bool) {
-        let Some(resolvers) = self.search.found(found.cgroups.values().cloned(), waits) else {
-            return;
-        };
+    /// Sets at which ports, beside 53, a server is one that the daemon forwards to.
+    fn set_ports(&mut self, upstreams: &BTreeSet<SocketAddr>) {
+        let ports = upstreams.iter().map(|upstream| u64::from(upstream.port()));
+        let ports: BTreeSet<u64> = ports.filter(|&port| port != u64::from(DNS_PORT)).collect();
+        let present: Vec<u64> = self.ports.keys().flatten().map(|Plain(port)| port).collect();
         let mut set = || -> Result<(), aya::maps::MapError> {
-            let present: Result<BTreeSet<u64>, _> =
-                self.resolvers.keys().map(|key| key.map(|Plain(cgroup_id)| cgroup_id)).collect();
-            let present = present?;
-            for gone in present.difference(&resolvers) {
-                self.resolvers.remove(&Plain(*gone))?;
+            for gone in present.iter().filter(|port| !ports.contains(port)) {
+                self.ports.remove(&Plain(*gone))?;
             }
-            resolvers
-                .difference(&present)
-                .try_for_each(|new| self.resolvers.insert(Plain(*new), Plain(1), 0))
+            // The search finds those that have no room here.
+            let mut kept = ports.iter().take(MAX_UPSTREAM_PORTS);
+            kept.try_for_each(|&port| self.ports.insert(Plain(port), Plain(1), 0))
+        };
+        if let Err(error) = set().map_err(io_error) {
+            tracing::warn!("dns.intercept: the ports of other resolvers can't be set: {error}");
+        }
+    }
+
+    /// Takes over which cgroups have DNS servers.
+    fn follow_resolvers(
+        &mut self,
+        found: &FoundCgroups,
+        upstreams: &BTreeSet<SocketAddr>,
+        waits: bool,
+    ) {
+        let cgroups = found.cgroups.values().cloned();
+        let Some(found) = self.search.found(cgroups, upstreams, waits) else { return };
+        let FoundResolvers { began_ns, cgroups } = found;
+        let Some(resolvers) = self.checked(cgroups) else { return };
+        let mut set = || -> Result<(), aya::maps::MapError> {
+            for entry in self.resolvers.iter().collect::<Vec<_>>() {
+                let (Plain(resolver), Plain(since_ns)) = entry?;
+                // One that was bound since then may have been missed.
+                if !resolvers.contains(&resolver) && since_ns < began_ns {
+                    self.resolvers.remove(&Plain(resolver))?;
+                }
+            }
+            self.add_resolvers(&resolvers, began_ns)
         };
         if let Err(error) = set().map_err(io_error) {
             tracing::warn!("dns.intercept: DNS servers can't be left out: {error}");
         }
     }
 
+    fn add_resolvers(
+        &mut self,
+        resolvers: &BTreeSet<ResolverCgroup>,
+        now_ns: u64,
+    ) -> Result<(), aya::maps::MapError> {
+        resolvers
+            .iter()
+            .try_for_each(|&resolver| self.resolvers.insert(Plain(resolver), Plain(now_ns), 0))
+    }
+
+    /// Remembers whether a search has failed: until one hasn't nothing is intercepted.
+    fn checked(
+        &mut self,
+        found: Result<BTreeSet<ResolverCgroup>, String>,
+    ) -> Option<BTreeSet<ResolverCgroup>> {
+        let failed = found.as_ref().err().cloned();
+        if let Some(new) = failed.as_ref().filter(|_| failed != self.unsafe_reason) {
+            tracing::warn!("the unit {UNIT} intercepts nothing: {new}");
+        }
+        self.unsafe_reason = failed;
+        found.ok()
+    }
+
     /// Attaches the programs to these cgroups and to no others.
-    fn attach(&mut self, FoundCgroups { cgroups, notes }: FoundCgroups) {
+    fn attach(
+        &mut self,
+        FoundCgroups { cgroups, notes }: FoundCgroups,
+        upstreams: &BTreeSet<SocketAddr>,
+    ) {
         for note in notes.iter().filter(|note| !self.notes.contains(note)) {
             tracing::warn!("{note}");
         }
@@ -305,34 +377,61 @@ impl LoadedIntercept {
         self.attached.retain(|cgroup_id, attached| {
             cgroups.contains_key(cgroup_id) && attached.is_whole(*cgroup_id)
         });
-        let mut problem = None;
-        for (cgroup_id, path) in cgroups {
-            if self.attached.contains_key(&cgroup_id) {
-                continue;
-            }
-            match AttachedCgroup::attach(&self.ebpf, cgroup_id, &path) {
-                Ok(Some(attached)) => {
-                    tracing::info!("DNS queries from {} are intercepted", path.display());
-                    self.attached.insert(cgroup_id, attached);
-                }
-                // It has gone meanwhile.
-                Ok(None) => {}
-                Err(error) => {
-                    let why = format!("it can't be attached to {}: {error}", path.display());
-                    problem.get_or_insert(why);
-                }
-            }
-        }
+        let is_new = |(cgroup_id, _): &(u64, PathBuf)| !self.attached.contains_key(cgroup_id);
+        let new: Vec<(u64, PathBuf)> = cgroups.into_iter().filter(is_new).collect();
+        let problem = self.attach_new(new, upstreams).err();
         if let Some(new) = problem.as_ref().filter(|_| problem != self.problem) {
             tracing::warn!("the unit {UNIT} doesn't run everywhere: {new}");
         }
         self.problem = problem;
     }
+
+    /// Attaches the programs to these. DNS servers in them are known before a query is intercepted: those
+    /// that are bound from now on by the first programs, others by a search.
+    fn attach_new(
+        &mut self,
+        new: Vec<(u64, PathBuf)>,
+        upstreams: &BTreeSet<SocketAddr>,
+    ) -> Result<(), String> {
+        let mut problem = Ok(());
+        let mut failed = |path: &Path, error: io::Error| {
+            let why = format!("it can't be attached to {}: {error}", path.display());
+            problem = std::mem::replace(&mut problem, Ok(())).and(Err(why));
+        };
+        let mut begun = Vec::new();
+        for (cgroup_id, path) in new {
+            match AttachedCgroup::begin(&self.ebpf, cgroup_id, &path) {
+                Ok(Some(attached)) => begun.push((cgroup_id, path, attached)),
+                // It has gone meanwhile.
+                Ok(None) => {}
+                Err(error) => failed(&path, error),
+            }
+        }
+        if begun.is_empty() {
+            return problem;
+        }
+        let paths = begun.iter().map(|(_, path, _)| path.clone()).collect();
+        let FoundResolvers { began_ns, cgroups } = search(paths, upstreams);
+        // What is begun is dropped where that can't be known.
+        let Some(resolvers) = self.checked(cgroups) else { return problem };
+        self.add_resolvers(&resolvers, began_ns).map_err(|error| io_error(error).to_string())?;
+        for (cgroup_id, path, mut attached) in begun {
+            match attached.complete(&self.ebpf) {
+                Ok(()) => {
+                    tracing::info!("DNS queries from {} are intercepted", path.display());
+                    self.attached.insert(cgroup_id, attached);
+                }
+                Err(_) if !path.exists() => {}
+                Err(error) => failed(&path, error),
+            }
+        }
+        problem
+    }
 }
 
 impl AttachedCgroup {
-    /// Attaches all programs, or none; `None` where the cgroup isn't there any more.
-    fn attach(ebpf: &Ebpf, cgroup_id: u64, path: &PathBuf) -> io::Result<Option<AttachedCgroup>> {
+    /// Attaches the programs that find DNS servers; `None` where the cgroup isn't there any more.
+    fn begin(ebpf: &Ebpf, cgroup_id: u64, path: &Path) -> io::Result<Option<AttachedCgroup>> {
         let directory = match File::open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened?,
@@ -340,15 +439,24 @@ impl AttachedCgroup {
         if directory.metadata()?.st_ino() != cgroup_id {
             return Ok(None);
         }
-        let attach = |(program, attach_type)| {
-            let program = program_fd(ebpf, program).map_err(io::Error::other)?;
-            Link::attach(program, directory.as_fd(), attach_type)
-        };
-        let links = PROGRAMS.into_iter().map(attach).collect::<io::Result<_>>();
-        match links {
+        let mut attached = AttachedCgroup { directory, links: Vec::new() };
+        match attached.attach(ebpf, &PROGRAMS[..N_BIND_PROGRAMS]) {
             Err(_) if !path.exists() => Ok(None),
-            links => Ok(Some(AttachedCgroup { links: links? })),
+            begun => begun.map(|()| Some(attached)),
         }
+    }
+
+    /// Attaches the others.
+    fn complete(&mut self, ebpf: &Ebpf) -> io::Result<()> {
+        self.attach(ebpf, &PROGRAMS[N_BIND_PROGRAMS..])
+    }
+
+    fn attach(&mut self, ebpf: &Ebpf, programs: &[(&'static str, AttachType)]) -> io::Result<()> {
+        for &(program, attach_type) in programs {
+            let program = program_fd(ebpf, program).map_err(io::Error::other)?;
+            self.links.push(Link::attach(program, self.directory.as_fd(), attach_type)?);
+        }
+        Ok(())
     }
 
     /// Whether nothing has detached a program.
@@ -392,10 +500,12 @@ fn is_link_local(ip: &IpAddr) -> bool {
 }
 
 /// Problems of `dns.intercept` for a server that listens on these, a sentence each.
-pub fn intercept_problems(whose: &Intercepted, listen: &[SocketAddr]) -> Vec<String> {
+pub fn intercept_problems(wanted: &Intercepted, listen: &[SocketAddr]) -> Vec<String> {
     // Those outside of the served cgroup are known when it is.
-    let found = FoundCgroups::of(whose, Path::new("/"));
-    found.notes.into_iter().chain(unreached(listen).map(str::to_owned)).collect()
+    let FoundCgroups { cgroups, notes } = FoundCgroups::of(wanted, Path::new("/"));
+    let search = search(cgroups.into_values().collect(), &BTreeSet::new());
+    let notes = search.cgroups.err().into_iter().chain(notes);
+    notes.chain(unreached(listen).map(str::to_owned)).collect()
 }
 
 /// What processes in other network namespaces than the host's lack, if anything.

@@ -1,57 +1,93 @@
 //! DNS servers in the cgroups whose queries are intercepted. Their own queries aren't, because nohop may
-//! forward to them: then each query would come back.
+//! forward to them: then each query would come back. A server that is bound later is found by the
+//! programs of bind().
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use lb_common::{DNS_PORT, MAX_RESOLVERS};
+use lb_common::{DNS_PORT, MAX_RESOLVERS, ResolverCgroup};
 
 use super::super::diag::{BoundUdp, bound_udp};
+use super::super::pins::monotonic_ns;
 
 /// How deep cgroups are searched for processes.
 const MAX_DEPTH: usize = 8;
 
+/// A search that has ended.
+#[derive(Debug)]
+pub struct FoundResolvers {
+    /// When it began, by CLOCK_MONOTONIC.
+    pub began_ns: u64,
+    /// Who has a DNS server, or why that can't be known.
+    pub cgroups: Result<BTreeSet<ResolverCgroup>, String>,
+}
+
 /// A search on a thread of its own, as it visits network namespaces.
 #[derive(Debug, Default)]
-pub struct ResolverSearch(Option<JoinHandle<BTreeSet<u64>>>);
+pub struct ResolverSearch(Option<JoinHandle<FoundResolvers>>);
 
 impl ResolverSearch {
-    /// The ids of the cgroups that have a DNS server, if a search has ended; then the next one begins.
-    /// With `waits` it is one that begins now.
+    /// What the last search found, if it has ended; then the next one begins. With `waits` it is one that
+    /// begins now.
     pub fn found(
         &mut self,
         cgroups: impl Iterator<Item = PathBuf>,
+        upstreams: &BTreeSet<SocketAddr>,
         waits: bool,
-    ) -> Option<BTreeSet<u64>> {
+    ) -> Option<FoundResolvers> {
         if waits {
-            self.0 = None;
+            return Some(search(cgroups.collect(), upstreams));
         }
         let ended = self.0.take_if(|search| search.is_finished());
         // One that has panicked found nothing out, and the next one may.
-        let mut found = ended.and_then(|search| search.join().ok());
+        let found = ended.and_then(|search| search.join().ok());
         if self.0.is_none() {
-            let cgroups: Vec<PathBuf> = cgroups.collect();
-            let search = std::thread::Builder::new().name("resolvers".into());
-            self.0 = search.spawn(move || search_in(&cgroups)).ok();
-        }
-        if waits {
-            found = self.0.take().and_then(|search| search.join().ok());
+            self.0 = begin(cgroups.collect(), upstreams.clone()).ok();
         }
         found
     }
 }
 
-fn search_in(cgroups: &[PathBuf]) -> BTreeSet<u64> {
+/// The DNS servers in these cgroups: what has port 53, or an address that nohop forwards to.
+pub fn search(cgroups: Vec<PathBuf>, upstreams: &BTreeSet<SocketAddr>) -> FoundResolvers {
+    let began_ns = monotonic_ns();
+    let ended = begin(cgroups, upstreams.clone()).map_err(|error| error.to_string());
+    let panicked = |_| "the search for DNS servers panicked".to_owned();
+    let ended = ended.and_then(|search| search.join().map_err(panicked));
+    ended.unwrap_or_else(|error| FoundResolvers { began_ns, cgroups: Err(error) })
+}
+
+fn begin(
+    cgroups: Vec<PathBuf>,
+    upstreams: BTreeSet<SocketAddr>,
+) -> std::io::Result<JoinHandle<FoundResolvers>> {
+    std::thread::Builder::new().name("resolvers".into()).spawn(move || {
+        let began_ns = monotonic_ns();
+        FoundResolvers { began_ns, cgroups: search_in(&cgroups, &upstreams) }
+    })
+}
+
+/// The calling thread ends in another network namespace.
+fn search_in(
+    cgroups: &[PathBuf],
+    upstreams: &BTreeSet<SocketAddr>,
+) -> Result<BTreeSet<ResolverCgroup>, String> {
     let mut pids = BTreeSet::new();
     cgroups.iter().for_each(|cgroup| collect_processes(cgroup, 0, &mut pids));
-    let bound = bound_udp(DNS_PORT, &pids);
-    let is_resolver = |bound: &&BoundUdp| {
-        // In a container a server on loopback serves that container alone, and is one of its own.
-        bound.is_in_own_namespace || !bound.local.ip().to_canonical().is_loopback()
+    let ports = upstreams.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
+    let bound = bound_udp(&ports, &pids).map_err(|error| {
+        format!(
+            "DNS servers in these cgroups can't be found, and would be intercepted too: {error}"
+        )
+    })?;
+    let of = |bound: &BoundUdp| ResolverCgroup {
+        cgroup_id: bound.cgroup_id,
+        is_host: bound.is_in_own_namespace.into(),
     };
-    let cgroups: BTreeSet<u64> =
-        bound.iter().filter(is_resolver).map(|bound| bound.cgroup_id).collect();
+    let cgroups: BTreeSet<ResolverCgroup> =
+        bound.iter().filter(|bound| is_resolver(bound, upstreams)).map(of).collect();
     // Cgroups, not sockets: any process can bind as many of those as it wants.
     if cgroups.len() > MAX_RESOLVERS {
         tracing::warn!(
@@ -59,7 +95,20 @@ fn search_in(cgroups: &[PathBuf]) -> BTreeSet<u64> {
             cgroups.len()
         );
     }
-    cgroups.into_iter().take(MAX_RESOLVERS).collect()
+    Ok(cgroups.into_iter().take(MAX_RESOLVERS).collect())
+}
+
+fn is_resolver(bound: &BoundUdp, upstreams: &BTreeSet<SocketAddr>) -> bool {
+    let ip = bound.local.ip().to_canonical();
+    // In a container a server on loopback serves that container alone, and is one of its own.
+    if !bound.is_in_own_namespace && ip.is_loopback() {
+        return false;
+    }
+    let is_upstream = |upstream: &SocketAddr| {
+        upstream.port() == bound.local.port()
+            && (ip.is_unspecified() || ip == upstream.ip().to_canonical())
+    };
+    bound.local.port() == DNS_PORT || upstreams.iter().any(is_upstream)
 }
 
 fn collect_processes(cgroup: &Path, depth: usize, pids: &mut BTreeSet<u32>) {
@@ -69,5 +118,30 @@ fn collect_processes(cgroup: &Path, depth: usize, pids: &mut BTreeSet<u32>) {
         let entries = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
         let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         below.for_each(|entry| collect_processes(&entry.path(), depth + 1, pids));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_a_dns_server() {
+        let upstreams = ["127.0.0.1:5335", "10.0.0.9:53"].map(|it| it.parse().unwrap()).into();
+        let table = [
+            ("127.0.0.1:53", true, true),
+            ("127.0.0.11:53", false, false),
+            ("[::]:53", false, true),
+            ("127.0.0.1:5335", true, true),
+            ("[::ffff:127.0.0.1]:5335", true, true),
+            ("0.0.0.0:5335", true, true),
+            ("127.0.0.1:5335", false, false),
+            ("10.0.0.1:5335", true, false),
+        ];
+        for (local, is_in_own_namespace, expected) in table {
+            let local = local.parse().unwrap();
+            let bound = BoundUdp { local, cgroup_id: 1, is_in_own_namespace };
+            assert_eq!(is_resolver(&bound, &upstreams), expected, "{bound:?}");
+        }
     }
 }
