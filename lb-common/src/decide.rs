@@ -20,7 +20,7 @@ pub const HEARTBEAT_TIMEOUT_NS: u64 = 10_000_000_000;
 pub enum Destination {
     /// An IPv4 address, in the order of octets; also where an AF_INET6 socket names its mapped form.
     V4([u8; 4]),
-    /// An address of the IPv6 pool.
+    /// An IPv6 address.
     V6([u8; 16]),
 }
 
@@ -180,8 +180,10 @@ pub trait Tables {
     type Service: ServiceWords;
     /// See [`Tables::backend`].
     type Backend: BackendWords;
-    /// Whether an IPv4 address is in the pool. IPv6 ones are before they get here.
+    /// Whether an IPv4 address is in the pool.
     fn in_pool(&self, address: [u8; 4]) -> bool;
+    /// Whether an IPv6 address is in the IPv6 pool.
+    fn in_pool6(&self, address: [u8; 16]) -> bool;
     /// Whether an IPv4 address is the pool's own, to which the daemon sends its probes.
     fn is_probe_address(&self, address: [u8; 4]) -> bool;
     /// What the daemon writes for the programs.
@@ -310,13 +312,17 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
         return Verdict::Pass(PassReason::NoFrontend);
     }
     let found = lookup(tables, request);
-    if found.is_none()
-        && let Destination::V4(address) = request.destination
-    {
-        if !tables.in_pool(address) {
+    if found.is_none() {
+        let in_pool = match request.destination {
+            Destination::V4(address) => tables.in_pool(address),
+            Destination::V6(address) => tables.in_pool6(address),
+        };
+        if !in_pool {
             return Verdict::Pass(PassReason::NoFrontend);
         }
-        if tables.is_probe_address(address) {
+        if let Destination::V4(address) = request.destination
+            && tables.is_probe_address(address)
+        {
             let is_shadow = tables.control().is_some_and(ControlWords::is_shadow);
             return match is_shadow {
                 true => Verdict::Pass(PassReason::ShadowProbe),
@@ -553,7 +559,7 @@ pub fn sample_of<T: Tables>(tables: &T, scan: Scan) -> Sample {
 }
 
 /// The service behind the request's address and port, or the address's service for any port. Pins
-/// have one port each.
+/// and public VIPs have one port each.
 #[inline(always)]
 pub fn lookup(tables: &impl Tables, request: &Request) -> Option<ServiceRef> {
     let &Request { destination, port, protocol, .. } = request;
@@ -570,7 +576,7 @@ pub fn lookup(tables: &impl Tables, request: &Request) -> Option<ServiceRef> {
         Destination::V6(address) => {
             let mut frontend = Frontend6 { address, port, protocol, padding: 0 };
             let found = tables.frontend6(&frontend);
-            if found.is_some() {
+            if found.is_some() || !tables.in_pool6(address) {
                 return found;
             }
             frontend.port = ANY_PORT;

@@ -35,6 +35,9 @@ pub const ENTRIES_PER_BACKEND: u32 = 2;
 pub const FRONTENDS_PER_SERVICE: u32 = 4;
 /// The number of groups of backends that a service has room for.
 pub const N_GROUPS: usize = 3;
+
+/// The most networks that public VIPs may come from.
+pub const N_PUBLIC_NETWORKS: usize = 4;
 /// The number of cgroups that `BYPASS` has room for.
 pub const MAX_BYPASS_CGROUPS: usize = 1_024;
 /// The number of depths below the root of the hierarchy at which a cgroup can be bypassed: 0..32.

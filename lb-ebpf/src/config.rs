@@ -1,7 +1,7 @@
 //! What the daemon sets when it loads the object: constants to the verifier, which drops the code
 //! that they rule out.
 
-use lb_common::{Address, LAYOUT, RejectMethod};
+use lb_common::{Address, LAYOUT, N_PUBLIC_NETWORKS, RejectMethod};
 
 /// The layout that the maps have.
 #[unsafe(no_mangle)]
@@ -30,6 +30,18 @@ static POOL6_MASK_HIGH: u64 = 0;
 /// The other 8 octets.
 #[unsafe(no_mangle)]
 static POOL6_MASK_LOW: u64 = 0;
+/// The first address of each IPv4 network of public VIPs, in native byte order.
+#[unsafe(no_mangle)]
+static PUBLIC_NETWORKS: [u32; N_PUBLIC_NETWORKS] = [0; N_PUBLIC_NETWORKS];
+/// Their netmasks, in native byte order; 0 for no network.
+#[unsafe(no_mangle)]
+static PUBLIC_MASKS: [u32; N_PUBLIC_NETWORKS] = [0; N_PUBLIC_NETWORKS];
+/// The first address of each IPv6 network of public VIPs, as it lies in memory.
+#[unsafe(no_mangle)]
+static PUBLIC6_NETWORKS: [[u64; 2]; N_PUBLIC_NETWORKS] = [[0; 2]; N_PUBLIC_NETWORKS];
+/// Their netmasks, as they lie in memory; zeros for no network.
+#[unsafe(no_mangle)]
+static PUBLIC6_MASKS: [[u64; 2]; N_PUBLIC_NETWORKS] = [[0; 2]; N_PUBLIC_NETWORKS];
 /// A [`RejectMethod`].
 #[unsafe(no_mangle)]
 static REFUSAL: u32 = RejectMethod::Errno as u32;
@@ -63,8 +75,8 @@ static STORAGE_OFFSET: u32 = 0;
 
 macro_rules! setting {
     // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
-    ($name:ident) => {
-        unsafe { core::ptr::read_volatile(&raw const $name) }
+    ($name:ident $($index:tt)*) => {
+        unsafe { core::ptr::read_volatile(&raw const $name $($index)*) }
     };
 }
 
@@ -102,6 +114,32 @@ pub fn in_pool6(address: &Address) -> bool {
     let [high, low] = address.words();
     high & setting!(POOL6_MASK_HIGH) == network_high
         && low & setting!(POOL6_MASK_LOW) == setting!(POOL6_NETWORK_LOW)
+}
+
+/// Whether `address` is in a network of public VIPs, so that it has to be looked up: one comparison for
+/// each network that there is, since the verifier drops the others.
+#[inline(always)]
+pub fn in_public(address: [u8; 4]) -> bool {
+    let address = u32::from_be_bytes(address);
+    let is_in = |nth: usize| {
+        let mask = setting!(PUBLIC_MASKS[nth]);
+        mask != 0 && address & mask == setting!(PUBLIC_NETWORKS[nth])
+    };
+    is_in(0) || is_in(1) || is_in(2) || is_in(3)
+}
+
+/// The same for an IPv6 address.
+#[inline(always)]
+pub fn in_public6(address: &Address) -> bool {
+    let [high, low] = address.words();
+    let is_in = |nth: usize| {
+        // A netmask has the bits of its first half first.
+        let mask_high = setting!(PUBLIC6_MASKS[nth][0]);
+        mask_high != 0
+            && high & mask_high == setting!(PUBLIC6_NETWORKS[nth][0])
+            && low & setting!(PUBLIC6_MASKS[nth][1]) == setting!(PUBLIC6_NETWORKS[nth][1])
+    };
+    is_in(0) || is_in(1) || is_in(2) || is_in(3)
 }
 
 /// Whether this kernel has `bpf_set_retval` for these programs.

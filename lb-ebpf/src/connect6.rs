@@ -5,10 +5,9 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Call, Destination, FamilyFilter, IPPROTO_TCP};
 
-use crate::config;
 use crate::context::{self, Endpoint, PROCEED, Reject};
 use crate::revnat;
-use crate::xlate::{self, in_vip_range, xlate};
+use crate::xlate::{self, in_vip_range, in_vip_range6, xlate};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 
@@ -34,21 +33,24 @@ pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_connect6(ctx: &SockAddrContext) -> Result<(), Reject> {
     let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
+    let address4 = connected.address.to_v4();
+    let is_in_range = match address4 {
+        Some(address) => in_vip_range(address),
+        None => in_vip_range6(&connected.address),
+    };
+    if !is_in_range {
+        revnat::clear(ctx, &connected, || context::peer6(ctx));
+        return Ok(());
+    }
     // One request for both forms: the verdict would else be verified twice.
-    let destination = match connected.address.to_v4() {
-        Some(address) if in_vip_range(address) => Some(Destination::V4(address)),
-        None if config::in_pool6(&connected.address) => {
-            Some(Destination::V6(connected.address.octets))
-        }
-        _ => None,
+    let destination = match address4 {
+        Some(address) => Destination::V4(address),
+        None => Destination::V6(connected.address.octets),
     };
-    let selection = match destination {
-        Some(destination) => xlate(ctx, destination, Call::Connect, |only| match destination {
-            Destination::V4(_) => filter_by_ipv4(ctx),
-            Destination::V6(_) => filter_by_ipv6(ctx, only),
-        })?,
-        None => None,
-    };
+    let selection = xlate(ctx, destination, Call::Connect, |only| match destination {
+        Destination::V4(_) => filter_by_ipv4(ctx),
+        Destination::V6(_) => filter_by_ipv6(ctx, only),
+    })?;
     let Some(selection) = selection else {
         revnat::clear(ctx, &connected, || context::peer6(ctx));
         return Ok(());

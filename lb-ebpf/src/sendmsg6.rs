@@ -6,8 +6,8 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Call, Destination, FamilyFilter};
 
 use crate::context::{self, Endpoint, FAIL, PROCEED, Reject};
-use crate::xlate::{self, xlate};
-use crate::{config, flows, revnat};
+use crate::xlate::{self, in_vip_range6, xlate};
+use crate::{flows, revnat};
 
 /// Attached to BPF_CGROUP_UDP6_SENDMSG.
 #[cgroup_sock_addr(sendmsg6)]
@@ -21,7 +21,7 @@ pub fn nohop_sendmsg6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Reject> {
     let connected = destination6(ctx);
-    if !config::in_pool6(&connected.address) {
+    if !in_vip_range6(&connected.address) {
         flows::pass(ctx, &connected, || context::peer6(ctx));
         return Ok(());
     }

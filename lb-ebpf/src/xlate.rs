@@ -9,11 +9,11 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    Backend, BackendWords, Call, Caller, ChoiceReason, ControlWords, Counter, Destination, Draw,
-    EjectionWord, EventKind, Family, FamilyFilter, Frontend, Frontend6, INCONSISTENT, IPPROTO_TCP,
-    N_BYPASS_LEVELS, NO_BACKEND, Netns, Origin, PackedChoice, PassReason, Question, Reach,
-    RefuseReason, Request, RevNat, Sample, Scan, Selection, ServiceRef, Sign, Slot, State, Tables,
-    Verdict, Walk, choose_among, decide, draw_for, lookup, sample_of, state_of, unpack,
+    Address, Backend, BackendWords, Call, Caller, ChoiceReason, ControlWords, Counter, Destination,
+    Draw, EjectionWord, EventKind, Family, FamilyFilter, Frontend, Frontend6, INCONSISTENT,
+    IPPROTO_TCP, N_BYPASS_LEVELS, NO_BACKEND, Netns, Origin, PackedChoice, PassReason, Question,
+    Reach, RefuseReason, Request, RevNat, Sample, Scan, Selection, ServiceRef, Sign, Slot, State,
+    Tables, Verdict, Walk, choose_among, decide, draw_for, lookup, sample_of, state_of, unpack,
 };
 
 use crate::context::{self, Endpoint, Reject};
@@ -23,10 +23,16 @@ use crate::{config, conns, log, random, trace};
 /// Whether a connection to an IPv4 address may be to a frontend. What is no VIP pays for this alone.
 #[inline(always)]
 pub fn in_vip_range(address: [u8; 4]) -> bool {
-    config::in_pool(address) || config::in_pin_range(address)
+    config::in_pool(address) || config::in_pin_range(address) || config::in_public(address)
 }
 
-/// Where a connection to an IPv4 address, or to one of the IPv6 pool, goes; `None` when it passes
+/// The same for an IPv6 address.
+#[inline(always)]
+pub fn in_vip_range6(address: &Address) -> bool {
+    config::in_pool6(address) || config::in_public6(address)
+}
+
+/// Where a connection to an address goes for which [`in_vip_range`] or [`in_vip_range6`] holds; `None` when it passes
 /// untouched. For a socket that connects to IPv6 `filter` is given whether it is closed to IPv4.
 #[inline(always)]
 pub fn xlate(
@@ -157,6 +163,11 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn in_pool6(&self, address: [u8; 16]) -> bool {
+        config::in_pool6(&Address { octets: address })
+    }
+
+    #[inline(always)]
     fn is_probe_address(&self, address: [u8; 4]) -> bool {
         config::is_probe_address(address)
     }
@@ -168,7 +179,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn frontend(&self, frontend: &Frontend) -> Option<ServiceRef> {
-        // The index has no pins.
+        // The index has no pins and no public VIPs.
         if config::in_pool(frontend.address) {
             maps::indexed_frontend(frontend)
         } else {

@@ -29,6 +29,7 @@ mod options;
 mod pins;
 mod ports;
 mod proof;
+mod public;
 mod refusal;
 mod reports;
 mod restart;
@@ -122,6 +123,8 @@ const TRIALS: &[KernelTrial] = &[
         "a_trace_that_is_over_is_switched_off",
         choice::a_trace_that_is_over_is_switched_off,
     ),
+    since((5, 10), "public_vips_lead_to_a_backend", public::vips_lead_to_a_backend),
+    since((5, 10), "public_networks_pass_otherwise", public::others_in_their_networks_pass),
     since((5, 10), "names_are_answered", names::are_answered),
     since((5, 10), "names_follow_the_table_and_the_daemon", names::follow_the_table_and_the_daemon),
     since((5, 10), "names_outlive_the_daemon", names::outlive_the_daemon),

@@ -4,10 +4,13 @@ use lb_userspace::datapath::{Options, RejectMethod};
 
 use crate::fixture::Bed;
 
-/// The configuration that leaves the programs the most to do: both pools, pins far apart, and every
+/// The configuration that leaves the programs the most to do: both pools, public networks, pins far apart, and every
 /// exclusion.
 fn all_of_it(options: &mut Options) {
     options.vip.pool6 = Some("fd77::/64".parse().unwrap());
+    options.vip.public = ["203.0.113.0/24", "198.51.100.0/24", "2001:db8::/64", "2001:db8:1::/96"]
+        .map(|network| network.parse().unwrap())
+        .into();
     for (name, pin) in [("web", "127.0.0.1:80"), ("dns", "10.0.0.1:53")] {
         options.vip.pins.insert(name.to_owned(), pin.parse().unwrap());
     }

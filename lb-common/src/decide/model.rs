@@ -14,6 +14,8 @@ use crate::{
 pub struct Model {
     /// The pool's first address and its netmask.
     pub pool: (u32, u32),
+    /// The IPv6 pool's first address and its netmask.
+    pub pool6: (u128, u128),
     /// What the daemon wrote.
     pub control: Option<Control>,
     /// The value of `FRONTENDS`.
@@ -130,6 +132,11 @@ impl<'a> Tables for &'a Model {
     fn in_pool(&self, address: [u8; 4]) -> bool {
         let (network, mask) = self.pool;
         u32::from_be_bytes(address) & mask == network
+    }
+
+    fn in_pool6(&self, address: [u8; 16]) -> bool {
+        let (network, mask) = self.pool6;
+        u128::from_be_bytes(address) & mask == network
     }
 
     fn is_probe_address(&self, address: [u8; 4]) -> bool {
@@ -251,7 +258,8 @@ impl Bytes<'_> {
 /// inconsistent; and checks what has to be true of any verdict.
 pub fn fuzz(bytes: &[u8]) {
     let mut bytes = Bytes(bytes);
-    let mut model = Model { pool: (0x7f80_0000, 0xff80_0000), ..Model::default() };
+    let mut model =
+        Model { pool: (0x7f80_0000, 0xff80_0000), pool6: (0, 0xfc << 120), ..Model::default() };
     if bytes.byte() != 255 {
         model.control = Some(Control {
             heartbeat_ns: bytes.below(2).into(),
@@ -346,7 +354,7 @@ fn check(model: &Model, client: &Client, request: &Request, verdict: Verdict) {
     let found = lookup(&model, request);
     let is_vip = match request.destination {
         Destination::V4(address) => model.in_pool(address),
-        Destination::V6(_) => true,
+        Destination::V6(address) => model.in_pool6(address),
     };
     let is_routed = [IPPROTO_TCP, IPPROTO_UDP].contains(&request.protocol);
     if !is_routed || found.is_none() && !is_vip {

@@ -10,6 +10,8 @@ const DAEMON: u64 = 77;
 const VIP: [u8; 4] = [127, 128, 0, 5];
 const VIP6: [u8; 16] = [0xfd; 16];
 const PIN: [u8; 4] = [10, 0, 0, 1];
+const PUBLIC: [u8; 4] = [203, 0, 113, 10];
+const PUBLIC6: [u8; 16] = [0x20; 16];
 
 /// The indices of the services.
 const WEB: u32 = 0;
@@ -65,15 +67,21 @@ fn tables() -> Model {
         frontend(vip(8), 80, IPV6_ONLY, 0),
         frontend(vip(9), 80, BROKEN, 0),
         frontend(vip(10), 80, 99, 0),
+        frontend(PUBLIC, 443, WEB, 0),
+        frontend(PUBLIC, 444, EMPTY, 0),
     ];
-    let frontend6 = Frontend6 { address: VIP6, port: ANY_PORT, protocol: IPPROTO_TCP, padding: 0 };
+    let frontend6 = |address, port| {
+        let frontend = Frontend6 { address, port, protocol: IPPROTO_TCP, padding: 0 };
+        (frontend, ServiceRef { service: IPV6_ONLY, host_only: 0 })
+    };
     let control =
         Control { heartbeat_ns: 1_000, host_netns: HOST, tgid: DAEMON, ..Control::default() };
     Model {
         pool: (u32::from_be_bytes([127, 128, 0, 0]), 0xff80_0000),
+        pool6: (0xfd << 120, 0xff << 120),
         control: Some(control),
         frontends: frontends.into_iter().flatten().collect(),
-        frontends6: [(frontend6, ServiceRef { service: IPV6_ONLY, host_only: 0 })].into(),
+        frontends6: [frontend6(VIP6, ANY_PORT), frontend6(PUBLIC6, 443)].into(),
         services: services.to_vec(),
         slots: [slot(0), slot(1), slot(2)].to_vec(),
         backends: addresses.map(backend).to_vec(),
@@ -109,6 +117,7 @@ fn verdicts() {
     use Expected::{Pass, Refuse, Send};
     let vip = |last: u8| tcp([127, 128, 0, last], 80);
     let v6 = |port| Request { destination: Destination::V6(VIP6), ..tcp([0; 4], port) };
+    let public6 = |port| Request { destination: Destination::V6(PUBLIC6), ..tcp([0; 4], port) };
     let container = Client { netns_cookie: CONTAINER, ..CLIENT };
     let ipv6 = Client { filter: FamilyFilter::Ipv6, ..CLIENT };
     let no_backend = |service, has_other_family| {
@@ -127,6 +136,12 @@ fn verdicts() {
         ("the probe", tcp([127, 128, 0, 0], 80), CLIENT, Refuse(RefuseReason::Probe)),
         ("a datagram", Request { protocol: IPPROTO_UDP, ..tcp(VIP, 80) }, CLIENT, Send(0, false)),
         ("an IPv6 VIP, any port", v6(443), ipv6, Send(2, false)),
+        ("a public VIP", tcp(PUBLIC, 443), CLIENT, Send(0, false)),
+        ("one from a container", tcp(PUBLIC, 443), container, Send(1, false)),
+        ("one without backends", tcp(PUBLIC, 444), CLIENT, no_backend(EMPTY, false)),
+        ("another port of one", tcp(PUBLIC, 80), CLIENT, nothing()),
+        ("an IPv6 public VIP", public6(443), ipv6, Send(2, false)),
+        ("another port of one", public6(80), ipv6, nothing()),
         ("an IPv6 VIP by IPv4", v6(443), CLIENT, no_backend(IPV6_ONLY, true)),
         // Pins and network namespaces.
         ("a pin", tcp(PIN, 53), CLIENT, Send(0, false)),

@@ -231,7 +231,7 @@ pub struct ServiceStatus {
     #[serde(default)]
     pub pin: Option<SocketAddrV4>,
     /// Its public addresses, which edges serve to clients outside.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub public: Vec<SocketAddr>,
     /// The ports it is connected to at: a list of numbers, or `"any"`.
     pub ports: Ports,

@@ -232,6 +232,7 @@ mod tests {
             node_address: Some([10, 0, 0, 1].into()),
             is_checked: true,
             is_critical: false,
+            created: 0,
             may_be_local: false,
             health: HealthStatus::Out("check `c` is critical".into()),
             meta: ServiceMeta { ports: Some("80".into()), ..ServiceMeta::default() },

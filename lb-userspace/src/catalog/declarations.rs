@@ -18,11 +18,12 @@ const MAX_SHOWN: usize = 64;
 type Field = fn(&mut ServiceMeta) -> &mut Option<String>;
 
 /// Each key with its field.
-const KEYS: [(&str, Field); 4] = [
+const KEYS: [(&str, Field); 5] = [
     ("ports", |meta| &mut meta.ports),
     ("protocol", |meta| &mut meta.protocol),
     ("algorithm", |meta| &mut meta.algorithm),
     ("weight", |meta| &mut meta.weight),
+    ("public", |meta| &mut meta.public),
 ];
 
 /// The declarations of one registration. Where Meta and a tag have the same key, Meta applies; where
@@ -104,6 +105,7 @@ mod tests {
             ("protocol", "both"),
             ("algorithm", "maglev"),
             ("weight", "7"),
+            ("public", "203.0.113.10:443"),
             ("algorithm", "a=b"),
             ("weight", ""),
         ];
@@ -118,8 +120,7 @@ mod tests {
     #[test]
     fn tags_that_do_not_apply_are_problems() {
         let ignored = |tag: &str, why: &str| format!("the tag `{tag}` is ignored: {why}");
-        let no_key =
-            "there is no such key; the keys are `ports`, `protocol`, `algorithm`, `weight`";
+        let no_key = "there is no such key; the keys are `ports`, `protocol`, `algorithm`, `weight`, `public`";
         let form = "write it as `nohop.KEY=VALUE`";
         let long = format!("nohop.{}", "x".repeat(100));
         for (tags, weight, problems) in [

@@ -374,6 +374,7 @@ mod tests {
             node_address: None,
             is_checked: true,
             is_critical: false,
+            created: 0,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: ServiceMeta::default(),

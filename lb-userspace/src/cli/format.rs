@@ -199,10 +199,11 @@ fn service_head(text: &mut String, service: &ServiceStatus, width: usize) {
         n => format!(", failed {n}"),
     };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
+    let public: String = service.public.iter().map(|public| format!(" and {public}")).collect();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}{failed}{in_flight}",
+            "{:<width$}  {}:{ports}{vip6}{pin}{public}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}{failed}{in_flight}",
             service.name,
             service.vip,
             service.protocol,

@@ -45,13 +45,19 @@ impl ExplainTarget {
     }
 }
 
-/// The service whose VIP, IPv6 VIP or pinned address this is.
+/// The service whose VIP, IPv6 VIP, pinned or public address this is.
 pub fn by_vip(table: &Table, ip: IpAddr, port: Option<u16>) -> Option<&Arc<Service>> {
     let is_its = |service: &Service| {
         let is_pin = service.pin.is_some_and(|pin| {
             IpAddr::from(*pin.ip()) == ip && port.is_none_or(|port| port == pin.port())
         });
-        IpAddr::from(service.vip) == ip || service.vip6.map(IpAddr::from) == Some(ip) || is_pin
+        let is_public = |public: &SocketAddr| {
+            public.ip() == ip && port.is_none_or(|port| port == public.port())
+        };
+        IpAddr::from(service.vip) == ip
+            || service.vip6.map(IpAddr::from) == Some(ip)
+            || is_pin
+            || service.public.iter().any(is_public)
     };
     table.services.values().find(|service| is_its(service))
 }
@@ -90,16 +96,17 @@ pub fn direct(what: &str, instances: &[InstanceStatus]) -> String {
     )
 }
 
-/// What a connection to this port of a service gets where it has no such port.
-pub fn other_port(service: &Service, what: &str, port: u16) -> Option<String> {
+/// What a connection to an address of a service gets where the service has no such port there.
+pub fn other_port(service: &Service, connected: SocketAddr) -> Option<String> {
+    let port = connected.port();
     let Ports::Only(ports) = &service.ports else { return None };
     let is_pin = service.pin.is_some_and(|pin| pin.port() == port);
-    if is_pin || ports.contains(&port) {
+    if is_pin || ports.contains(&port) || service.public.contains(&connected) {
         return None;
     }
     let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
     Some(format!(
-        "a connection to {what} is refused with ECONNREFUSED: `{}` is connected to at port {ports} \
+        "a connection to {connected} is refused with ECONNREFUSED: `{}` is connected to at port {ports} \
          (nohop-ports in Meta)",
         service.name
     ))
@@ -286,7 +293,8 @@ pub fn target(fqdn: &str, service: &Service) -> String {
         Protocols::Udp => "UDP",
         Protocols::Both => "TCP or UDP",
     };
-    format!("a connection to {fqdn} ({}{vip6}) at {ports} by {protocols}", service.vip)
+    let public: String = service.public.iter().map(|public| format!(" or to {public}")).collect();
+    format!("a connection to {fqdn} ({}{vip6}) at {ports}{public} by {protocols}", service.vip)
 }
 
 /// Connections that the service's addresses refuse in any case.
@@ -345,7 +353,7 @@ mod tests {
     fn services_are_found_by_their_addresses() {
         let web = Service {
             pin: Some("127.0.0.1:81".parse().unwrap()),
-            public: Vec::new(),
+            public: vec!["203.0.113.10:443".parse().unwrap()],
             excluded: vec![Excluded {
                 address: "10.0.0.8:1".into(),
                 node: "n".into(),
@@ -364,6 +372,9 @@ mod tests {
             ("127.128.0.1:443", true, false),
             ("127.0.0.1:81", true, false),
             ("127.0.0.1:82", false, false),
+            ("203.0.113.10", true, false),
+            ("203.0.113.10:443", true, false),
+            ("203.0.113.10:444", false, false),
             ("10.0.0.7", false, true),
             ("10.0.0.7:1", false, true),
             ("10.0.0.8:1", false, true),
@@ -376,9 +387,10 @@ mod tests {
             assert_eq!(by_instance(&table, &subject).len(), usize::from(is_instance), "{text}");
         }
         let web = &table.services["web"];
-        assert_eq!(other_port(web, "v:80", 80), None);
-        assert_eq!(other_port(web, "v:81", 81), None);
-        let refused = other_port(web, "127.128.0.1:443", 443).unwrap();
+        for allowed in ["127.128.0.1:80", "127.128.0.1:81", "203.0.113.10:443"] {
+            assert_eq!(other_port(web, allowed.parse().unwrap()), None, "{allowed}");
+        }
+        let refused = other_port(web, "127.128.0.1:443".parse().unwrap()).unwrap();
         assert!(refused.contains("127.128.0.1:443 is refused") && refused.contains("at port 80"));
     }
 

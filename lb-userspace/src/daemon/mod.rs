@@ -208,6 +208,7 @@ impl Daemon {
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
         pipeline.builder().set_balance(&config.balance);
         pipeline.builder().set_keep(kept_for(&config));
+        pipeline.builder().set_edge_vips(config.edge.vips.clone());
         let waits = pipeline.builder().waits().clone();
         waits.lock().contacts.set_served(served);
         let table = pipeline.published();
@@ -558,6 +559,10 @@ impl Daemon {
             self.pipeline.builder().set_ports(&self.config.vip.ports);
             self.pipeline.builder().set_balance(&self.config.balance);
             self.datapath.configure_balance(&self.config.balance);
+            self.reapply();
+        }
+        if last.edge.vips != self.config.edge.vips {
+            self.pipeline.builder().set_edge_vips(self.config.edge.vips.clone());
             self.reapply();
         }
         Ok(reload)

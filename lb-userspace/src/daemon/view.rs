@@ -1,6 +1,7 @@
 //! The admin interface's view of a running daemon.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -154,7 +155,9 @@ impl View for DaemonView {
         };
         if let Some(service) = explain::by_vip(&table, ip, port) {
             let mut explanation = self.explain_name(&service.name, &table, may_ask).await;
-            if let Some(refused) = port.and_then(|port| explain::other_port(service, what, port)) {
+            if let Some(refused) =
+                port.and_then(|port| explain::other_port(service, SocketAddr::new(ip, port)))
+            {
                 explanation.connect = refused;
             }
             return explanation;

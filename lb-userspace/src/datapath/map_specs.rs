@@ -70,7 +70,14 @@ impl Sizes {
         Sizes {
             services: config.max_services,
             frontends,
-            frontends6: if vip.pool6.is_some() { frontends } else { 1 },
+            frontends6: match vip.pool6 {
+                Some(_) => frontends,
+                // Few services are public, and each has a few addresses.
+                None if vip.public.iter().any(|network| network.addr().is_ipv6()) => {
+                    config.max_services
+                }
+                None => 1,
+            },
             slots: slots.next_multiple_of(MAX_SERVICE_BACKENDS),
             backends: config.max_backends.saturating_mul(ENTRIES_PER_BACKEND),
         }

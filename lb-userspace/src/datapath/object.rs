@@ -1,12 +1,13 @@
 //! The object: its constants, from the kernel's features and the configuration, and how it is loaded.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use lb_common::Address;
+use ipnet::IpNet;
+use lb_common::{Address, N_PUBLIC_NETWORKS};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::btf::Bit;
@@ -18,7 +19,9 @@ use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
 use super::units::{Object, Unit};
-use crate::config::VipConfig;
+use crate::config::{MAX_PUBLIC_NETWORKS, VipConfig};
+
+const _: () = assert!(MAX_PUBLIC_NETWORKS == N_PUBLIC_NETWORKS);
 
 /// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
 /// constants follow from `features`, so there is one attempt, and an error of it is an error.
@@ -146,6 +149,7 @@ fn open(
     let storage_offset = features.sockets.storage.map_or(0, |Bit { offset, .. }| offset);
     loader.override_global("STORAGE_OFFSET", &storage_offset, true);
     pools.set(&mut loader);
+    pools.set_public(&mut loader);
     loader.override_global("PINS_NETWORK", &pins_network, true);
     loader.override_global("PINS_MASK", &pins_mask, true);
     loader.override_global("REFUSAL", &refusal, true);
@@ -166,6 +170,9 @@ pub struct PoolConstants {
     mask: u32,
     network6: [u64; 2],
     mask6: [u64; 2],
+    /// Those of `vip.public`, each with its netmask; the rest are zeros.
+    public: [[u32; N_PUBLIC_NETWORKS]; 2],
+    public6: [[[u64; 2]; N_PUBLIC_NETWORKS]; 2],
 }
 
 impl PoolConstants {
@@ -175,10 +182,32 @@ impl PoolConstants {
         let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
         let [network6, mask6] = pool6;
         let (network, mask) = (u32::from(vip.pool.network()), u32::from(vip.pool.netmask()));
-        PoolConstants { network, mask, network6, mask6 }
+        let (mut public, mut public6) = <([[u32; _]; 2], [[[u64; 2]; _]; 2])>::default();
+        for (nth, network) in vip.public.iter().take(N_PUBLIC_NETWORKS).enumerate() {
+            match network {
+                IpNet::V4(network) => {
+                    public[0][nth] = network.network().into();
+                    public[1][nth] = network.netmask().into();
+                }
+                IpNet::V6(network) => {
+                    let words = |address: Ipv6Addr| Address { octets: address.octets() }.words();
+                    public6[0][nth] = words(network.network());
+                    public6[1][nth] = words(network.netmask());
+                }
+            }
+        }
+        PoolConstants { network, mask, network6, mask6, public, public6 }
     }
 
-    /// Sets them.
+    /// Sets those of public VIPs, which the connect hook alone has.
+    pub fn set_public<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        loader.override_global("PUBLIC_NETWORKS", &self.public[0], true);
+        loader.override_global("PUBLIC_MASKS", &self.public[1], true);
+        loader.override_global("PUBLIC6_NETWORKS", &self.public6[0], true);
+        loader.override_global("PUBLIC6_MASKS", &self.public6[1], true);
+    }
+
+    /// Sets those of the pools.
     pub fn set<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
         loader.override_global("POOL_NETWORK", &self.network, true);
         loader.override_global("POOL_MASK", &self.mask, true);

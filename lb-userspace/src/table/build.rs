@@ -6,16 +6,20 @@ use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use ipnet::IpNet;
+
 use super::endpoints::Endpoints;
 use super::first_contact::Contacts;
 use super::index::CatalogIndex;
 use super::keep::Keeps;
 use super::merge::{MergedMeta, merge_meta};
+use super::public::{ClaimRank, PublicClaims};
 use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{
     Backend, BackendState, Catalog, Drain, DrainCatalog, DrainTarget, Drains, HealthStatus, Hosts,
-    Instance, InstanceGroup, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
+    Instance, InstanceGroup, Ports, Protocols, PublicAddresses, Service, ServiceId, ServiceRecord,
+    Table, Watch,
 };
 use crate::config::{BalanceAlgorithm, BalanceConfig, Preference, VipConfig};
 use crate::ordmap::Diff;
@@ -26,6 +30,11 @@ pub struct Builder {
     pools: Pools,
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
+    /// The networks that public addresses may come from.
+    public: Vec<IpNet>,
+    /// The public addresses that the configuration gives to services, by name in lower case.
+    edge_vips: BTreeMap<String, SocketAddr>,
+    claims: PublicClaims,
     balance: BalanceConfig,
     /// The algorithm that each service declared last in a way that could be read.
     algorithms: BTreeMap<Arc<str>, BalanceAlgorithm>,
@@ -100,6 +109,9 @@ impl Builder {
             pools: config.into(),
             ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
+            public: config.public.clone(),
+            edge_vips: BTreeMap::new(),
+            claims: PublicClaims::default(),
             balance: BalanceConfig::default(),
             algorithms: BTreeMap::new(),
             vips,
@@ -132,6 +144,13 @@ impl Builder {
     pub fn set_ports(&mut self, ports: &[u16]) {
         self.ports = Ports::only(ports.iter().copied());
         self.revisit_all();
+    }
+
+    /// Gives services public addresses, by name in lower case, from the next table on.
+    pub fn set_edge_vips(&mut self, vips: BTreeMap<String, SocketAddr>) {
+        let former = std::mem::replace(&mut self.edge_vips, vips);
+        let names = former.keys().chain(self.edge_vips.keys());
+        self.revisit.extend(names.map(|name| Arc::from(&**name)));
     }
 
     /// Has these services, by name in lower case, built again by the next table.
@@ -224,6 +243,11 @@ impl Builder {
         for name in touched {
             differs |= self.build(&mut table, &name, last, now);
         }
+        // Those that got or lost a public address by what the others declare. To build one again changes
+        // no claim.
+        for name in std::mem::take(&mut self.revisit) {
+            differs |= self.build(&mut table, &name, last, now);
+        }
         if !last.is_synced() {
             // Names of an earlier daemon that aren't in this catalog.
             let names: Vec<_> = self.vips.in_use().cloned().collect();
@@ -286,6 +310,7 @@ impl Builder {
         waits.keeps.forget(name);
         drop(waits);
         self.algorithms.remove(name);
+        self.revisit.extend(self.claims.set(name, BTreeMap::new()));
         self.vips.release(name, now);
         table.remove(name)
     }
@@ -316,8 +341,9 @@ impl Builder {
     ) -> Result<Arc<Service>, PoolExhausted> {
         let vip = self.vips.assign(name, now)?;
         let record = self.record(ids);
-        let MergedMeta { ports, protocols, algorithm, has_bad_algorithm, mut notes } =
+        let MergedMeta { ports, protocols, algorithm, public, has_bad_algorithm, mut notes } =
             merge_meta(record.instances());
+        let public = self.public(name, &record, public, &mut notes);
         match algorithm {
             Some(algorithm) => drop(self.algorithms.insert(name.clone(), algorithm)),
             None if has_bad_algorithm => {}
@@ -347,7 +373,7 @@ impl Builder {
             protocols: protocols.unwrap_or(Protocols::Tcp),
             algorithm,
             pin: self.pins.get(&**name).copied(),
-            public: Vec::new(),
+            public,
             backends: Vec::new(),
             excluded: Vec::new(),
             notes,
@@ -441,6 +467,58 @@ impl Builder {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
             _ => Ok(Arc::new(service)),
         }
+    }
+
+    /// The public addresses that a service has of those that it declares, and that the configuration gives
+    /// it.
+    fn public(
+        &mut self,
+        name: &Arc<str>,
+        record: &ServiceRecord,
+        declared: Option<PublicAddresses>,
+        notes: &mut Vec<String>,
+    ) -> Vec<SocketAddr> {
+        let declaring = record.instances().filter(|instance| instance.meta.public.is_some());
+        let rank = ClaimRank::Declared(declaring.map(|it| it.created).min().unwrap_or(0));
+        let declared = declared.map(PublicAddresses::into_addresses).unwrap_or_default();
+        let is_public = |address: &SocketAddr| {
+            self.public.iter().any(|network| network.contains(&address.ip()))
+        };
+        let (within, outside): (Vec<_>, Vec<_>) = declared.into_iter().partition(is_public);
+        if !outside.is_empty() {
+            let networks: Vec<_> = self.public.iter().map(IpNet::to_string).collect();
+            let why = match networks.is_empty() {
+                true => "vip.public of this node's configuration is empty".to_owned(),
+                false => format!("it lies in no network of vip.public ({})", networks.join(", ")),
+            };
+            let ignored = |address| format!("its public address {address} is ignored: {why}");
+            notes.extend(outside.into_iter().map(ignored));
+        }
+        let mut claims: BTreeMap<SocketAddr, ClaimRank> =
+            within.into_iter().map(|address| (address, rank)).collect();
+        let configured = self.edge_vips.get(&**name);
+        claims.extend(configured.map(|address| (*address, ClaimRank::Configured)));
+        let addresses: Vec<SocketAddr> = claims.keys().copied().collect();
+        self.revisit.extend(self.claims.set(name, claims));
+        let mut held = Vec::new();
+        for address in addresses {
+            match self.claims.holder(address) {
+                Some((rank, holder)) if holder != name => {
+                    let why = match rank {
+                        ClaimRank::Configured => "by edge.vips",
+                        ClaimRank::Declared(_) => "whose registration is older",
+                    };
+                    notes.push(format!(
+                        "its public address {address} is ignored: `{holder}` has it, {why}; give one of \
+                         the two another"
+                    ));
+                }
+                // Connections of this node would be refused, while an edge has backends for them.
+                _ if record.watch == Watch::Cold => {}
+                _ => held.push(address),
+            }
+        }
+        held
     }
 
     /// Makes spare backends of those that aren't preferred, where one that is serves. Those that are spare
@@ -1037,6 +1115,90 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A record whose instance declares these public addresses, and was registered at this index.
+    fn public_record(public: &str, created: u64, watch: Watch) -> ServiceRecord {
+        let meta = ServiceMeta { public: Some(public.into()), ..ServiceMeta::default() };
+        ServiceRecord::new([Instance { meta, created, ..Instance::fixture() }].into(), watch)
+    }
+
+    fn shown_public(table: &Table, name: &str) -> (String, Vec<String>) {
+        let service = &table.services[name];
+        let public: Vec<String> = service.public.iter().map(SocketAddr::to_string).collect();
+        (public.join(" "), service.notes.clone())
+    }
+
+    #[test]
+    fn a_public_address_is_of_the_oldest_service_that_declares_it() {
+        let public = vec!["203.0.113.0/24".parse().unwrap(), "2001:db8::/64".parse().unwrap()];
+        let vip = VipConfig { public, ..Config::default().vip };
+        let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
+        let mut catalog = Catalog::new();
+        let (first, both) = ("203.0.113.1:80", "203.0.113.1:80,[2001:db8::1]:80");
+        let mut last = Arc::new(Table::default());
+        let mut next = |builder: &mut Builder, catalog: &Catalog| {
+            last = builder.next(&last, catalog, NOW).unwrap().table;
+            last.clone()
+        };
+        catalog.insert(id("b"), public_record(both, 9, Watch::Live));
+        let table = next(&mut builder, &catalog);
+        assert_eq!(shown_public(&table, "b"), ("203.0.113.1:80 [2001:db8::1]:80".into(), vec![]));
+
+        // The older one takes over; the other one keeps what it alone declares.
+        catalog.insert(id("c"), public_record(first, 8, Watch::Live));
+        let table = next(&mut builder, &catalog);
+        assert_eq!(shown_public(&table, "c"), (first.into(), vec![]));
+        let note = |holder: &str, why: &str| {
+            format!(
+                "its public address {first} is ignored: `{holder}` has it, {why}; give one of the two \
+                 another"
+            )
+        };
+        let older = note("c", "whose registration is older");
+        assert_eq!(shown_public(&table, "b"), ("[2001:db8::1]:80".into(), vec![older]));
+        assert_eq!(builder.n_built, 1);
+
+        // What isn't followed keeps its claim, and connections to it pass.
+        catalog.insert(id("c"), public_record(first, 8, Watch::Cold));
+        let table = next(&mut builder, &catalog);
+        assert_eq!(shown_public(&table, "c").0, "");
+        assert_eq!(shown_public(&table, "b").0, "[2001:db8::1]:80");
+
+        // The configuration overrides both.
+        builder.set_edge_vips([("b".to_owned(), first.parse().unwrap())].into());
+        catalog.insert(id("c"), public_record(first, 8, Watch::Live));
+        let table = next(&mut builder, &catalog);
+        assert_eq!(shown_public(&table, "b").0, "203.0.113.1:80 [2001:db8::1]:80");
+        assert_eq!(shown_public(&table, "c"), ("".into(), vec![note("b", "by edge.vips")]));
+
+        builder.set_edge_vips(BTreeMap::new());
+        let table = next(&mut builder, &catalog);
+        assert_eq!(shown_public(&table, "c").0, first);
+        catalog.remove(&id("c"));
+        let table = next(&mut builder, &catalog);
+        assert_eq!(shown_public(&table, "b"), ("203.0.113.1:80 [2001:db8::1]:80".into(), vec![]));
+    }
+
+    #[test]
+    fn an_address_outside_of_the_public_networks_is_ignored() {
+        let check = |public: &[&str], expected: &str, why: &str| {
+            let public = public.iter().map(|network| network.parse().unwrap()).collect();
+            let vip = VipConfig { public, ..Config::default().vip };
+            let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
+            let record = public_record("203.0.113.1:80,10.0.0.1:22", 0, Watch::Live);
+            let catalog = [(id("web"), record)].into_iter().collect();
+            let table = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+            let (shown, notes) = shown_public(&table, "web");
+            let ignored = format!("its public address 10.0.0.1:22 is ignored: {why}");
+            assert_eq!((&*shown, &notes[0]), (expected, &ignored));
+        };
+        check(&[], "", "vip.public of this node's configuration is empty");
+        check(
+            &["203.0.113.0/24", "198.51.100.0/24"],
+            "203.0.113.1:80",
+            "it lies in no network of vip.public (203.0.113.0/24, 198.51.100.0/24)",
+        );
     }
 
     #[test]

@@ -139,9 +139,17 @@ pub struct Instance {
     /// Whether the source's own rules let it serve.
     #[serde(rename = "standing")]
     pub health: HealthStatus,
+    /// When it was registered where it declares a public address: a number that is smaller for an older
+    /// registration of the same source, by Consul its `CreateIndex`; 0 where that isn't known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub created: u64,
     /// Its declarations about the service as a whole.
     #[serde(rename = "says")]
     pub meta: ServiceMeta,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The default of an instance that an earlier version saved.
@@ -212,6 +220,7 @@ impl Instance {
             may_be_local: false,
             is_checked: true,
             is_critical: false,
+            created: 0,
             health: HealthStatus::Serving,
             meta: ServiceMeta::default(),
         }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Instance, Ports, Protocols};
+use super::{Instance, Ports, Protocols, PublicAddresses};
 use crate::config::BalanceAlgorithm;
 
 /// An instance's declarations about its service, as unparsed text. A source leaves them empty for an
@@ -23,6 +23,9 @@ pub struct ServiceMeta {
     /// The weight of this instance alone, instead of the source's own: 0 to 65535.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<String>,
+    /// The public addresses of the service, such as `203.0.113.10:443`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
     /// What is wrong with how they are given, a sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<String>,
@@ -51,6 +54,8 @@ pub struct MergedMeta {
     pub protocols: Option<Protocols>,
     /// The algorithm, likewise.
     pub algorithm: Option<BalanceAlgorithm>,
+    /// The public addresses, likewise.
+    pub public: Option<PublicAddresses>,
     /// Whether an algorithm is declared, and none that can be parsed.
     pub has_bad_algorithm: bool,
     /// Declarations that can't be parsed, and contradictions, a sentence each.
@@ -66,6 +71,8 @@ pub fn merge_meta<'a>(instances: impl Iterator<Item = &'a Instance>) -> MergedMe
     let protocols = majority("protocols", &instances, |meta| meta.protocol.as_deref(), &mut notes);
     let algorithm =
         majority("algorithms", &instances, |meta| meta.algorithm.as_deref(), &mut notes);
+    let public =
+        majority("public addresses", &instances, |meta| meta.public.as_deref(), &mut notes);
     let declares = |instance: &&Instance| instance.meta.algorithm.is_some();
     let has_bad_algorithm = algorithm.is_none() && instances.iter().any(declares);
     let mut problems: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -75,7 +82,7 @@ pub fn merge_meta<'a>(instances: impl Iterator<Item = &'a Instance>) -> MergedMe
         }
     }
     notes.extend(problems.iter().map(|(problem, ids)| format!("{}: {problem}", first(ids))));
-    MergedMeta { ports, protocols, algorithm, has_bad_algorithm, notes }
+    MergedMeta { ports, protocols, algorithm, public, has_bad_algorithm, notes }
 }
 
 /// The most frequent value; of those equally frequent, the one whose text is smallest.

@@ -13,6 +13,7 @@ mod input;
 pub mod keep;
 mod merge;
 mod ports;
+mod public;
 mod resolved_hosts;
 mod validate;
 pub mod vips;
@@ -36,6 +37,7 @@ pub use input::{
 };
 pub use merge::ServiceMeta;
 pub use ports::{MAX_PORTS, Ports, Protocols};
+pub use public::PublicAddresses;
 pub use resolved_hosts::{Bridge, Host, Hosts};
 pub use validate::may_be_reached;
 

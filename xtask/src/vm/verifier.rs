@@ -24,7 +24,7 @@ const HEADING: &str = "\
 
 The kernel's verifier follows every path through a program before it accepts it, and gives up at a \
 million instructions. This is how many it processed for each program, on each kernel, with the \
-configuration that leaves the programs the most to do: both pools, pins far apart, bypassed cgroups.
+configuration that leaves the programs the most to do: both pools, public networks, pins far apart, bypassed cgroups.
 
 `sudo -E cargo xtask vm` writes this file; `cargo xtask test` fails when a number has moved by more \
 than 5%.

@@ -106,6 +106,8 @@ struct RawService {
     weights: RawWeights,
     #[serde(default, deserialize_with = "or_default")]
     meta: BTreeMap<String, Option<String>>,
+    #[serde(default, deserialize_with = "or_default")]
+    create_index: u64,
 }
 
 /// One of several ports, as Consul has them from 1.22 on, instead of `Port`.
@@ -362,6 +364,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         may_be_local: false,
         is_checked,
         is_critical,
+        created: if meta.public.is_some() { service.create_index } else { 0 },
         node: node.node,
         id: service.id,
         address,
@@ -645,6 +648,20 @@ mod tests {
             let got =
                 format!("{}:{} x{} {standing}", instance.address, instance.port, instance.weight);
             assert_eq!(got, expected, "{json}");
+        }
+    }
+
+    /// Elsewhere it would make a difference of what is none.
+    #[test]
+    fn an_instance_with_a_public_address_has_its_create_index() {
+        for (tags, created) in [
+            (r#""routed""#, 0),
+            (r#""routed","nohop.public=203.0.113.1:80""#, 7),
+            (r#""nohop.public=203.0.113.1:80""#, 0),
+        ] {
+            let json = format!(r#"[{{"Service":{{"Tags":[{tags}],"CreateIndex":7}}}}]"#);
+            let instances = instances(parse(&json), &rules()).unwrap();
+            assert_eq!(instances[0].created, created, "{tags}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::catalog::cache;
-use crate::config::{CatalogConfig, Config, ConsulConfig};
+use crate::config::{CatalogConfig, Config, ConsulConfig, WatchPolicy};
 
 /// All durations of the source.
 #[derive(Clone, Copy, Debug)]
@@ -95,11 +95,18 @@ pub struct Settings {
 
 impl Settings {
     /// As configured; `is_cached` is whether the state directory is used.
+    ///
+    /// An edge follows all services, whatever their number: clients outside ask no name, and Consul's list
+    /// of names has no Meta, so which services are public isn't known before their instances are read.
     pub fn of(config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) -> Self {
+        let mut catalog = config.catalog.clone();
+        if config.edge.is_on() {
+            catalog.watch = WatchPolicy::All;
+        }
         Settings {
             in_use,
             consul: config.consul.clone(),
-            catalog: Arc::new(config.catalog.clone()),
+            catalog: Arc::new(catalog),
             cache: is_cached.then(|| config.state_dir.join(cache::FILE_NAME)),
             timing: Timing::default(),
         }
@@ -112,5 +119,19 @@ impl Settings {
         format!(
             "{address} {datacenter} {namespace} {partition} {tag} {meta:?} {health:?} {choice:?}"
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edge_follows_all_services() {
+        let mut config = Config::default();
+        let watch = |config: &Config| Settings::of(config, Vec::new(), false).catalog.watch;
+        assert_eq!(watch(&config), WatchPolicy::Auto);
+        config.edge.interfaces.push("eth0".to_owned());
+        assert_eq!(watch(&config), WatchPolicy::All);
     }
 }

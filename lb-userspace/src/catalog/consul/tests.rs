@@ -145,12 +145,14 @@ async fn only_declarations_for_nohop_publish_a_change() {
     let mut meta = json!({"version": "4", "nohop-ports": "80,5432", "nohop-protocol": "both"});
     meta["nohop-algorithm"] = "maglev".into();
     meta["nohop-weight"] = "7".into();
+    meta["nohop-public"] = "203.0.113.10:443".into();
     fake.set(&service("web"), 22, with_meta(meta));
     let expected = ServiceMeta {
         ports: Some("80,5432".into()),
         protocol: Some("both".into()),
         algorithm: Some("maglev".into()),
         weight: Some("7".into()),
+        public: Some("203.0.113.10:443".into()),
         problems: Vec::new(),
     };
     shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].meta == expected).await;

@@ -351,7 +351,7 @@ mod tests {
             error,
             format!(
                 "{path}:1: a service without `name`\n\
-                 {path}:2: unknown key `port`; there is `name`, `ports`, `protocol`, `algorithm`, `backend`"
+                 {path}:2: unknown key `port`; there is `name`, `ports`, `protocol`, `algorithm`, `public`, `backend`"
             )
         );
     }

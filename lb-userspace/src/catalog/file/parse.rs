@@ -11,7 +11,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::config::BalanceAlgorithm;
 use crate::table::{
-    HealthStatus, Instance, MAX_PORTS, NodeIdentity, Ports, Protocols, ServiceMeta,
+    HealthStatus, Instance, MAX_PORTS, NodeIdentity, Ports, Protocols, PublicAddresses, ServiceMeta,
 };
 
 /// Something wrong with a static catalog.
@@ -113,11 +113,16 @@ impl Reader<'_> {
                 String::new()
             }
         };
-        self.check_keys(table, &["name", "ports", "protocol", "algorithm", "backend"], &whose);
+        self.check_keys(
+            table,
+            &["name", "ports", "protocol", "algorithm", "public", "backend"],
+            &whose,
+        );
         let meta = ServiceMeta {
             ports: table.get("ports").and_then(|ports| self.ports(ports, &whose)),
             protocol: table.get("protocol").and_then(|protocol| self.protocol(protocol, &whose)),
             algorithm: table.get("algorithm").and_then(|given| self.algorithm(given, &whose)),
+            public: table.get("public").and_then(|given| self.public(given, &whose)),
             ..ServiceMeta::default()
         };
         let mut instances: Vec<Instance> = Vec::new();
@@ -181,6 +186,7 @@ impl Reader<'_> {
             node_address: None,
             is_checked: true,
             is_critical: false,
+            created: 0,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: meta.clone(),
@@ -218,6 +224,18 @@ impl Reader<'_> {
             Ok(algorithm) => Some(algorithm.to_string()),
             Err(problem) => {
                 self.diagnostic(&value.span(), format!("{whose}`algorithm`: {problem}"));
+                None
+            }
+        }
+    }
+
+    /// The public addresses, as text again, for the table to read.
+    fn public(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
+        let given = value.get_ref().as_str().unwrap_or(&self.text[value.span()]);
+        match given.parse::<PublicAddresses>() {
+            Ok(public) => Some(public.to_string()),
+            Err(problem) => {
+                self.diagnostic(&value.span(), format!("{whose}`public`: {problem}"));
                 None
             }
         }
@@ -278,6 +296,7 @@ mod tests {
             ports = [5432, 0x50]
             protocol = "both"
             algorithm = "maglev"
+            public = "[2001:db8::1]:80, 203.0.113.1:80"
             [[service.backend]]
             address = "10.0.0.7:23456"
             weight = 0x10
@@ -307,6 +326,7 @@ mod tests {
             ports: Some("80,5432".into()),
             protocol: Some("both".into()),
             algorithm: Some("maglev".into()),
+            public: Some("203.0.113.1:80,[2001:db8::1]:80".into()),
             ..ServiceMeta::default()
         };
         assert!(services["helloworld"].iter().all(|instance| instance.meta == meta));
