@@ -78,6 +78,9 @@ const RAMP_BITS: u32 = 10;
 const MAX_IN_FLIGHT: i32 = (1 << 20) - 1;
 /// Costs above that, 4.2 s, are equal.
 const MAX_COST_US: u32 = (1 << 22) - 1;
+/// Added to each cost. Within a datacenter times differ by how busy the hosts were just then, several times over
+/// and by less than this, and say nothing of how long a backend works on a request: there open connections decide.
+const NEAR_US: u32 = 1_000;
 
 impl Load {
     #[inline(always)]
@@ -111,9 +114,9 @@ impl Load {
         let (own, others) = ((self.weight >> shift).max(1), (other.weight >> shift).max(1));
         let larger = u64::from(larger >> shift);
         let product = u64::from(own) * u64::from(others);
-        // Below 2^22 * (2^20 * 2^10 * 2^10 + 2^20).
+        // Below (2^22 + 2^10) * (2^20 * 2^10 * 2^10 + 2^20).
         let score = |load: Load, weight: u32| {
-            let cost = u64::from(load.cost_us.min(MAX_COST_US));
+            let cost = u64::from(load.cost_us.min(MAX_COST_US) + NEAR_US);
             cost * (load.in_flight() * u64::from(weight) * larger + product)
         };
         score(self, others) < score(other, own)
@@ -260,9 +263,12 @@ mod tests {
             (load(1, 1, 500), load(2, 3, 500), "other"),
             // Idle: by cost.
             (load(0, 1, 400), load(0, 9, 500), "one"),
-            // One of 5 ms is as good as one of 1 ms with four open connections.
-            (load(0, 2, 5_000), load(4, 2, 1_000), "neither"),
-            (load(0, 2, 5_000), load(5, 2, 1_000), "one"),
+            // With the millisecond, one of 5 ms is as good as one of 1 ms with two open connections.
+            (load(0, 2, 5_000), load(2, 2, 1_000), "neither"),
+            (load(0, 2, 5_000), load(3, 2, 1_000), "one"),
+            // Below it an open connection outweighs what differs.
+            (load(1, 1, 30), load(0, 1, 300), "other"),
+            (load(0, 1, 30), load(0, 1, 300), "one"),
             // Without history: by open connections.
             (load(0, 1, 0), load(0, 1, 500), "neither"),
             (load(1, 1, 0), load(0, 1, 500), "other"),

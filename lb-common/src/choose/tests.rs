@@ -454,6 +454,13 @@ fn the_busier_of_two_loses() {
     let far = fleet(|entry| entry.outcomes.connect_us = 900);
     let share = far.shares(&policy(Algorithm::Latency), 100_000)[0];
     assert!((share - 0.2578).abs() < 0.005, "{share}");
+    // The same of a busy one that is near: its time doesn't outweigh its connection.
+    let slow = fleet(|entry| {
+        entry.outcomes.in_flight = 1;
+        entry.outcomes.connect_us = 20;
+    });
+    let share = slow.shares(&policy(Algorithm::Latency), 100_000)[0];
+    assert!((share - 0.2578).abs() < 0.005, "{share}");
     let share = busy.shares(&policy(Algorithm::Random), 100_000)[0];
     assert!((share - 0.5).abs() < 0.005, "{share}");
 }

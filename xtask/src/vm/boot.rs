@@ -64,7 +64,8 @@ pub fn boot(
     command.args(["-accel", "tcg", "-cpu", processor(kernel.version), "-smp", "1", "-m", "1G"]);
     command.args(["-display", "none", "-serial", "stdio"]);
     command.arg("-kernel").arg(&kernel.vmlinuz).arg("-initrd").arg(initrd);
-    let append = "console=ttyS0 quiet panic=-1 random.trust_cpu=on".to_owned() + mode.parameters();
+    let append = "console=ttyS0 quiet panic=-1 no_timer_check random.trust_cpu=on".to_owned()
+        + mode.parameters();
     command.args(["-append", &append]);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
 
