@@ -257,6 +257,9 @@ pub struct ServiceStatus {
     /// couldn't be reached. One that the client gave up is none.
     #[serde(default)]
     pub failed: u64,
+    /// SYNs of its TCP connects that were sent again, since the daemon's start, counted when a connect ends.
+    #[serde(default)]
+    pub syn_retransmits: u64,
     /// The TCP connections to its backends that are open or being established; null while the unit
     /// `outcomes` isn't attached.
     #[serde(default)]

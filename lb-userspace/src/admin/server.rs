@@ -471,6 +471,7 @@ mod tests {
                 connects: 0,
                 refused: 0,
                 failed: 0,
+                syn_retransmits: 0,
                 in_flight: Some(0),
                 refused_family: 0,
                 shadowed: 0,

@@ -198,12 +198,16 @@ fn service_head(text: &mut String, service: &ServiceStatus, width: usize) {
         0 => String::new(),
         n => format!(", failed {n}"),
     };
+    let retransmits = match service.syn_retransmits {
+        0 => String::new(),
+        n => format!(", SYN retransmits {n}"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     let public: String = service.public.iter().map(|public| format!(" and {public}")).collect();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}{public}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}{failed}{in_flight}",
+            "{:<width$}  {}:{ports}{vip6}{pin}{public}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}{failed}{retransmits}{in_flight}",
             service.name,
             service.vip,
             service.protocol,
@@ -291,6 +295,7 @@ mod tests {
             connects: 7,
             refused: 0,
             failed: 0,
+            syn_retransmits: 0,
             in_flight: None,
             refused_family: 0,
             shadowed: 0,
@@ -326,11 +331,12 @@ mod tests {
             udp_connects: 5,
             udp_connects_refused: 2,
             failed: 3,
+            syn_retransmits: 6,
             in_flight: Some(4),
             ..helloworld()
         };
         let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, connects 7, \
-                    refused 0, UDP connects 5, refused 2, failed 3, in flight 4\n  ~ something is odd\n";
+                    refused 0, UDP connects 5, refused 2, failed 3, SYN retransmits 6, in flight 4\n  ~ something is odd\n";
         assert!(services(&[odd]).starts_with(text));
     }
 

@@ -495,6 +495,7 @@ impl DaemonView {
             connects: stats.connects,
             refused: stats.refused,
             failed: stats.failed,
+            syn_retransmits: stats.syn_retransmits,
             in_flight: all_in_flight,
             refused_family: stats.refused_family,
             shadowed: stats.shadowed,

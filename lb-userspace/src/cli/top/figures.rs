@@ -71,6 +71,8 @@ pub struct ServiceFigures {
     pub refused_per_second: Option<f64>,
     /// Connections that were sent to a backend and never established.
     pub failed_per_second: Option<f64>,
+    /// SYNs that were sent again, counted when a connect ends.
+    pub syn_retransmits_per_second: Option<f64>,
     /// Open connections; `null` where the kernel doesn't count them.
     pub in_flight: Option<u64>,
     /// The mean time to connect in microseconds, by the connections of the interval, or by all where
@@ -164,6 +166,7 @@ fn service_figures(
         connects_per_second: rate(|service| service.connects),
         refused_per_second: rate(|service| service.refused),
         failed_per_second: rate(|service| service.failed),
+        syn_retransmits_per_second: rate(|service| service.syn_retransmits),
         in_flight: now.in_flight,
         connect_us: mean_connect_us(&backends, now),
         reached: now.backends.iter().filter(|backend| backend.state.is_reached()).count(),
@@ -254,6 +257,7 @@ pub mod tests {
             connects,
             refused: 0,
             failed: backends.iter().map(|backend| backend.failures).sum(),
+            syn_retransmits: 0,
             in_flight: Some(3 * backends.len() as u64),
             refused_family: 0,
             shadowed: 0,

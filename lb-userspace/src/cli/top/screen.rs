@@ -250,8 +250,10 @@ impl Screen {
             let numbers = figures.services.iter().filter_map(number);
             rate(numbers.reduce(|sum, number| sum + number))
         };
+        let retransmits =
+            figures.services.iter().filter_map(|it| it.syn_retransmits_per_second).sum();
         let totals = format!(
-            "{} services  {} connects/s  {} in flight  {} refused/s  {} failed/s",
+            "{} services  {} connects/s  {} in flight  {} refused/s  {} failed/s{}",
             figures.services.len(),
             total(|service| service.connects_per_second),
             count(
@@ -263,6 +265,7 @@ impl Screen {
             ),
             total(|service| service.refused_per_second),
             total(|service| service.failed_per_second),
+            syn_retransmits(retransmits),
         );
         vec![Line::from(first), Line::raw(totals), lost.or(problem).unwrap_or_default()]
     }
@@ -331,7 +334,8 @@ impl Screen {
             Layout::vertical([Constraint::Length(1), Constraint::Fill(1), Constraint::Length(1)])
                 .areas(area);
         let ServiceFigures { name, vip, ports, algorithm, .. } = service;
-        let rates = format!("{} connects/s", rate(service.connects_per_second));
+        let retransmits = syn_retransmits(service.syn_retransmits_per_second.unwrap_or_default());
+        let rates = format!("{} connects/s{retransmits}", rate(service.connects_per_second));
         let text = format!("{name}  {vip}:{ports}  {algorithm}  {rates}");
         let text = match (&service.error, service.backends.is_empty()) {
             (Some(error), _) => format!("{text}  ! {error}"),
@@ -423,6 +427,14 @@ fn rate(rate: Option<f64>) -> String {
     }
 }
 
+/// Retransmitted SYNs a second, where there are any.
+fn syn_retransmits(per_second: f64) -> String {
+    match per_second {
+        0.0 => String::new(),
+        _ => format!("  {} SYN retransmits/s", rate(Some(per_second))),
+    }
+}
+
 fn count(n: Option<u64>) -> String {
     n.map_or_else(|| "-".to_owned(), |n| n.to_string())
 }
@@ -469,6 +481,7 @@ mod tests {
             ],
         );
         now.services[2].backends[0].rtt_us = Some(123_456);
+        now.services[2].syn_retransmits = 4;
         Figures::new(Some(&before), &now)
     }
 
@@ -491,7 +504,7 @@ mod tests {
         let shown = shown(&Screen::default(), &figures());
         let expected = [
             "nohop 0.1.0  ready  generation 12  consul live 0 s ago",
-            "3 services  320 connects/s  9 in flight  0 refused/s  2.0 failed/s",
+            "3 services  320 connects/s  9 in flight  0 refused/s  2.0 failed/s  4.0 SYN retr",
             "",
             "SERVICE               BACKENDS  CONN/Sv  IN-FLIGHT  REFUSED/S  FAILED/S  CONNECT",
             "api                        1/1      300          3          0         0    300us",
@@ -538,7 +551,7 @@ mod tests {
             &[KeyPress::Escape, KeyPress::Char('c'), KeyPress::Move(1), KeyPress::Enter],
         );
         let expected = [
-            "web  127.186.3.9:80  random  20.0 connects/s",
+            "web  127.186.3.9:80  random  20.0 connects/s  4.0 SYN retransmits/s",
             "BACKEND                STATE WEIGHT FLIGHT  CONN/S  FAIL/S CONNECT     RTT",
             "10.0.0.1:8080        healthy      1      3    11.0     2.0    71us   123ms",
             "10.0.0.2:8080        healthy      1      3     9.0       0    49us       -",
