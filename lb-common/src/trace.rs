@@ -55,7 +55,8 @@ pub struct TraceEvent {
     /// A [`TraceKind`].
     pub kind: u8,
     /// Of one that is refused a [`RefusalReason`], of one that is sent the number of a
-    /// [`ChoiceReason`](crate::ChoiceReason).
+    /// [`ChoiceReason`](crate::ChoiceReason), of a DNS query that of an
+    /// [`Interception`](crate::Interception).
     pub reason: u8,
     /// Zero.
     pub padding: u8,
@@ -85,6 +86,10 @@ pub enum TraceKind {
     Failed = 4,
     /// It ended without one: the client gave up.
     Aborted = 5,
+    /// No connection to a VIP, but a DNS query that may be intercepted: from the process, to what it asks
+    /// (`frontend`), to nohop's address (`backend`; port 0 for none). The reason is the number of an
+    /// [`Interception`](crate::Interception), which decides whether it goes there.
+    Intercepted = 6,
 }
 
 /// Why a program refused a connection.

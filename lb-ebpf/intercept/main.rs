@@ -14,6 +14,7 @@
 mod context;
 mod maps;
 mod policy;
+mod trace;
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;

@@ -1,4 +1,4 @@
-//! The maps. `CONTROL`, `BYPASS` and `FRONTENDS` are the unit `connect`'s, by their pins. The others are
+//! The maps. `CONTROL`, `COUNTERS`, `BYPASS` and `FRONTENDS` are the unit `connect`'s, by their pins. The others are
 //! each daemon's own, and end with it.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
@@ -7,9 +7,10 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::SockAddrContext;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Asked, BypassCgroup, BypassLevel, Control, DEFAULT_MAX_SERVICES, DNS_PORT, DnsServer,
-    FRONTENDS_PER_SERVICE, Frontend, InterceptControl, InterceptedSocket, Interception,
-    MAX_BYPASS_CGROUPS, MAX_RESOLVERS, MAX_UPSTREAM_PORTS, ResolverCgroup, ServiceRef,
+    Asked, BypassCgroup, BypassLevel, Control, Counter, DEFAULT_MAX_SERVICES, DNS_PORT, DnsServer,
+    FRONTENDS_PER_SERVICE, Frontend, GlobalCounters, InterceptControl, InterceptedSocket,
+    Interception, MAX_BYPASS_CGROUPS, MAX_RESOLVERS, MAX_UPSTREAM_PORTS, ResolverCgroup,
+    ServiceRef, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -17,6 +18,8 @@ const N_FRONTENDS: usize = (DEFAULT_MAX_SERVICES * FRONTENDS_PER_SERVICE) as usi
 
 #[btf_map]
 static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static COUNTERS: Array<GlobalCounters, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static BYPASS: HashMap<BypassCgroup, BypassLevel, MAX_BYPASS_CGROUPS> = HashMap::new();
 #[btf_map]
@@ -48,6 +51,13 @@ macro_rules! read {
 #[inline(always)]
 pub fn until_ns() -> u64 {
     read!(INTERCEPT_CONTROL.until_ns)
+}
+
+/// Whether connections are traced, and which.
+#[inline(always)]
+pub fn trace_switch() -> TraceSwitch {
+    let until_ns = read!(CONTROL.trace.until_ns);
+    TraceSwitch { until_ns, max_hash: read!(CONTROL.trace.max_hash), padding: 0 }
 }
 
 /// The daemon's process id.
@@ -141,10 +151,24 @@ fn of_family(kept: *mut InterceptedSocket, is_ipv4: bool) -> Option<&'static mut
 #[inline(always)]
 pub fn count(decided: Interception) {
     if let Some(counter) = INTERCEPT_COUNTERS.get_ptr_mut(decided as u32) {
-        // SAFETY: the pointer is to an aligned u64 in an array map. The result is unused, which makes
-        // this XADD: the verifier of 5.10 rejects a fetching addition.
-        unsafe {
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
-        }
+        add_one(counter);
+    }
+}
+
+/// Counts what there was no room to report.
+#[inline(always)]
+pub fn count_lost(counter: Counter) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: the counter is a word within the element, which stays.
+        add_one(unsafe { counters.cast::<u64>().add(counter as usize) });
+    }
+}
+
+#[inline(always)]
+fn add_one(counter: *mut u64) {
+    // SAFETY: the pointer is to an aligned u64 in an array map. The result is unused, which makes this
+    // XADD: the verifier of 5.10 rejects a fetching addition.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
     }
 }

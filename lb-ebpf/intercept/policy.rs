@@ -13,7 +13,7 @@ use lb_common::{
     is_multicast,
 };
 
-use crate::{context, maps};
+use crate::{context, maps, trace};
 
 /// The pools of VIPs, which the daemon sets when it loads the object: constants to the verifier.
 /// IPv4: in native byte order; all ones with a network of 0 mean no pool.
@@ -81,6 +81,7 @@ pub fn server_for(ctx: &SockAddrContext, query: &Query) -> Option<DnsServer> {
         decided
     };
     maps::count(decided);
+    trace::report(ctx, &query.address, is_host, decided);
     (decided == Interception::Sent).then_some(server)
 }
 

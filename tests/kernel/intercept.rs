@@ -5,12 +5,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use lb_userspace::config::Intercepted;
 use lb_userspace::datapath::{
-    Datapath, InterceptSettings, UnitHealth, UnitState, intercept_problems,
+    Datapath, InterceptSettings, TraceStep, UnitHealth, UnitState, intercept_problems,
 };
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, socket, sockopt};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
@@ -434,6 +436,46 @@ pub fn what_is_left_alone() {
         assert_eq!(answer(&datapath, at(A)), 'n', "created again");
         intercept(&mut datapath, settings(&tasks, listen(&loopback)));
         assert_eq!(answer(&datapath, at(A)), 'n');
+    });
+}
+
+/// While a client traces, each query is an event: who asks whom, where it goes and why.
+pub fn traced() {
+    inside(|| {
+        let place = Place::new();
+        let loopback = [Ipv4Addr::LOCALHOST.into()];
+        let _nohop = resolver('n', Ipv4Addr::LOCALHOST, PORT);
+        let mut datapath = place.start();
+        let mut events = datapath.take_trace_events().unwrap();
+        let tasks = Tasks::new(&place);
+        let cgroup_id = fs::metadata(&tasks.path).unwrap().ino();
+        let mut read = || {
+            let mut all = Vec::new();
+            events.read(usize::MAX, |event| match event.step {
+                TraceStep::Query(query) => {
+                    assert_eq!((query.pid, query.cgroup_id), (std::process::id(), cgroup_id));
+                    all.push((query.frontend, query.is_tcp, query.backend, query.reason));
+                }
+                step => panic!("{step:?}"),
+            });
+            all
+        };
+        // Twice, as it is loaded again.
+        for _ in 0..2 {
+            intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+            assert_eq!(answer(&datapath, at(A)), 'n');
+            assert_eq!(read(), [], "nothing is traced");
+            datapath.set_trace(Some((Duration::from_secs(60), u32::MAX)));
+            assert_eq!(answer(&datapath, at(A)), 'n');
+            datapath.stop_interception();
+            assert_eq!(by_sendto(at(C)), 'c');
+            let server = Some(SocketAddr::from((Ipv4Addr::LOCALHOST, PORT)));
+            let sent = |is_tcp| (at(A), is_tcp, server, "dns.intercept");
+            let off = (at(C), false, None, "interception is off, or the daemon doesn't listen");
+            assert_eq!(read(), [sent(false), sent(false), sent(true), off]);
+            datapath.set_trace(None);
+            datapath.configure_intercept(None);
+        }
     });
 }
 

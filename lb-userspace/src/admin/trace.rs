@@ -3,7 +3,8 @@
 use super::query::{decode, encode};
 
 /// The outcomes of a traced connection, by which a client may filter.
-pub const OUTCOMES: [&str; 6] = ["established", "refused", "failed", "aborted", "sent", "unknown"];
+pub const OUTCOMES: [&str; 8] =
+    ["established", "refused", "failed", "aborted", "sent", "unknown", "intercepted", "passed"];
 
 /// Which connections a client gets.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -54,8 +55,9 @@ impl TraceFilter {
                 "not" => filter.not.push(text),
                 "outcome" if OUTCOMES.contains(&text.as_str()) => filter.outcome = Some(text),
                 "outcome" => {
-                    let fix = "write established, refused, failed, aborted, sent or unknown";
-                    return Err(wrong(fix));
+                    return Err(wrong(
+                        "write established, refused, failed, aborted, sent, unknown, intercepted or passed",
+                    ));
                 }
                 "sample" => match text.parse() {
                     Ok(sample) if sample > 0 => filter.sample = sample,

@@ -58,7 +58,11 @@ fn connection_text(connection: &TraceRecord) -> String {
         (_, _, Some(cgroup)) => format!("  {cgroup}"),
         (_, _, None) => String::new(),
     };
-    let service = service.as_deref().unwrap_or("no service");
+    let no_service = match connection.outcome.as_str() {
+        "intercepted" | "passed" => "DNS query to",
+        _ => "no service",
+    };
+    let service = service.as_deref().unwrap_or(no_service);
     let udp = if connection.protocol == "udp" { " udp" } else { "" };
     let backend = connection.backend.as_deref().map(|to| format!(" -> {to}")).unwrap_or_default();
     let reason = connection.reason.as_deref().map(|why| format!("  {why}")).unwrap_or_default();
@@ -134,6 +138,21 @@ mod tests {
             connection_text(&refused),
             "11:02:03.000456  curl[1234]  no service 127.186.3.9:80  refused  no service has this \
              address and port\n"
+        );
+        let intercepted = TraceRecord {
+            service: None,
+            frontend: "10.0.0.2:53".into(),
+            protocol: "udp".into(),
+            backend: Some("127.0.0.1:53".into()),
+            reason: Some("dns.intercept".into()),
+            outcome: "intercepted".into(),
+            connect_us: None,
+            ..established()
+        };
+        assert_eq!(
+            connection_text(&intercepted),
+            "11:02:03.000456  curl[1234]  /sys/fs/cgroup/system.slice/cron.service  DNS query to \
+             10.0.0.2:53 udp -> 127.0.0.1:53  intercepted  dns.intercept\n"
         );
         assert_eq!(text(&TraceLine::Lost { lost: 3 }), "3 connections were lost\n");
     }

@@ -427,7 +427,8 @@ impl Datapath {
     /// When it can't be mapped into memory.
     pub fn take_trace_events(&mut self) -> Result<TraceEvents, DatapathError> {
         let names = self.reconciler.maps_mut().names();
-        TraceEvents::new(self.units.loaded_mut().filter_map(|ebpf| ebpf.take_map("TRACE")), names)
+        let maps = self.units.loaded_mut().filter_map(|ebpf| ebpf.take_map("TRACE"));
+        TraceEvents::new(maps, names, self.intercept.trace_ring())
     }
 
     /// Whether connections are only counted.

@@ -2,10 +2,10 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use aya::maps::{Map, MapData, RingBuf};
-use lb_common::{Address, ChoiceReason, RefusalReason, TraceEvent, TraceKind};
+use lb_common::{Address, ChoiceReason, Interception, RefusalReason, TraceEvent, TraceKind};
 use zerocopy::FromBytes;
 
 use super::error::DatapathError;
@@ -15,7 +15,25 @@ use super::pins::monotonic_ns;
 /// The programs' events of traced connections, of all units.
 pub struct TraceEvents {
     rings: Vec<RingBuf<MapData>>,
+    /// That of the unit `intercept`, which is loaded when it is wanted.
+    intercept: Option<RingBuf<MapData>>,
+    next_intercept: NextRing,
     names: ServiceNames,
+}
+
+/// The ring buffer of a unit that was loaded, until the reader takes it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct NextRing(Arc<Mutex<Option<Map>>>);
+
+impl NextRing {
+    /// Has the reader go on with this one.
+    pub(super) fn set(&self, map: Map) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(map);
+    }
+
+    fn take(&self) -> Option<Map> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// An event of a traced connection.
@@ -46,6 +64,9 @@ pub enum TraceStep {
     },
     /// The client gave up.
     Aborted,
+    /// No connection to a VIP: a DNS query to the `frontend`, which is sent to the `backend` of nohop's,
+    /// or to none and passes.
+    Query(Box<Begun>),
 }
 
 /// What is known of a connection when it begins.
@@ -73,20 +94,32 @@ impl TraceEvents {
     pub(super) fn new(
         maps: impl Iterator<Item = Map>,
         names: ServiceNames,
+        next_intercept: NextRing,
     ) -> Result<TraceEvents, DatapathError> {
         let rings = maps.map(RingBuf::try_from).collect::<Result<_, _>>();
-        Ok(TraceEvents { rings: rings.map_err(|source| DatapathError::Map { source })?, names })
+        let rings = rings.map_err(|source| DatapathError::Map { source })?;
+        Ok(TraceEvents { rings, intercept: None, next_intercept, names })
     }
 
     /// The descriptors that are readable while there are events.
-    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.rings.iter().map(AsFd::as_fd)
+    pub fn fds(&mut self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.follow_intercept();
+        self.rings.iter().chain(&self.intercept).map(AsFd::as_fd)
+    }
+
+    fn follow_intercept(&mut self) {
+        if let Some(next) = self.next_intercept.take() {
+            let ring = RingBuf::try_from(next);
+            let failed = |error| tracing::warn!("intercepted queries can't be traced: {error}");
+            self.intercept = ring.map_err(failed).ok();
+        }
     }
 
     /// Reads the events that there are, those of one unit after those of another, at most `max_each` of
     /// each: programs may report faster than this reads.
     pub fn read(&mut self, max_each: usize, mut each: impl FnMut(Traced)) {
-        for ring in &mut self.rings {
+        self.follow_intercept();
+        for ring in self.rings.iter_mut().chain(&mut self.intercept) {
             for _ in 0..max_each {
                 let Some(event) = ring.next() else { break };
                 // One of another size would be another version's.
@@ -111,6 +144,7 @@ fn traced(event: &TraceEvent, names: &ServiceNames) -> Option<Traced> {
     const ESTABLISHED: u8 = TraceKind::Established as u8;
     const FAILED: u8 = TraceKind::Failed as u8;
     const ABORTED: u8 = TraceKind::Aborted as u8;
+    const INTERCEPTED: u8 = TraceKind::Intercepted as u8;
     let step = match kind {
         SENT => {
             let backend = socket_addr(event.backend, event.backend_port);
@@ -125,6 +159,12 @@ fn traced(event: &TraceEvent, names: &ServiceNames) -> Option<Traced> {
             TraceStep::Failed { error: i32::try_from(event.error).ok().filter(|error| *error > 0) }
         }
         ABORTED => TraceStep::Aborted,
+        INTERCEPTED => {
+            let decided = *Interception::ALL.get(usize::from(event.reason))?;
+            let server = socket_addr(event.backend, event.backend_port);
+            let server = (decided == Interception::Sent).then_some(server);
+            TraceStep::Query(Box::new(begun(event, names, server, interception(decided))))
+        }
         _ => return None,
     };
     Some(Traced { cookie, at_ns, step })
@@ -146,6 +186,18 @@ fn begun(
         is_tcp: event.protocol == lb_common::IPPROTO_TCP,
         backend,
         reason,
+    }
+}
+
+fn interception(decided: Interception) -> &'static str {
+    match decided {
+        Interception::Sent => "dns.intercept",
+        Interception::NoDaemon => "interception is off, or the daemon doesn't listen",
+        Interception::Own => "nohop's own",
+        Interception::Excluded => "of datapath.exclude_cgroups, or of a DNS server",
+        Interception::Local => "to a loopback address of a container",
+        Interception::Unreachable => "nohop listens at no address that the socket reaches",
+        Interception::NoMemory => "no memory",
     }
 }
 

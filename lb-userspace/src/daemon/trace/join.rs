@@ -40,6 +40,10 @@ pub enum Outcome {
     Sent,
     /// No outcome came.
     Unknown,
+    /// It is a DNS query, and was sent to nohop.
+    Intercepted,
+    /// It is one that goes to the resolver that was asked.
+    Passed,
 }
 
 /// The connections that wait for their outcome.
@@ -62,6 +66,16 @@ impl Joiner {
     /// waited for.
     pub fn add(&mut self, event: Traced, has_outcomes: bool) -> Vec<Joined> {
         let Traced { cookie, at_ns, step } = event;
+        let step = match step {
+            TraceStep::Query(begun) => {
+                let outcome = match begun.backend {
+                    Some(_) => Outcome::Intercepted,
+                    None => Outcome::Passed,
+                };
+                return vec![Joined { cookie, at_ns, begun: *begun, outcome }];
+            }
+            step => step,
+        };
         let outcome = match &step {
             TraceStep::Begun(begun) if begun.backend.is_none() => Some(Outcome::Refused),
             TraceStep::Begun(begun) if !begun.is_tcp || !has_outcomes => Some(Outcome::Sent),
@@ -130,7 +144,7 @@ fn join(cookie: u64, one: Half, other: Half) -> Option<Joined> {
         TraceStep::Established { connect_us } => Outcome::Established(connect_us),
         TraceStep::Failed { error } => Outcome::Failed(error),
         TraceStep::Aborted => Outcome::Aborted,
-        TraceStep::Begun(_) => Outcome::Unknown,
+        TraceStep::Begun(_) | TraceStep::Query(_) => Outcome::Unknown,
     };
     Some(Joined { cookie, at_ns, begun: *begun, outcome })
 }

@@ -231,6 +231,8 @@ impl Outcome {
             Outcome::Aborted => "aborted",
             Outcome::Sent => "sent",
             Outcome::Unknown => "unknown",
+            Outcome::Intercepted => "intercepted",
+            Outcome::Passed => "passed",
         }
     }
 }

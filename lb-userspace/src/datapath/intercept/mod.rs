@@ -28,6 +28,7 @@ use super::kernel::{AtomicArray, Hash, Plain, io_error, take_hash, wait_for_prog
 use super::map_specs::{INTERCEPT, Sizes};
 use super::object::{PoolConstants, load_program, processed, program_fd};
 use super::pins::{Pins, monotonic_ns};
+use super::trace::NextRing;
 use super::units::{UnitHealth, UnitState};
 use crate::config::{Intercepted, VipConfig};
 use cgroups::FoundCgroups;
@@ -78,6 +79,7 @@ pub struct Intercept {
     settings: Option<InterceptSettings>,
     is_shadow: bool,
     is_detached: bool,
+    trace_ring: NextRing,
 }
 
 #[derive(Debug)]
@@ -118,7 +120,13 @@ impl Intercept {
             settings: None,
             is_shadow: false,
             is_detached: false,
+            trace_ring: NextRing::default(),
         }
+    }
+
+    /// Where the reader of traced queries finds their ring buffer, each time the unit is loaded.
+    pub(in super::super) fn trace_ring(&self) -> NextRing {
+        self.trace_ring.clone()
     }
 
     /// Sets whose queries are intercepted, `None` for those of no process; finds their cgroups below
@@ -133,7 +141,7 @@ impl Intercept {
         let earlier = self.loaded.take_if(|loaded| loaded.is_err()).and_then(Result::err);
         let is_new = self.loaded.is_none();
         let loaded = self.loaded.get_or_insert_with(|| {
-            let loaded = LoadedIntercept::load(vip, sizes, pins);
+            let loaded = LoadedIntercept::load(vip, sizes, pins, &self.trace_ring);
             loaded.inspect_err(|reason| {
                 if earlier.as_ref() != Some(reason) {
                     tracing::warn!("the unit {UNIT} doesn't run: {reason}");
@@ -255,7 +263,7 @@ fn open(
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(log_level);
     pools.set(&mut loader);
-    for name in ["CONTROL", "BYPASS", "FRONTENDS"] {
+    for name in ["CONTROL", "COUNTERS", "BYPASS", "FRONTENDS"] {
         loader.map_pin_path(name, pins.maps().join(name));
     }
     loader.map_max_entries("FRONTENDS", sizes.frontends);
@@ -263,12 +271,19 @@ fn open(
 }
 
 impl LoadedIntercept {
-    fn load(vip: &VipConfig, sizes: &Sizes, pins: &Pins) -> Result<LoadedIntercept, String> {
+    fn load(
+        vip: &VipConfig,
+        sizes: &Sizes,
+        pins: &Pins,
+        trace_ring: &NextRing,
+    ) -> Result<LoadedIntercept, String> {
         let load = || -> Result<LoadedIntercept, DatapathError> {
             let mut ebpf = open(VerifierLogLevel::default(), vip, sizes, pins)?;
             for (program, _) in PROGRAMS {
                 load_program(&mut ebpf, program)?;
             }
+            let trace = ebpf.take_map("TRACE").ok_or(DatapathError::Object { missing: "TRACE" })?;
+            trace_ring.set(trace);
             Ok(LoadedIntercept {
                 control: AtomicArray::take(&mut ebpf, "INTERCEPT_CONTROL")?,
                 counters: AtomicArray::take(&mut ebpf, "INTERCEPT_COUNTERS")?,
