@@ -13,6 +13,8 @@ pub const DNS_PORT: u16 = 53;
 pub const INTERCEPT_NS: u64 = 2_000_000_000;
 /// The number of cgroups of resolvers, whose queries aren't intercepted.
 pub const MAX_RESOLVERS: usize = 1_024;
+/// The number of network namespaces that can be left out.
+pub const MAX_UNREACHED: usize = 1_024;
 /// The number of other ports that are known as those of resolvers which the daemon forwards to.
 pub const MAX_UPSTREAM_PORTS: usize = 64;
 
@@ -107,7 +109,7 @@ pub enum Interception {
     /// It goes to a loopback address of a network namespace other than the host's, such as that of
     /// Docker's DNS server, which knows names that no other server knows.
     Local = 4,
-    /// nohop listens at no address that the socket reaches.
+    /// nohop listens at no address that the socket reaches, or gets no queries from its network namespace.
     Unreachable = 5,
     /// There is no memory for what the socket has to remember.
     NoMemory = 6,

@@ -9,8 +9,8 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     Asked, BypassCgroup, BypassLevel, Control, Counter, DEFAULT_MAX_SERVICES, DNS_PORT, DnsServer,
     FRONTENDS_PER_SERVICE, Frontend, GlobalCounters, InterceptControl, InterceptedSocket,
-    Interception, MAX_BYPASS_CGROUPS, MAX_RESOLVERS, MAX_UPSTREAM_PORTS, ResolverCgroup,
-    ServiceRef, TraceSwitch,
+    Interception, MAX_BYPASS_CGROUPS, MAX_RESOLVERS, MAX_UNREACHED, MAX_UPSTREAM_PORTS,
+    ResolverCgroup, ServiceRef, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -35,6 +35,9 @@ static INTERCEPT_RESOLVERS: HashMap<ResolverCgroup, u64, MAX_RESOLVERS> = HashMa
 /// Other ports than 53 of the resolvers that the daemon forwards to.
 #[btf_map]
 static INTERCEPT_PORTS: HashMap<u64, u64, MAX_UPSTREAM_PORTS> = HashMap::new();
+/// The network namespaces, by their cookies, whose queries nohop doesn't get.
+#[btf_map]
+static INTERCEPT_UNREACHED: HashMap<u64, u64, MAX_UNREACHED> = HashMap::new();
 /// What each socket asked. It lives and dies with the socket.
 #[btf_map]
 static SK_INTERCEPT: SkStorage<InterceptedSocket> = SkStorage::new();
@@ -111,6 +114,12 @@ pub fn add_resolver(cgroup_id: u64, is_host: bool, now_ns: u64) {
     let resolver = ResolverCgroup { cgroup_id, is_host: is_host.into() };
     // Where the map is full the daemon has reported that.
     let _ = INTERCEPT_RESOLVERS.insert(resolver, now_ns, 0);
+}
+
+/// Whether nohop gets no queries from a network namespace.
+#[inline(always)]
+pub fn is_unreached(netns: u64) -> bool {
+    INTERCEPT_UNREACHED.get_ptr(netns).is_some()
 }
 
 /// Whether a resolver that the daemon forwards to has this port, which isn't 53.

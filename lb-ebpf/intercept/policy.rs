@@ -116,7 +116,8 @@ fn decide(ctx: &SockAddrContext, query: &Query, is_host: bool, server: &DnsServe
     if !is_host && is_loopback(&query.address) {
         return Interception::Local;
     }
-    if server.port == 0 || context::is_bound_to_interface(ctx) {
+    let is_unreached = || !is_host && maps::is_unreached(netns_cookie(ctx));
+    if server.port == 0 || context::is_bound_to_interface(ctx) || is_unreached() {
         return Interception::Unreachable;
     }
     // A daemon that was killed has no socket any more, long before its heartbeat is old. From another
@@ -157,9 +158,14 @@ fn is_vip(ctx: &SockAddrContext, address: &Address) -> bool {
 /// Whether the socket is in the host's network namespace.
 #[inline(always)]
 fn is_host(ctx: &SockAddrContext) -> bool {
+    netns_cookie(ctx) == maps::host_netns()
+}
+
+/// The cookie of the socket's network namespace.
+#[inline(always)]
+fn netns_cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: the context is valid.
-    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-    netns == maps::host_netns()
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
 }
 
 /// Whether the process is in a cgroup that is bypassed, or below one, or in a resolver's.

@@ -247,7 +247,29 @@ pub fn leave() {
 }
 
 /// A process that sits in a network namespace, until it is dropped.
-struct Inhabitant(Child);
+pub struct Inhabitant(Child);
+
+impl Inhabitant {
+    /// One with a namespace of its own, and loopback up.
+    pub fn new() -> Inhabitant {
+        let inside = || {
+            leave();
+            Inhabitant(Command::new("sleep").arg("600").spawn().unwrap())
+        };
+        std::thread::scope(|scope| scope.spawn(inside).join()).unwrap()
+    }
+
+    pub fn pid(&self) -> String {
+        self.0.id().to_string()
+    }
+
+    /// Runs a command of bash's in its namespace.
+    pub fn run(&self, command: &str) {
+        let mut nsenter = Command::new("nsenter");
+        nsenter.args(["-t", &self.pid(), "-n", "bash", "-c", command]);
+        assert!(nsenter.status().unwrap().success(), "{command}");
+    }
+}
 
 impl Drop for Inhabitant {
     fn drop(&mut self) {

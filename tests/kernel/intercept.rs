@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, U
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lb_userspace::config::Intercepted;
 use lb_userspace::datapath::{
@@ -16,8 +16,9 @@ use lb_userspace::datapath::{
 };
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, socket, sockopt};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use testbed::TIMEOUT;
 
-use crate::disconnect::leave;
+use crate::disconnect::{Inhabitant, leave};
 use crate::fixture::{Echo, Place, Server, VIP, ask, client, receive, table};
 
 const DNS: u16 = 53;
@@ -84,6 +85,8 @@ fn settings(tasks: &Tasks, listen: Vec<SocketAddr>) -> InterceptSettings {
         cgroups: Intercepted::Cgroups(vec![tasks.path.clone()]),
         listen,
         upstreams: BTreeSet::new(),
+        // This process has threads in other trials' namespaces.
+        is_verified: false,
         obstacle: None,
     }
 }
@@ -114,6 +117,11 @@ fn from_container(datapath: &Datapath, server: Option<SocketAddr>) -> &'static s
         client(at(A)).send_to(b"?", at(A)).unwrap_err();
     };
     std::thread::scope(|scope| scope.spawn(query).join().unwrap());
+    decided(datapath, before)
+}
+
+/// What was counted since then, which is one decision.
+fn decided(datapath: &Datapath, before: Vec<(&'static str, u64)>) -> &'static str {
     let counts = datapath.intercept_counts().into_iter().zip(before);
     let mut counted = counts.filter(|((_, now), (_, before))| now != before);
     let ((name, _), _) = counted.next().unwrap();
@@ -436,6 +444,60 @@ pub fn what_is_left_alone() {
         assert_eq!(answer(&datapath, at(A)), 'n', "created again");
         intercept(&mut datapath, settings(&tasks, listen(&loopback)));
         assert_eq!(answer(&datapath, at(A)), 'n');
+    });
+}
+
+/// A container whose queries don't reach nohop, as where the host's firewall drops them, asks its own
+/// resolver.
+pub fn what_reaches_nohop() {
+    inside(|| {
+        let place = Place::new();
+        let mut datapath = place.start();
+        let tasks = Tasks::new(&place);
+        tasks.leave();
+        let procs = tasks.path.join("cgroup.procs");
+        let container = Inhabitant::new();
+        fs::write(&procs, container.pid()).unwrap();
+        ip(&[
+            "link",
+            "add",
+            "br9",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            &container.pid(),
+        ]);
+        ip(&["addr", "add", "10.9.0.1/24", "dev", "br9"]);
+        ip(&["link", "set", "br9", "up"]);
+        for command in ["ip addr add 10.9.0.2/24 dev eth0", "ip link set eth0 up"] {
+            container.run(command);
+        }
+        // The first failure may be chance.
+        let is_reached = |datapath: &mut Datapath, expected: bool| {
+            let gateway = Ipv4Addr::new(10, 9, 0, 1);
+            let deadline = Instant::now() + TIMEOUT;
+            loop {
+                let settings = settings(&tasks, listen(&[gateway.into()]));
+                let settings = InterceptSettings { is_verified: true, ..settings };
+                datapath.configure_intercept(Some(settings));
+                let reason = unit(datapath).unwrap().reason.unwrap_or_default();
+                if reason.contains("let queries to that port in") == expected {
+                    let before = datapath.intercept_counts();
+                    let enter = format!("echo $$ > {}", procs.display());
+                    container.run(&format!("{enter}; echo 2>/dev/null > /dev/udp/{A}/53 || true"));
+                    return decided(datapath, before);
+                }
+                assert!(Instant::now() < deadline, "{reason}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
+        assert_eq!(is_reached(&mut datapath, false), "intercepted", "not verified yet");
+        assert_eq!(is_reached(&mut datapath, true), "unreachable", "nothing listens there");
+        let _nohop = Echo::on(b'n', (Ipv4Addr::new(10, 9, 0, 1), PORT));
+        assert_eq!(is_reached(&mut datapath, false), "intercepted");
     });
 }
 

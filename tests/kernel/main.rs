@@ -361,6 +361,7 @@ const TRIALS: &[KernelTrial] = &[
         "intercept_where_resolvers_are_found",
         intercept::only_where_resolvers_are_found,
     ),
+    once("intercept_what_reaches_nohop", intercept::what_reaches_nohop),
     since((5, 10), "intercept_traced", intercept::traced),
     since((5, 10), "intercept_in_another_netns", intercept::in_another_network_namespace),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),

@@ -19,6 +19,7 @@ pub fn settings(
         cgroups: config.intercept.clone(),
         listen: dns::reached_at(listen),
         upstreams,
+        is_verified: true,
         obstacle: (!has_default).then(|| {
             "nohop knows no other resolver, and could answer nothing but its own zone: set dns.forward"
                 .to_owned()

@@ -196,7 +196,7 @@ fn interception(decided: Interception) -> &'static str {
         Interception::Own => "nohop's own",
         Interception::Excluded => "of datapath.exclude_cgroups, or of a DNS server",
         Interception::Local => "to a loopback address of a container",
-        Interception::Unreachable => "nohop listens at no address that the socket reaches",
+        Interception::Unreachable => "nohop isn't reached from there",
         Interception::NoMemory => "no memory",
     }
 }

@@ -90,41 +90,43 @@ pub struct BoundUdp {
     pub is_in_own_namespace: bool,
 }
 
-/// The UDP sockets that are bound to these ports in the network namespaces of these processes and of
-/// this one.
+/// The UDP sockets that are bound to these ports in the network namespaces of these processes and in
+/// the calling thread's. `visit` is called in each of the others, with its inode and the id of a process in it.
 ///
 /// The calling thread ends in another namespace. Minimum kernel: 5.9.
 ///
 /// # Errors
 /// Without CAP_SYS_ADMIN, CAP_SYS_PTRACE, or the kernel module udp_diag. What vanishes meanwhile is no
 /// error.
-pub fn bound_udp(ports: &BTreeSet<u16>, pids: &BTreeSet<u32>) -> Result<Vec<BoundUdp>, DiagError> {
+pub fn bound_udp(
+    ports: &BTreeSet<u16>,
+    pids: &BTreeSet<u32>,
+    mut visit: impl FnMut(u64, &str),
+) -> Result<Vec<BoundUdp>, DiagError> {
     if !netns::may_look() {
         return Err(DiagError::Hidden);
     }
     let own = netns::own().map_err(DiagError::Processes)?;
-    let mut all = Vec::new();
-    for namespace in netns::of(pids) {
-        let inode = namespace.inode;
-        if !namespace.enter().map_err(|source| DiagError::Enter { namespace: inode, source })? {
-            continue;
-        }
-        let list = || -> io::Result<Vec<_>> {
-            let mut sock_diag = SockDiag::open()?;
-            let mut listed = Vec::new();
-            for &port in ports {
-                for family in [Family::V4, Family::V6] {
-                    listed.extend(sock_diag.bound_udp(family, port)?);
-                }
+    let list = |inode| -> Result<Vec<BoundUdp>, DiagError> {
+        let failed = |source| DiagError::List { namespace: inode, source };
+        let mut sock_diag = SockDiag::open().map_err(failed)?;
+        let mut listed = Vec::new();
+        for &port in ports {
+            for family in [Family::V4, Family::V6] {
+                listed.extend(sock_diag.bound_udp(family, port).map_err(failed)?);
             }
-            Ok(listed)
-        };
-        let listed = list().map_err(|source| DiagError::List { namespace: inode, source })?;
-        all.extend(listed.into_iter().map(|(local, cgroup_id)| BoundUdp {
-            local,
-            cgroup_id,
-            is_in_own_namespace: inode == own,
-        }));
+        }
+        let is_in_own_namespace = inode == own;
+        let bound = |(local, cgroup_id)| BoundUdp { local, cgroup_id, is_in_own_namespace };
+        Ok(listed.into_iter().map(bound).collect())
+    };
+    let mut all = list(own)?;
+    for namespace in netns::of(pids).iter().filter(|namespace| namespace.inode != own) {
+        let inode = namespace.inode;
+        if namespace.enter().map_err(|source| DiagError::Enter { namespace: inode, source })? {
+            all.extend(list(inode)?);
+            visit(inode, namespace.pid());
+        }
     }
     Ok(all)
 }

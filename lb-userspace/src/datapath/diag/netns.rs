@@ -31,9 +31,9 @@ pub fn all() -> io::Result<Vec<Namespace>> {
     Ok(of_threads(procfs::all()?.map(|pid| pid.as_raw_nonzero().to_string())))
 }
 
-/// The network namespaces of these processes' threads, and of this process's.
+/// The network namespaces of these processes' threads.
 pub fn of(pids: &BTreeSet<u32>) -> Vec<Namespace> {
-    of_threads(pids.iter().map(u32::to_string).chain(["self".to_owned()]))
+    of_threads(pids.iter().map(u32::to_string))
 }
 
 fn of_threads(processes: impl Iterator<Item = String>) -> Vec<Namespace> {
@@ -68,6 +68,12 @@ pub fn may_look() -> bool {
 }
 
 impl Namespace {
+    /// The id of a process that has a thread in it; empty where there is none.
+    pub fn pid(&self) -> &str {
+        let link = self.links.first().and_then(|link| link.to_str());
+        link.and_then(|link| link.split('/').nth(2)).unwrap_or_default()
+    }
+
     /// Moves the calling thread there. Returns false when no thread is in the namespace any more.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! these processes ask their own resolvers. So there is nothing to take over and nothing to remove.
 
 mod cgroups;
+mod reach;
 mod resolvers;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,7 +33,8 @@ use super::trace::NextRing;
 use super::units::{UnitHealth, UnitState};
 use crate::config::{Intercepted, VipConfig};
 use cgroups::FoundCgroups;
-use resolvers::{FoundResolvers, ResolverSearch, search};
+use reach::Unreached;
+use resolvers::{FoundResolvers, ResolverSearch, Searched, search};
 
 /// The unit's name.
 const UNIT: &str = "intercept";
@@ -65,6 +67,8 @@ pub struct InterceptSettings {
     /// The resolvers that it forwards to: where one is a process of these cgroups, its own queries aren't
     /// intercepted.
     pub upstreams: BTreeSet<SocketAddr>,
+    /// Whether it is verified, by a message from inside, that containers get answers.
+    pub is_verified: bool,
     /// Why the daemon can't answer these processes now, if it can't: then they ask their own resolvers.
     pub obstacle: Option<String>,
 }
@@ -92,6 +96,10 @@ struct LoadedIntercept {
     resolvers: Hash<ResolverCgroup, u64>,
     /// Other ports than 53 of the resolvers that the daemon forwards to.
     ports: Hash<u64, u64>,
+    /// The cookies of the network namespaces that get no answers.
+    unreached: Hash<u64, u64>,
+    /// What is wrong with them.
+    unreached_note: Option<String>,
     search: ResolverSearch,
     /// Why DNS servers can't be found: then nothing is intercepted.
     unsafe_reason: Option<String>,
@@ -158,8 +166,14 @@ impl Intercept {
             if is_changed {
                 loaded.set_ports(&wanted.upstreams);
             }
-            loaded.follow_resolvers(&found, &wanted.upstreams, is_changed);
-            loaded.attach(found, &wanted.upstreams);
+            let searched = |cgroups| Searched {
+                cgroups,
+                upstreams: wanted.upstreams.clone(),
+                servers: if wanted.is_verified { elsewhere(&wanted.listen) } else { Vec::new() },
+            };
+            let all = || searched(found.cgroups.values().cloned().collect());
+            loaded.follow_resolvers(all, is_changed);
+            loaded.attach(found, searched);
         }
         self.settings = Some(wanted);
         self.heartbeat(monotonic_ns());
@@ -223,7 +237,8 @@ impl Intercept {
                 }
                 None => {
                     let unreached = unreached(&settings.listen).map(str::to_owned);
-                    let notes: Vec<_> = loaded.notes.iter().cloned().chain(unreached).collect();
+                    let notes = loaded.notes.iter().cloned().chain(unreached);
+                    let notes: Vec<_> = notes.chain(loaded.unreached_note.clone()).collect();
                     (UnitState::Attached, (!notes.is_empty()).then(|| notes.join("; ")))
                 }
             },
@@ -290,6 +305,8 @@ impl LoadedIntercept {
                 program_wait: ProgramWait::new().ok(),
                 resolvers: take_hash(&mut ebpf, "INTERCEPT_RESOLVERS")?,
                 ports: take_hash(&mut ebpf, "INTERCEPT_PORTS")?,
+                unreached: take_hash(&mut ebpf, "INTERCEPT_UNREACHED")?,
+                unreached_note: None,
                 search: ResolverSearch::default(),
                 unsafe_reason: None,
                 ebpf,
@@ -314,32 +331,22 @@ impl LoadedIntercept {
     /// Sets at which ports, beside 53, a server is one that the daemon forwards to.
     fn set_ports(&mut self, upstreams: &BTreeSet<SocketAddr>) {
         let ports = upstreams.iter().map(|upstream| u64::from(upstream.port()));
-        let ports: BTreeSet<u64> = ports.filter(|&port| port != u64::from(DNS_PORT)).collect();
-        let present: Vec<u64> = self.ports.keys().flatten().map(|Plain(port)| port).collect();
-        let mut set = || -> Result<(), aya::maps::MapError> {
-            for gone in present.iter().filter(|port| !ports.contains(port)) {
-                self.ports.remove(&Plain(*gone))?;
-            }
-            // The search finds those that have no room here.
-            let mut kept = ports.iter().take(MAX_UPSTREAM_PORTS);
-            kept.try_for_each(|&port| self.ports.insert(Plain(port), Plain(1), 0))
-        };
-        if let Err(error) = set().map_err(io_error) {
+        let ports = ports.filter(|&port| port != u64::from(DNS_PORT));
+        // The search finds those that have no room here.
+        let ports = ports.collect::<BTreeSet<u64>>().into_iter().take(MAX_UPSTREAM_PORTS).collect();
+        if let Err(error) = replace_keys(&mut self.ports, &ports).map_err(io_error) {
             tracing::warn!("dns.intercept: the ports of other resolvers can't be set: {error}");
         }
     }
 
     /// Takes over which cgroups have DNS servers.
-    fn follow_resolvers(
-        &mut self,
-        found: &FoundCgroups,
-        upstreams: &BTreeSet<SocketAddr>,
-        waits: bool,
-    ) {
-        let cgroups = found.cgroups.values().cloned();
-        let Some(found) = self.search.found(cgroups, upstreams, waits) else { return };
-        let FoundResolvers { began_ns, cgroups } = found;
+    fn follow_resolvers(&mut self, searched: impl FnOnce() -> Searched, waits: bool) {
+        let found = if waits { Some(search(searched())) } else { self.search.found(searched) };
+        let Some(FoundResolvers { began_ns, cgroups, unreached }) = found else { return };
         let Some(resolvers) = self.checked(cgroups) else { return };
+        if let Some(unreached) = unreached {
+            self.leave_out(unreached);
+        }
         let mut set = || -> Result<(), aya::maps::MapError> {
             for entry in self.resolvers.iter().collect::<Vec<_>>() {
                 let (Plain(resolver), Plain(since_ns)) = entry?;
@@ -352,6 +359,17 @@ impl LoadedIntercept {
         };
         if let Err(error) = set().map_err(io_error) {
             tracing::warn!("dns.intercept: DNS servers can't be left out: {error}");
+        }
+    }
+
+    /// Leaves out the network namespaces that get no answers.
+    fn leave_out(&mut self, Unreached { cookies, note }: Unreached) {
+        if let Some(new) = note.as_ref().filter(|_| note != self.unreached_note) {
+            tracing::warn!("dns.intercept: {new}");
+        }
+        self.unreached_note = note;
+        if let Err(error) = replace_keys(&mut self.unreached, &cookies).map_err(io_error) {
+            tracing::warn!("dns.intercept: network namespaces can't be left out: {error}");
         }
     }
 
@@ -378,11 +396,12 @@ impl LoadedIntercept {
         found.ok()
     }
 
-    /// Attaches the programs to these cgroups and to no others.
+    /// Attaches the programs to these cgroups and to no others. `searched`: what a search of new ones is
+    /// for.
     fn attach(
         &mut self,
         FoundCgroups { cgroups, notes }: FoundCgroups,
-        upstreams: &BTreeSet<SocketAddr>,
+        searched: impl FnOnce(Vec<PathBuf>) -> Searched,
     ) {
         for note in notes.iter().filter(|note| !self.notes.contains(note)) {
             tracing::warn!("{note}");
@@ -394,7 +413,7 @@ impl LoadedIntercept {
         });
         let is_new = |(cgroup_id, _): &(u64, PathBuf)| !self.attached.contains_key(cgroup_id);
         let new: Vec<(u64, PathBuf)> = cgroups.into_iter().filter(is_new).collect();
-        let problem = self.attach_new(new, upstreams).err();
+        let problem = self.attach_new(new, searched).err();
         if let Some(new) = problem.as_ref().filter(|_| problem != self.problem) {
             tracing::warn!("the unit {UNIT} doesn't run everywhere: {new}");
         }
@@ -406,7 +425,7 @@ impl LoadedIntercept {
     fn attach_new(
         &mut self,
         new: Vec<(u64, PathBuf)>,
-        upstreams: &BTreeSet<SocketAddr>,
+        searched: impl FnOnce(Vec<PathBuf>) -> Searched,
     ) -> Result<(), String> {
         let mut problem = Ok(());
         let mut failed = |path: &Path, error: io::Error| {
@@ -426,7 +445,7 @@ impl LoadedIntercept {
             return problem;
         }
         let paths = begun.iter().map(|(_, path, _)| path.clone()).collect();
-        let FoundResolvers { began_ns, cgroups } = search(paths, upstreams);
+        let FoundResolvers { began_ns, cgroups, .. } = search(searched(paths));
         // What is begun is dropped where that can't be known.
         let Some(resolvers) = self.checked(cgroups) else { return problem };
         self.add_resolvers(&resolvers, began_ns).map_err(|error| io_error(error).to_string())?;
@@ -485,17 +504,31 @@ impl AttachedCgroup {
     }
 }
 
+/// Has a hash have these keys, each with 1.
+fn replace_keys(
+    hash: &mut Hash<u64, u64>,
+    keys: &BTreeSet<u64>,
+) -> Result<(), aya::maps::MapError> {
+    for present in hash.keys().collect::<Vec<_>>() {
+        let Plain(key) = present?;
+        if !keys.contains(&key) {
+            hash.remove(&Plain(key))?;
+        }
+    }
+    keys.iter().try_for_each(|&key| hash.insert(Plain(key), Plain(1), 0))
+}
+
+/// Where queries from other network namespaces go.
+fn elsewhere(listen: &[SocketAddr]) -> Vec<SocketAddr> {
+    let (_, DnsServers { ipv4, ipv6 }) = servers(listen);
+    let is_one = |address: &&SocketAddr| [ipv4, ipv6].contains(&dns_server(**address));
+    listen.iter().filter(is_one).copied().collect()
+}
+
 /// Where queries from the host's network namespace go, and those from others.
 fn servers(listen: &[SocketAddr]) -> (DnsServers, DnsServers) {
-    let server = |found: Option<&SocketAddr>| {
-        found.map_or_else(DnsServer::default, |address| {
-            let octets = match address.ip() {
-                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
-                IpAddr::V6(ip) => ip.octets(),
-            };
-            DnsServer::new(Address { octets }, address.port())
-        })
-    };
+    let server =
+        |found: Option<&SocketAddr>| found.copied().map_or_else(DnsServer::default, dns_server);
     let of = |is_ipv4: bool| {
         let usable = move |address: &&SocketAddr| {
             address.is_ipv4() == is_ipv4 && !is_link_local(&address.ip())
@@ -509,6 +542,14 @@ fn servers(listen: &[SocketAddr]) -> (DnsServers, DnsServers) {
     (DnsServers { ipv4: host4, ipv6: host6 }, DnsServers { ipv4: other4, ipv6: other6 })
 }
 
+fn dns_server(address: SocketAddr) -> DnsServer {
+    let octets = match address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    DnsServer::new(Address { octets }, address.port())
+}
+
 /// Each interface has a network of its own of these, so the address alone leads nowhere.
 fn is_link_local(ip: &IpAddr) -> bool {
     matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
@@ -518,7 +559,8 @@ fn is_link_local(ip: &IpAddr) -> bool {
 pub fn intercept_problems(wanted: &Intercepted, listen: &[SocketAddr]) -> Vec<String> {
     // Those outside of the served cgroup are known when it is.
     let FoundCgroups { cgroups, notes } = FoundCgroups::of(wanted, Path::new("/"));
-    let search = search(cgroups.into_values().collect(), &BTreeSet::new());
+    let cgroups = cgroups.into_values().collect();
+    let search = search(Searched { cgroups, upstreams: BTreeSet::new(), servers: Vec::new() });
     let notes = search.cgroups.err().into_iter().chain(notes);
     notes.chain(unreached(listen).map(str::to_owned)).collect()
 }

@@ -11,6 +11,7 @@ use lb_common::{DNS_PORT, MAX_RESOLVERS, ResolverCgroup};
 
 use super::super::diag::{BoundUdp, bound_udp};
 use super::super::pins::monotonic_ns;
+use super::reach::{ReachState, Unreached};
 
 /// How deep cgroups are searched for processes.
 const MAX_DEPTH: usize = 8;
@@ -22,62 +23,86 @@ pub struct FoundResolvers {
     pub began_ns: u64,
     /// Who has a DNS server, or why that can't be known.
     pub cgroups: Result<BTreeSet<ResolverCgroup>, String>,
+    /// The network namespaces that get no answers; `None` where that wasn't verified.
+    pub unreached: Option<Unreached>,
 }
 
-/// A search on a thread of its own, as it visits network namespaces.
+/// What a search is for.
+#[derive(Clone, Debug)]
+pub struct Searched {
+    /// The cgroups.
+    pub cgroups: Vec<PathBuf>,
+    /// The resolvers that nohop forwards to.
+    pub upstreams: BTreeSet<SocketAddr>,
+    /// Where queries of containers go.
+    pub servers: Vec<SocketAddr>,
+}
+
+/// Searches on threads of their own, as they visit network namespaces.
 #[derive(Debug, Default)]
-pub struct ResolverSearch(Option<JoinHandle<FoundResolvers>>);
+pub struct ResolverSearch {
+    running: Option<JoinHandle<(FoundResolvers, ReachState)>>,
+    reach: ReachState,
+}
 
 impl ResolverSearch {
-    /// What the last search found, if it has ended; then the next one begins. With `waits` it is one that
-    /// begins now.
-    pub fn found(
-        &mut self,
-        cgroups: impl Iterator<Item = PathBuf>,
-        upstreams: &BTreeSet<SocketAddr>,
-        waits: bool,
-    ) -> Option<FoundResolvers> {
-        if waits {
-            return Some(search(cgroups.collect(), upstreams));
-        }
-        let ended = self.0.take_if(|search| search.is_finished());
+    /// What the last search found, if it has ended; then the next one begins.
+    pub fn found(&mut self, searched: impl FnOnce() -> Searched) -> Option<FoundResolvers> {
+        let ended = self.running.take_if(|search| search.is_finished());
         // One that has panicked found nothing out, and the next one may.
-        let found = ended.and_then(|search| search.join().ok());
-        if self.0.is_none() {
-            self.0 = begin(cgroups.collect(), upstreams.clone()).ok();
+        let found = ended.and_then(|search| search.join().ok()).map(|(found, reach)| {
+            self.reach = reach;
+            found
+        });
+        if self.running.is_none() {
+            let (searched, mut reach) = (searched(), std::mem::take(&mut self.reach));
+            let work = move || {
+                let mut found = search_in(&searched, Some(&mut reach));
+                // A search that failed has seen only some.
+                found.unreached = found.cgroups.is_ok().then(|| reach.unreached());
+                (found, reach)
+            };
+            self.running = thread().spawn(work).ok();
         }
         found
     }
 }
 
-/// The DNS servers in these cgroups: what has port 53, or an address that nohop forwards to.
-pub fn search(cgroups: Vec<PathBuf>, upstreams: &BTreeSet<SocketAddr>) -> FoundResolvers {
+/// The DNS servers in these cgroups: what has port 53, or an address that nohop forwards to. Waits for
+/// them.
+pub fn search(searched: Searched) -> FoundResolvers {
     let began_ns = monotonic_ns();
-    let ended = begin(cgroups, upstreams.clone()).map_err(|error| error.to_string());
+    let ended = thread().spawn(move || search_in(&searched, None));
     let panicked = |_| "the search for DNS servers panicked".to_owned();
-    let ended = ended.and_then(|search| search.join().map_err(panicked));
-    ended.unwrap_or_else(|error| FoundResolvers { began_ns, cgroups: Err(error) })
+    let ended = ended.map_err(|error| error.to_string());
+    ended
+        .and_then(|search| search.join().map_err(panicked))
+        .unwrap_or_else(|error| FoundResolvers { began_ns, cgroups: Err(error), unreached: None })
 }
 
-fn begin(
-    cgroups: Vec<PathBuf>,
-    upstreams: BTreeSet<SocketAddr>,
-) -> std::io::Result<JoinHandle<FoundResolvers>> {
-    std::thread::Builder::new().name("resolvers".into()).spawn(move || {
-        let began_ns = monotonic_ns();
-        FoundResolvers { began_ns, cgroups: search_in(&cgroups, &upstreams) }
-    })
+fn thread() -> std::thread::Builder {
+    std::thread::Builder::new().name("resolvers".into())
 }
 
 /// The calling thread ends in another network namespace.
-fn search_in(
-    cgroups: &[PathBuf],
-    upstreams: &BTreeSet<SocketAddr>,
+fn search_in(searched: &Searched, reach: Option<&mut ReachState>) -> FoundResolvers {
+    let began_ns = monotonic_ns();
+    FoundResolvers { began_ns, cgroups: resolvers_in(searched, reach), unreached: None }
+}
+
+fn resolvers_in(
+    Searched { cgroups, upstreams, servers }: &Searched,
+    mut reach: Option<&mut ReachState>,
 ) -> Result<BTreeSet<ResolverCgroup>, String> {
     let mut pids = BTreeSet::new();
     cgroups.iter().for_each(|cgroup| collect_processes(cgroup, 0, &mut pids));
     let ports = upstreams.iter().map(SocketAddr::port).chain([DNS_PORT]).collect();
-    let bound = bound_udp(&ports, &pids).map_err(|error| {
+    let visit = |inode, pid: &str| {
+        if let Some(reach) = &mut reach {
+            reach.verify(inode, pid, servers);
+        }
+    };
+    let bound = bound_udp(&ports, &pids, visit).map_err(|error| {
         format!(
             "DNS servers in these cgroups can't be found, and would be intercepted too: {error}"
         )
