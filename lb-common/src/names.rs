@@ -3,7 +3,7 @@
 //!
 //! The answers are those of the daemon (`lb-userspace/src/dns/resolve.rs`), byte for byte. What isn't
 //! common passes to it: several questions, names below a service, compression, options that make the
-//! message long. There are no loops over bytes: a name is compared as eight words.
+//! message long. A message is read and written in words of eight bytes: there are no loops over bytes.
 //!
 //! Messages: RFC 1035, section 4. EDNS: RFC 6891. Negative answers: RFC 2308.
 
@@ -16,7 +16,9 @@ pub const DNS_HEADER_LEN: u32 = 12;
 /// The longest domain that the unit serves: on the wire, the root's length included.
 pub const MAX_DOMAIN_LEN: usize = 63;
 /// The longest part after the question that a query may have. It is an OPT record with its options.
-pub const MAX_QUERY_TAIL: u32 = 64;
+const MAX_QUERY_TAIL: u32 = 64;
+/// The longest query that is answered. No answer is longer.
+pub const MAX_QUERY_LEN: u32 = DNS_HEADER_LEN + 1 + 63 + MAX_DOMAIN_LEN as u32 + 4 + MAX_QUERY_TAIL;
 /// The size of UDP messages that answers advertise, in bytes: that of the DNS flag day of 2020.
 pub const DNS_PAYLOAD: u16 = 1232;
 /// How long negative answers may be cached, in seconds: short, so that a service that was queried too
@@ -43,26 +45,30 @@ pub const PROBE_ADDRESS: [u8; 4] = [192, 0, 2, 53];
 /// The class of the internet.
 const CLASS_IN: u16 = 1;
 
-/// In a header's third byte: the message is a response; its opcode; recursion is desired.
-const QR: u8 = 0x80;
-const OPCODE: u8 = 0x78;
-const RD: u8 = 0x01;
-/// The answer is authoritative.
-const AA: u8 = 0x04;
-/// In the fourth byte: recursion is available; checking is disabled.
-const RA: u8 = 0x80;
-const CD: u8 = 0x10;
+/// In a header's flags: the message is a response; its opcode; the answer is authoritative; recursion is
+/// desired, is available; checking is disabled.
+const QR: u16 = 0x8000;
+const OPCODE: u16 = 0x7800;
+const AA: u16 = 0x0400;
+const RD: u16 = 0x0100;
+const RA: u16 = 0x0080;
+const CD: u16 = 0x0010;
 /// The response code of a server that failed.
-const SERVFAIL: u8 = 2;
+const SERVFAIL: u16 = 2;
 
 /// An OPT record without options.
-const OPT_LEN: usize = 11;
-/// A record's owner by a pointer, its type, class, time to live and length.
-const FIXED_LEN: usize = 12;
+const OPT_LEN: u32 = 11;
+/// In its flags: the client takes records of DNSSEC (RFC 3225).
+const DO: u16 = 0x8000;
+/// The lengths of records whose owner is a pointer. Before the data are owner, type, class, time to live
+/// and length: 12 bytes.
+const A_LEN: u32 = 12 + 4;
+const AAAA_LEN: u32 = 12 + 16;
+const SOA_LEN: u32 = 12 + 2 + 16 + 20;
 /// A pointer into the message (RFC 1035, section 4.1.4).
 const POINTER: u16 = 0xc000;
 /// The responsible mailbox in SOA: none (RFC 6303, section 3).
-const NO_MAILBOX: [u8; 16] = *b"\x06nobody\x07invalid\0";
+const NO_MAILBOX: u128 = u128::from_be_bytes(*b"\x06nobody\x07invalid\0");
 /// The refresh, retry and expiry times in SOA, in seconds. There are no secondary servers.
 const SOA_TIMES: [u32; 3] = [3600, 1200, 604_800];
 
@@ -82,17 +88,6 @@ impl NameKey {
         octets.get_mut(1..=label.len())?.copy_from_slice(label);
         octets.make_ascii_lowercase();
         Some(NameKey { octets })
-    }
-
-    #[inline(always)]
-    fn clear(&mut self) {
-        clear(zerocopy::transmute_mut!(self));
-    }
-
-    #[inline(always)]
-    fn word(&self, idx: usize) -> u64 {
-        let words: &[u64; 8] = zerocopy::transmute_ref!(self);
-        words[idx]
     }
 
     #[inline(always)]
@@ -253,10 +248,42 @@ pub const N_CLIENT_ACCOUNTS: usize = 4_096;
 /// The number of networks whose clients are served.
 pub const MAX_ALLOWED: usize = 1_024;
 
-/// A message, from the beginning of its header on.
+/// A message in memory, from the beginning of its header on, with room behind it.
 pub trait DnsMessage {
-    /// Copies bytes from `offset` on, at least one. Returns whether the message has them.
-    fn load(&self, offset: u32, to: &mut [u8]) -> bool;
+    /// Eight bytes from `offset` on, 0..256, as they are in memory. Beyond the message's end they are
+    /// arbitrary.
+    fn word(&self, offset: u32) -> u64;
+    /// Writes them.
+    fn set_word(&mut self, offset: u32, word: u64);
+}
+
+/// A [`DnsMessage`] on the host.
+#[cfg(not(target_arch = "bpf"))]
+#[derive(Clone, Debug)]
+pub struct MessageBuffer {
+    /// The message, and the room behind it.
+    pub octets: [u8; 264],
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl MessageBuffer {
+    /// As much of a message as there is room for.
+    pub fn of(message: &[u8]) -> MessageBuffer {
+        let mut octets = [0x5a; 264];
+        octets.iter_mut().zip(message).for_each(|(to, from)| *to = *from);
+        MessageBuffer { octets }
+    }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+impl DnsMessage for MessageBuffer {
+    fn word(&self, offset: u32) -> u64 {
+        self.octets[offset as usize..].first_chunk().copied().map_or(0, u64::from_ne_bytes)
+    }
+
+    fn set_word(&mut self, offset: u32, word: u64) {
+        self.octets[offset as usize..][..8].copy_from_slice(&word.to_ne_bytes());
+    }
 }
 
 /// What is read of a [`NamesZone`], each word as it is now.
@@ -296,18 +323,24 @@ impl ZoneWords for &NamesZone {
 pub struct NameQuery {
     /// The type that is asked for.
     pub query_type: u16,
-    /// Bytes 2 and 3 of the header.
-    pub flags: [u8; 2],
     /// Whether it has an OPT record.
     pub has_edns: bool,
     /// Whether that has the flag DO (RFC 3225), which the answer repeats.
     pub dnssec_ok: bool,
     /// Where the domain begins in the message: 14..=76.
-    pub apex: u16,
+    pub apex: u32,
     /// Where the question ends in the message.
     pub question_end: u32,
-    /// The length of what follows the question: 0..=[`MAX_QUERY_TAIL`].
-    pub tail_len: u32,
+}
+
+impl NameQuery {
+    /// Whether the type is one about which the answer is an address, or that there is none: others are
+    /// answered by SRV or by A, or refused.
+    #[inline(always)]
+    pub fn is_about_addresses(&self) -> bool {
+        use record_type::{ANY, AXFR, IXFR, SRV};
+        !matches!(self.query_type, SRV | ANY | IXFR | AXFR)
+    }
 }
 
 /// The addresses that a name has.
@@ -319,47 +352,8 @@ pub struct NameAddresses {
     pub vip6: Option<[u8; 16]>,
 }
 
-/// Records on the wire, filled up with zeros. Aligned, so that it is words as well.
-#[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
-pub struct RecordBytes {
-    /// The records.
-    pub octets: [u8; 64],
-}
-
-impl RecordBytes {
-    /// Makes all of them zero.
-    #[inline(always)]
-    pub fn clear(&mut self) {
-        clear(zerocopy::transmute_mut!(self));
-    }
-}
-
-/// Makes words zero, one by one: by a zero that the compiler doesn't know, or it would call a function
-/// that does so byte by byte.
-#[inline(always)]
-fn clear(words: &mut [u64; 8]) {
-    let zero = black_box(0);
-    let mut idx = 0;
-    while idx < words.len() {
-        words[idx] = zero;
-        idx += 1;
-    }
-}
-
-/// An answer: a header, then the question as it was asked, then the records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NameAnswer {
-    /// Bytes 2 and 3 of the header. The id before them is the query's.
-    pub flags: [u8; 2],
-    /// The numbers of records, bytes 4..12.
-    pub counts: [u8; 8],
-    /// The length of the records: 0..=61.
-    pub tail_len: u32,
-}
-
-/// Reads a query of `len` bytes, and its name into `key`. `None` where it isn't about a label below the domain, or isn't common:
-/// it passes to the daemon.
+/// Reads a query of `len` bytes, and its name into `key`. `None` where it isn't about a label below the
+/// domain, or isn't common: it passes to the daemon.
 #[inline(always)]
 pub fn read_query(
     message: &impl DnsMessage,
@@ -367,188 +361,189 @@ pub fn read_query(
     zone: impl ZoneWords,
     key: &mut NameKey,
 ) -> Option<NameQuery> {
-    // The header, and the length of the first label. (As a number: arrays of octets are filled by a
-    // function, byte by byte, on the kernel side.)
-    let mut head = 0u128;
-    if !message.load(0, head.as_mut_bytes().get_mut(..DNS_HEADER_LEN as usize + 1)?) {
+    // Id, flags, QDCOUNT, which is 1, ANCOUNT, which is 0.
+    let head = u64::from_be(message.word(0));
+    // NSCOUNT, which is 0, ARCOUNT, 0 or 1, and the length of the first label.
+    let counts = u64::from_be(message.word(8));
+    let n_additionals = counts >> 32;
+    let flags = (head >> 32) as u16;
+    if flags & (QR | OPCODE) != 0 || head as u32 != 1 << 16 || n_additionals > 1 {
         return None;
     }
-    // QDCOUNT is 1, ANCOUNT and NSCOUNT are 0, ARCOUNT is 0 or 1.
-    let [_, _, high, low, counts @ .., label_len, _, _, _] = head.to_ne_bytes();
-    let [q, questions, a, b, c, d, e, n_additionals] = counts;
-    if high & (QR | OPCODE) != 0
-        || q | a | b | c | d | e != 0
-        || questions != 1
-        || n_additionals > 1
-    {
-        return None;
-    }
-    let label_len = u32::from(label_len);
+    let label_len = (counts >> 24) as u8 as u32;
     let domain_len = zone.domain_len();
     if label_len == 0 || label_len > 63 || domain_len == 0 || domain_len > MAX_DOMAIN_LEN as u32 {
         return None;
     }
 
     let apex = DNS_HEADER_LEN + 1 + label_len;
-    key.clear();
-    if !message.load(apex, key.octets.get_mut(..domain_len as usize)?) {
-        return None;
-    }
-    // Lengths are below 64, where ASCII has no letters.
     let mut difference = 0;
-    let mut idx = 0;
-    while idx < 8 {
-        difference |= lower(key.word(idx)) ^ zone.domain(idx);
-        idx += 1;
-    }
-    if difference != 0 {
-        return None;
-    }
-    let mut kind = 0u32;
-    if !message.load(apex + domain_len, kind.as_mut_bytes()) {
-        return None;
-    }
-    let [type_high, type_low, class_high, class_low] = kind.to_ne_bytes();
-    let query_type = u16::from_be_bytes([type_high, type_low]);
-    if u16::from_be_bytes([class_high, class_low]) != CLASS_IN {
-        return None;
-    }
-
+    for_each_word(message, apex, domain_len, |idx, word| difference |= word ^ zone.domain(idx));
+    // Type, class; the beginning of OPT: the root, the type.
     let question_end = apex + domain_len + 4;
+    let kind = u64::from_be(message.word(question_end - 4));
+    if difference != 0 || (kind >> 32) as u16 != CLASS_IN {
+        return None;
+    }
+    let query_type = (kind >> 48) as u16;
     let tail_len = len.wrapping_sub(question_end);
     let has_edns = n_additionals == 1;
     let mut dnssec_ok = false;
     if has_edns {
-        let mut opt = 0u128;
-        if !message.load(question_end, opt.as_mut_bytes().get_mut(..OPT_LEN)?) {
+        // The rest of the size of messages, the upper bits of a code, the version, flags, the length of
+        // the options.
+        let opt = u64::from_be(message.word(question_end + 4));
+        let options = u32::from((opt >> 8) as u16);
+        if (kind >> 8) as u32 & 0xff_ffff != record_type::OPT.into() || (opt >> 40) as u8 != 0 {
             return None;
         }
-        // The root, the type, the size of messages, the upper bits of a code, the version, the flags,
-        // the length of the options.
-        let [root, kind_high, kind_low, _, _, _, version, flags, _, len_high, len_low, ..] =
-            opt.to_ne_bytes();
-        let kind = u16::from_be_bytes([kind_high, kind_low]);
-        let options = u32::from(u16::from_be_bytes([len_high, len_low]));
-        if root != 0 || kind != record_type::OPT || version != 0 {
+        if tail_len != OPT_LEN + options || tail_len > MAX_QUERY_TAIL {
             return None;
         }
-        if tail_len != OPT_LEN as u32 + options || tail_len > MAX_QUERY_TAIL {
-            return None;
-        }
-        dnssec_ok = flags & 0x80 != 0;
+        dnssec_ok = (opt >> 24) as u16 & DO != 0;
     } else if tail_len != 0 {
         return None;
     }
-    key.clear();
-    if !message.load(DNS_HEADER_LEN, key.octets.get_mut(..label_len as usize + 1)?) {
-        return None;
-    }
+
     let mut idx = 0;
     while idx < 8 {
-        key.set_word(idx, lower(key.word(idx)));
+        key.set_word(idx, 0);
         idx += 1;
     }
-    let (flags, apex) = ([high, low], apex as u16);
-    Some(NameQuery { query_type, flags, has_edns, dnssec_ok, apex, question_end, tail_len })
+    for_each_word(message, DNS_HEADER_LEN, label_len + 1, |idx, word| key.set_word(idx, word));
+    Some(NameQuery { query_type, has_edns, dnssec_ok, apex, question_end })
 }
 
-/// The answer to a query about a name that exists, and its records into `records`; `None` where the
-/// daemon is to give it.
+/// Goes over `len` bytes from `offset` on, 1..=64, by words: capital letters are in lower case, and the last
+/// word has zeros after them. (Lengths of labels are below 64, where ASCII has no letters.)
 #[inline(always)]
-pub fn answer_to(
+fn for_each_word(
+    message: &impl DnsMessage,
+    offset: u32,
+    len: u32,
+    mut take: impl FnMut(usize, u64),
+) {
+    // A copy that the compiler doesn't know: or the verifier of 5.10 would tell apart all that follows by
+    // what the comparisons below say about the length.
+    let len = black_box(len);
+    // What 64 bytes have here is replaced by their first word.
+    let whole = len & 56;
+    let mask = (1u64 << (8 * (len & 7))) - 1;
+    take(whole as usize / 8, lower(message.word(offset + whole)) & mask.to_le());
+    let mut at = 0;
+    while at < 64 && at + 8 <= len {
+        take(at as usize / 8, lower(message.word(offset + at)));
+        at += 8;
+    }
+}
+
+/// Makes a query about a name's addresses its answer. Returns the answer's length, at most [`MAX_QUERY_LEN`].
+#[inline(always)]
+pub fn answer(
+    message: &mut impl DnsMessage,
     query: &NameQuery,
     addresses: &NameAddresses,
     zone: impl ZoneWords,
-    records: &mut RecordBytes,
-) -> Option<NameAnswer> {
-    records.clear();
-    let tail = &mut records.octets;
-    let (n_answers, records_len) = match query.query_type {
-        record_type::A => (1, put_a(tail, addresses.vip, zone.ttl())),
+) -> u32 {
+    let mut end = query.question_end;
+    let n_answers = match query.query_type {
+        record_type::A => {
+            put_a(message, end, addresses.vip, zone.ttl());
+            end += A_LEN;
+            1
+        }
         record_type::AAAA if let Some(vip6) = addresses.vip6 => {
-            (1, put_aaaa(tail, vip6, zone.ttl()))
+            put_aaaa(message, end, vip6, zone.ttl());
+            end += AAAA_LEN;
+            1
         }
-        // Answered by SRV or by A, or refused.
-        record_type::SRV | record_type::ANY | record_type::IXFR | record_type::AXFR => {
-            return None;
+        _ => {
+            put_soa(message, end, query.apex, zone.serial());
+            end += SOA_LEN;
+            0
         }
-        _ => (0, put_soa(tail, query.apex, zone.serial())),
     };
     if query.has_edns {
-        // The places are constants, because the verifier has to know them.
-        match records_len {
-            A_LEN => put_opt(tail, A_LEN, query.dnssec_ok),
-            AAAA_LEN => put_opt(tail, AAAA_LEN, query.dnssec_ok),
-            _ => put_opt(tail, SOA_LEN, query.dnssec_ok),
-        }
+        let flags = if query.dnssec_ok { DO } else { 0 };
+        let opt = u64::from(record_type::OPT) << 40 | u64::from(DNS_PAYLOAD) << 24;
+        message.set_word(end, (opt | u64::from(flags >> 8)).to_be());
+        message.set_word(end + 8, 0);
+        end += OPT_LEN;
     }
-    let n_opt = u8::from(query.has_edns);
-    let tail_len = records_len as u32 + if query.has_edns { OPT_LEN as u32 } else { 0 };
-    let [high, low] = query.flags;
-    let high = QR | high & (OPCODE | RD) | AA;
-    let (flags, counts) = ([high, RA | low & CD], [0, 1, 0, n_answers, 0, 1 - n_answers, 0, n_opt]);
-    Some(NameAnswer { flags, counts, tail_len })
+    let head = u64::from_be(message.word(0));
+    let flags = answer_flags((head >> 32) as u16) | AA;
+    let id = head >> 48 << 48;
+    message.set_word(0, (id | u64::from(flags) << 32 | 1 << 16 | n_answers).to_be());
+    let label = u64::from_be(message.word(8)) & u64::from(u32::MAX);
+    let n_opt = u64::from(query.has_edns);
+    message.set_word(8, ((1 - n_answers) << 48 | n_opt << 32 | label).to_be());
+    end
 }
 
-/// The flags, bytes 2 and 3 of the header, of the answer that the server failed, to a query with these.
-/// All else stays as it came.
+/// Makes a message the answer that the server failed. All but the flags stays as it came. Returns whether
+/// it was a query: to answer a response could begin an endless exchange.
 #[inline(always)]
-pub const fn servfail_flags([high, low]: [u8; 2]) -> [u8; 2] {
-    [QR | high & (OPCODE | RD), RA | low & CD | SERVFAIL]
+pub fn fail(message: &mut impl DnsMessage) -> bool {
+    let head = u64::from_be(message.word(0));
+    let flags = (head >> 32) as u16;
+    let after = answer_flags(flags) | SERVFAIL;
+    message.set_word(0, (head ^ u64::from(flags ^ after) << 32).to_be());
+    flags & QR == 0
 }
 
-const A_LEN: usize = FIXED_LEN + 4;
-const AAAA_LEN: usize = FIXED_LEN + 16;
-const SOA_LEN: usize = FIXED_LEN + 2 + NO_MAILBOX.len() + 20;
-
-#[inline(always)]
-fn put_a(tail: &mut [u8; 64], vip: [u8; 4], ttl: u32) -> usize {
-    put_fixed(tail, DNS_HEADER_LEN as u16, record_type::A, ttl, 4);
-    tail[FIXED_LEN..A_LEN].copy_from_slice(&vip);
-    A_LEN
+/// The flags that an answer has of its query's, and those of every answer.
+const fn answer_flags(query: u16) -> u16 {
+    QR | query & (OPCODE | RD) | RA | query & CD
 }
 
 #[inline(always)]
-fn put_aaaa(tail: &mut [u8; 64], vip6: [u8; 16], ttl: u32) -> usize {
-    put_fixed(tail, DNS_HEADER_LEN as u16, record_type::AAAA, ttl, 16);
-    tail[FIXED_LEN..AAAA_LEN].copy_from_slice(&vip6);
-    AAAA_LEN
+fn put_a(message: &mut impl DnsMessage, at: u32, vip: [u8; 4], ttl: u32) {
+    let rest = put_fixed(message, at, record_type::A, ttl, 4);
+    message.set_word(at + 8, (rest | u64::from(u32::from_be_bytes(vip))).to_be());
+}
+
+#[inline(always)]
+fn put_aaaa(message: &mut impl DnsMessage, at: u32, vip6: [u8; 16], ttl: u32) {
+    let rest = put_fixed(message, at, record_type::AAAA, ttl, 16);
+    let [high, low]: [u64; 2] = zerocopy::transmute!(vip6);
+    let (high, low) = (u64::from_be(high), u64::from_be(low));
+    message.set_word(at + 8, (rest | high >> 32).to_be());
+    message.set_word(at + 16, (high << 32 | low >> 32).to_be());
+    message.set_word(at + 24, (low << 32).to_be());
+}
+
+/// A record of the question's name, up to its data. The last four bytes of that are the upper half of the
+/// word that is returned, whose lower half the data begins with.
+#[inline(always)]
+fn put_fixed(message: &mut impl DnsMessage, at: u32, kind: u16, ttl: u32, len: u16) -> u64 {
+    let owner = POINTER | DNS_HEADER_LEN as u16;
+    let class = u64::from(CLASS_IN) << 16;
+    let word = u64::from(owner) << 48 | u64::from(kind) << 32 | class | u64::from(ttl >> 16);
+    message.set_word(at, word.to_be());
+    u64::from(ttl) << 48 | u64::from(len) << 32
 }
 
 /// The zone's SOA, of which `apex` is the place of the zone's name in the message. It is its own primary.
 #[inline(always)]
-fn put_soa(tail: &mut [u8; 64], apex: u16, serial: u32) -> usize {
-    const MAILBOX: usize = FIXED_LEN + 2;
-    const NUMBERS: usize = MAILBOX + NO_MAILBOX.len();
-    put_fixed(tail, apex, record_type::SOA, NEGATIVE_TTL, (SOA_LEN - FIXED_LEN) as u16);
-    tail[FIXED_LEN..MAILBOX].copy_from_slice(&(POINTER | apex).to_be_bytes());
-    tail[MAILBOX..NUMBERS].copy_from_slice(&NO_MAILBOX);
-    let [refresh, retry, expiry] = SOA_TIMES;
-    tail[NUMBERS..NUMBERS + 4].copy_from_slice(&serial.to_be_bytes());
-    tail[NUMBERS + 4..NUMBERS + 8].copy_from_slice(&refresh.to_be_bytes());
-    tail[NUMBERS + 8..NUMBERS + 12].copy_from_slice(&retry.to_be_bytes());
-    tail[NUMBERS + 12..NUMBERS + 16].copy_from_slice(&expiry.to_be_bytes());
-    tail[NUMBERS + 16..SOA_LEN].copy_from_slice(&NEGATIVE_TTL.to_be_bytes());
-    SOA_LEN
-}
-
-/// A record's parts before its data; `owner` is the place of its name in the message.
-#[inline(always)]
-fn put_fixed(tail: &mut [u8; 64], owner: u16, kind: u16, ttl: u32, len: u16) {
-    tail[..2].copy_from_slice(&(POINTER | owner).to_be_bytes());
-    tail[2..4].copy_from_slice(&kind.to_be_bytes());
-    tail[4..6].copy_from_slice(&CLASS_IN.to_be_bytes());
-    tail[6..10].copy_from_slice(&ttl.to_be_bytes());
-    tail[10..12].copy_from_slice(&len.to_be_bytes());
-}
-
-#[inline(always)]
-fn put_opt(tail: &mut [u8; 64], at: usize, dnssec_ok: bool) {
-    let [payload_high, payload_low] = DNS_PAYLOAD.to_be_bytes();
-    let flags = if dnssec_ok { 0x80 } else { 0 };
-    let opt: [u8; OPT_LEN] =
-        [0, 0, record_type::OPT as u8, payload_high, payload_low, 0, 0, flags, 0, 0, 0];
-    tail[at..at + OPT_LEN].copy_from_slice(&opt);
+fn put_soa(message: &mut impl DnsMessage, at: u32, apex: u32, serial: u32) {
+    let owner = u64::from(POINTER) | u64::from(apex);
+    let [refresh, retry, expiry] = SOA_TIMES.map(u64::from);
+    let (serial, minimum) = (u64::from(serial), u64::from(NEGATIVE_TTL));
+    let len = u64::from(SOA_LEN - 12);
+    let words = [
+        owner << 48 | u64::from(record_type::SOA) << 32 | u64::from(CLASS_IN) << 16 | minimum >> 16,
+        minimum << 48 | len << 32 | owner << 16 | (NO_MAILBOX >> 112) as u64,
+        (NO_MAILBOX >> 48) as u64,
+        (NO_MAILBOX as u64) << 16 | serial >> 16,
+        serial << 48 | refresh << 16 | retry >> 16,
+        retry << 48 | expiry << 16 | minimum >> 16,
+        minimum << 48,
+    ];
+    let mut idx = 0;
+    while idx < words.len() {
+        message.set_word(at + 8 * idx as u32, words[idx].to_be());
+        idx += 1;
+    }
 }
 
 /// Eight bytes with ASCII's capital letters in lower case.
@@ -567,7 +562,8 @@ const _: () = {
     assert!(size_of::<NameKey>() == 64 && size_of::<NamesZone>() == 80);
     assert!(size_of::<NameRecord>() == 64 && size_of::<NamesControl>() == 144);
     assert!(size_of::<ListenKey>() == 24 && size_of::<NamesCounters>() == 64);
-    assert!(SOA_LEN + OPT_LEN <= 64);
+    // What is written of an answer's last words stays within 256 bytes.
+    assert!(SOA_LEN + OPT_LEN <= MAX_QUERY_TAIL && MAX_QUERY_LEN <= 240);
 };
 
 #[cfg(test)]

@@ -19,31 +19,33 @@ pub const REFUSED: u64 = 1;
 pub const LIMITED: u64 = 2;
 
 /// Decides about a packet's client: [`ADMITTED`], [`REFUSED`] or [`LIMITED`].
+#[inline(always)]
+pub fn admit(skb: &Skb, headers: &Headers, now_ns: u64) -> u64 {
+    if headers.source_port == DNS_PORT {
+        return REFUSED;
+    }
+    if !skb.is_loopback() {
+        return nohop_names_admit(skb.0, now_ns);
+    }
+    // This host itself. A packet has the same address twice, or two of 127/8, because the kernel chose
+    // the source; by another one NAT or the application did. Conntrack knows NAT by the packet as it
+    // came, and would drop the answer that is made of it.
+    let [source, destination] = [headers.source.words(), headers.destination.words()];
+    let is_same = source[0] == destination[0] && source[1] == destination[1];
+    let is_of_127 = |address| low_ipv4(address)[0] == 127;
+    let is_own =
+        is_same || !headers.is_ipv6 && is_of_127(headers.source) && is_of_127(headers.destination);
+    if is_own { ADMITTED } else { REFUSED }
+}
+
+/// The same about another host's.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn nohop_names_admit(ctx: *mut __sk_buff, now_ns: u64) -> u64 {
     let (Some(control), Some(scratch)) = (maps::control(), maps::scratch()) else {
         return REFUSED;
     };
-    admit(&Skb(ctx), &scratch.headers, control, now_ns)
-}
-
-#[inline(always)]
-fn admit(skb: &Skb, headers: &Headers, control: ControlPtr, now_ns: u64) -> u64 {
-    if headers.source_port == DNS_PORT {
-        return REFUSED;
-    }
-    if skb.is_loopback() {
-        // This host itself. A packet has the same address twice, or two of 127/8, because the kernel chose
-        // the source; by another one NAT or the application did. Conntrack knows NAT by the packet as it
-        // came, and would drop the answer that is made of it.
-        let [source, destination] = [headers.source.words(), headers.destination.words()];
-        let is_same = source[0] == destination[0] && source[1] == destination[1];
-        let is_of_127 = |address| low_ipv4(address)[0] == 127;
-        let is_own = is_same
-            || !headers.is_ipv6 && is_of_127(headers.source) && is_of_127(headers.destination);
-        return if is_own { ADMITTED } else { REFUSED };
-    }
+    let (skb, headers) = (&Skb(ctx), &scratch.headers);
     if is_martian(headers) || !maps::is_allowed(&headers.source) || !headers.is_reachable_by(skb) {
         return REFUSED;
     }

@@ -14,9 +14,9 @@ const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 /// The length of the Ethernet header, where that of IP begins.
 pub const IP: u32 = 14;
-const IPV4_LEN: u32 = 20;
-const IPV6_LEN: u32 = 40;
-const UDP_LEN: u32 = 8;
+pub const IPV4_LEN: u32 = 20;
+pub const IPV6_LEN: u32 = 40;
+pub const UDP_LEN: u32 = 8;
 
 /// Of a UDP packet without IP options, extension headers and fragments, of one datagram.
 pub struct Headers {
@@ -25,13 +25,8 @@ pub struct Headers {
     pub destination: Address,
     pub source_port: u16,
     pub port: u16,
-    /// Where the UDP header begins.
-    pub udp: u32,
     /// The UDP header's length field: its own and the message's length.
     pub udp_len: u16,
-    /// Where the message begins.
-    pub message: u32,
-    pub message_len: u32,
 }
 
 /// Which socket receives a packet.
@@ -45,12 +40,21 @@ pub enum Receiver {
     Own = 2,
 }
 
-/// Reads a field in the linear part.
+/// Reads a field in the linear part, at a constant offset. In assembly, because the compiler would put an
+/// unaligned field together byte by byte.
 macro_rules! field {
-    // SAFETY: the caller has compared the end of the header with the packet's end.
-    ($at:expr, $kind:ty) => {
-        unsafe { ($at as *const $kind).read_unaligned() }
-    };
+    ($base:expr, $offset:expr, $kind:ident) => {{
+        let field: u64;
+        // SAFETY: the caller has compared the end of the header with the packet's end.
+        unsafe {
+            core::arch::asm!(
+                concat!("{field} = *(", stringify!($kind), " *)({base} + {offset})"),
+                field = lateout(reg) field, base = in(reg) $base, offset = const $offset,
+                options(pure, readonly, nostack)
+            );
+        }
+        field as $kind
+    }};
 }
 
 impl Headers {
@@ -70,20 +74,23 @@ impl Headers {
         const PLAIN: u8 = 0x45;
         const FRAGMENT: u16 = 0x3fff;
         let (data, end) = skb.linear();
-        let (ip, udp) = (data + IP as usize, data + (IP + IPV4_LEN) as usize);
-        if udp + UDP_LEN as usize > end || field!(ip + 9, u8) != IPPROTO_UDP {
+        if data + (IP + IPV4_LEN + UDP_LEN) as usize > end
+            || field!(data, IP + 9, u8) != IPPROTO_UDP
+        {
             return None;
         }
-        let fragment = u16::from_be(field!(ip + 6, u16));
-        if field!(ip, u8) != PLAIN || fragment & FRAGMENT != 0 {
+        let fragment = u16::from_be(field!(data, IP + 6, u16));
+        if field!(data, IP, u8) != PLAIN || fragment & FRAGMENT != 0 {
             return None;
         }
-        let len = u32::from(u16::from_be(field!(ip + 2, u16)));
+        let len = u32::from(u16::from_be(field!(data, IP + 2, u16)));
         let headers = Headers {
             is_ipv6: false,
-            source: Address::v4(field!(ip + 12, u32).to_ne_bytes()),
-            destination: Address::v4(field!(ip + 16, u32).to_ne_bytes()),
-            ..Headers::read_udp(udp, IP + IPV4_LEN)?
+            source: Address::v4(field!(data, IP + 12, u32).to_ne_bytes()),
+            destination: Address::v4(field!(data, IP + 16, u32).to_ne_bytes()),
+            source_port: u16::from_be(field!(data, IP + IPV4_LEN, u16)),
+            port: u16::from_be(field!(data, IP + IPV4_LEN + 2, u16)),
+            udp_len: u16::from_be(field!(data, IP + IPV4_LEN + 4, u16)),
         };
         headers.fit(skb, len, IPV4_LEN)
     }
@@ -91,50 +98,54 @@ impl Headers {
     #[inline(always)]
     fn read_ipv6(skb: &Skb) -> Option<Headers> {
         let (data, end) = skb.linear();
-        let (ip, udp) = (data + IP as usize, data + (IP + IPV6_LEN) as usize);
-        if udp + UDP_LEN as usize > end || field!(ip + 6, u8) != IPPROTO_UDP {
+        if data + (IP + IPV6_LEN + UDP_LEN) as usize > end
+            || field!(data, IP + 6, u8) != IPPROTO_UDP
+        {
             return None;
         }
-        let address = |at: usize| -> Address {
-            let words = [field!(at, u64), field!(at + 8, u64)];
-            Address { octets: zerocopy::transmute!(words) }
-        };
-        let len = u32::from(u16::from_be(field!(ip + 4, u16)));
+        let len = u32::from(u16::from_be(field!(data, IP + 4, u16)));
+        let source = [field!(data, IP + 8, u64), field!(data, IP + 16, u64)];
+        let destination = [field!(data, IP + 24, u64), field!(data, IP + 32, u64)];
         let headers = Headers {
             is_ipv6: true,
-            source: address(ip + 8),
-            destination: address(ip + 24),
-            ..Headers::read_udp(udp, IP + IPV6_LEN)?
+            source: Address { octets: zerocopy::transmute!(source) },
+            destination: Address { octets: zerocopy::transmute!(destination) },
+            source_port: u16::from_be(field!(data, IP + IPV6_LEN, u16)),
+            port: u16::from_be(field!(data, IP + IPV6_LEN + 2, u16)),
+            udp_len: u16::from_be(field!(data, IP + IPV6_LEN + 4, u16)),
         };
         headers.fit(skb, len + IPV6_LEN, IPV6_LEN)
-    }
-
-    /// The part that UDP has; `offset` is that of its header.
-    #[inline(always)]
-    fn read_udp(udp: usize, offset: u32) -> Option<Headers> {
-        let udp_len = u16::from_be(field!(udp + 4, u16));
-        let message_len = u32::from(udp_len).checked_sub(UDP_LEN)?;
-        Some(Headers {
-            is_ipv6: false,
-            source: Address::default(),
-            destination: Address::default(),
-            source_port: u16::from_be(field!(udp, u16)),
-            port: u16::from_be(field!(udp + 2, u16)),
-            udp: offset,
-            udp_len,
-            message: offset + UDP_LEN,
-            message_len,
-        })
     }
 
     /// The headers, if all lengths agree; `len` is that of the IP packet.
     #[inline(always)]
     fn fit(self, skb: &Skb, len: u32, ip_len: u32) -> Option<Headers> {
-        let fits = len == ip_len + u32::from(self.udp_len)
+        let udp_len = u32::from(self.udp_len);
+        let fits = len == ip_len + udp_len
             && skb.len() == IP + len
-            && self.message_len >= DNS_HEADER_LEN
+            && udp_len >= UDP_LEN + DNS_HEADER_LEN
             && !skb.is_batch();
         fits.then_some(self)
+    }
+
+    /// Where the UDP header begins.
+    #[inline(always)]
+    pub fn udp(&self) -> u32 {
+        IP + if self.is_ipv6 { IPV6_LEN } else { IPV4_LEN }
+    }
+
+    /// The checksum of UDP in the packet as it is now.
+    #[inline(always)]
+    pub fn checksum(&self, skb: &Skb) -> Option<u16> {
+        let (data, end) = skb.linear();
+        let udp = data + self.udp() as usize;
+        (udp + UDP_LEN as usize <= end).then(|| field!(udp, 6, u16))
+    }
+
+    /// The length of the message.
+    #[inline(always)]
+    pub fn message_len(&self) -> u32 {
+        u32::from(self.udp_len).wrapping_sub(UDP_LEN)
     }
 
     /// Whether the source would be reached by the interface that the packet came by: a source that

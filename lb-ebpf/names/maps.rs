@@ -8,11 +8,12 @@ use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     Address, Control, DEFAULT_MAX_SERVICES, ListenKey, MAX_ALLOWED, MAX_LISTEN, N_CLIENT_ACCOUNTS,
-    NameAnswer, NameKey, NameQuery, NameRecord, NameRef, NamesControl, NamesCounters, NamesMode,
-    RecordBytes, ZoneWords,
+    NameKey, NameRecord, NameRef, NamesControl, NamesCounters, NamesMode, ZoneWords,
 };
 
+use crate::clock::Clock;
 use crate::headers::Headers;
+use crate::packet::Packet;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
@@ -45,14 +46,15 @@ static NAMES_SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 /// verifier doesn't know what it keeps here, and so tells no cases apart by that afterwards.
 #[repr(C, align(8))]
 pub struct Scratch {
+    pub clock: Clock,
     pub headers: Headers,
-    pub query: NameQuery,
-    pub answer: NameAnswer,
     pub key: NameKey,
-    /// The part of the query after the question.
-    pub query_tail: RecordBytes,
-    /// The part of the answer after the question.
-    pub records: RecordBytes,
+    /// The packet, which becomes its answer.
+    pub packet: Packet,
+    /// How long the message of the answer is.
+    pub answer_len: u32,
+    /// The packet as it came, where its checksum has to be that of the answer.
+    pub before: Packet,
 }
 
 /// See [`Scratch`].
@@ -65,7 +67,9 @@ pub fn scratch() -> Option<&'static mut Scratch> {
 /// How the daemon listens there, if it does: [`ListenKey::BOUND`] or [`ListenKey::SHARED`].
 #[inline(always)]
 pub fn listener(address: &Address, port: u16) -> Option<u32> {
-    let key = ListenKey { address: *address, port, padding: [0; 6] };
+    // As words: the compiler calls a function to make the padding zero.
+    let [high, low] = address.words();
+    let key: ListenKey = zerocopy::transmute!([high, low, u64::from(port)]);
     // SAFETY: the element is a word, which is copied out at once.
     NAMES_LISTEN.get_ptr(key).map(|how| unsafe { how.read_volatile() })
 }
@@ -83,7 +87,7 @@ pub fn account(hash: u32) -> Option<*mut u64> {
 }
 
 /// What the daemon writes for all units, as far as it matters here. See [`Control`].
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct DaemonState {
     pub heartbeat_ns: u64,
     pub table_ns: u64,
@@ -92,16 +96,16 @@ pub struct DaemonState {
 
 /// See [`DaemonState`].
 #[inline(always)]
-pub fn daemon() -> DaemonState {
-    let Some(control) = CONTROL.get_ptr(0) else { return DaemonState::default() };
+pub fn daemon() -> Option<DaemonState> {
+    let control = CONTROL.get_ptr(0)?;
     // SAFETY: an array's element stays, and these are aligned words of it.
-    unsafe {
+    Some(unsafe {
         DaemonState {
             heartbeat_ns: (&raw const (*control).heartbeat_ns).read_volatile(),
             table_ns: (&raw const (*control).table_ns).read_volatile(),
             max_age_ns: (&raw const (*control).max_age_ns).read_volatile(),
         }
-    }
+    })
 }
 
 /// What the daemon writes for this unit.
@@ -186,33 +190,19 @@ impl ZoneWords for ControlPtr {
     }
 }
 
-/// A name's record.
+/// See [`record`].
 #[derive(Clone, Copy)]
 pub struct RecordPtr(*mut NameRecord);
 
-/// The index of a name's record.
+/// A name's record.
 #[inline(always)]
-pub fn record_index(key: &NameKey) -> Option<u32> {
+pub fn record(key: &NameKey) -> Option<RecordPtr> {
     let found = NAMES.get_ptr(key)?;
     // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as
     // the one word that it is. The daemon inserts nothing between a deletion and the end of the readers
     // that may have seen the element, so the word is this name's.
     let found: NameRef = zerocopy::transmute!(unsafe { found.cast::<u64>().read_volatile() });
-    Some(found.record)
-}
-
-/// The flags of a record; 0 where there is none.
-#[inline(always)]
-pub fn record_flags(index: u32) -> u32 {
-    let Some(RecordPtr(record)) = record(index) else { return 0 };
-    // SAFETY: an array's element stays, and this is an aligned field of it.
-    unsafe { (&raw const (*record).flags).read_volatile() }
-}
-
-/// A record.
-#[inline(always)]
-pub fn record(index: u32) -> Option<RecordPtr> {
-    NAME_RECORDS.get_ptr_mut(index).map(RecordPtr)
+    NAME_RECORDS.get_ptr_mut(found.record).map(RecordPtr)
 }
 
 impl RecordPtr {

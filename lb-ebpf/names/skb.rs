@@ -1,19 +1,16 @@
 //! A packet, by the kernel's helpers.
 
-use core::hint::black_box;
+use core::arch::asm;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_store_bytes};
 use aya_ebpf::programs::TcContext;
-use lb_common::DnsMessage;
+use lb_common::MAX_QUERY_LEN;
 
 /// The index of the loopback interface, in every network namespace (LOOPBACK_IFINDEX).
-const LOOPBACK: u32 = 1;
+pub const LOOPBACK: u32 = 1;
 /// From linux/if_packet.h.
 const PACKET_HOST: u32 = 0;
-/// The most bytes that are copied at once.
-const MAX_LEN: usize = 64;
-
 /// A packet, from its Ethernet header on.
 #[derive(Clone, Copy)]
 pub struct Skb(pub *mut __sk_buff);
@@ -72,42 +69,39 @@ impl Skb {
         (read!(self.data) as usize, read!(self.data_end) as usize)
     }
 
-    /// Copies bytes from the packet, 1..=[`MAX_LEN`]; returns whether it has them.
+    /// Copies the packet, which begins with `headers_len` bytes, and `message_len` more. Returns whether it
+    /// has them.
+    ///
+    /// # Safety
+    ///
+    /// `to` is as long.
     #[inline(always)]
-    pub fn load(&self, offset: u32, to: &mut [u8]) -> bool {
-        let Some(len) = bounded(to.len()) else { return false };
+    pub unsafe fn load(&self, headers_len: u32, message_len: u32, to: *mut u8) -> bool {
+        let len = headers_len + bounded(message_len);
         // SAFETY: the destination is as long as said.
-        unsafe { bpf_skb_load_bytes(self.0.cast(), offset, to.as_mut_ptr().cast(), len) == 0 }
+        unsafe { bpf_skb_load_bytes(self.0.cast(), 0, to.cast(), len) == 0 }
     }
 
-    /// Copies bytes into the packet, 1..=[`MAX_LEN`]; returns whether it has room.
+    /// The same into the packet. Returns whether it has room.
+    ///
+    /// # Safety
+    ///
+    /// `from` is as long.
     #[inline(always)]
-    pub fn store(&self, offset: u32, from: &[u8]) -> bool {
-        let Some(len) = bounded(from.len()) else { return false };
+    pub unsafe fn store(&self, headers_len: u32, message_len: u32, from: *const u8) -> bool {
+        let len = headers_len + bounded(message_len);
         // SAFETY: the source is as long as said.
-        unsafe { bpf_skb_store_bytes(self.0, offset, from.as_ptr().cast(), len, 0) == 0 }
+        unsafe { bpf_skb_store_bytes(self.0, 0, from.cast(), len, 0) == 0 }
     }
 }
 
-/// A length, in a way that the verifier sees its bounds, where the compiler knows them and would leave
-/// out the comparison.
+/// A length of a message in a way that the verifier sees its bound, where the compiler knows it and would
+/// leave out the comparison.
 #[inline(always)]
-fn bounded(len: usize) -> Option<u32> {
-    // What is compared is what is used: the compiler would compare one less and use the other.
-    let less = black_box(len.wrapping_sub(1));
-    (less < MAX_LEN).then_some(less as u32 + 1)
-}
-
-/// A DNS message in a packet.
-pub struct Message<'a> {
-    pub skb: &'a Skb,
-    /// Where it begins.
-    pub offset: u32,
-}
-
-impl DnsMessage for Message<'_> {
-    #[inline(always)]
-    fn load(&self, offset: u32, to: &mut [u8]) -> bool {
-        self.skb.load(self.offset + offset, to)
-    }
+pub fn bounded(message_len: u32) -> u32 {
+    const { assert!(MAX_QUERY_LEN < 256) };
+    let mut len = u64::from(message_len);
+    // SAFETY: one instruction, on one register.
+    unsafe { asm!("{0} &= 255", inout(reg) len, options(pure, nomem, nostack)) };
+    len as u32
 }

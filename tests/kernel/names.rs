@@ -3,6 +3,7 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -489,6 +490,21 @@ fn add_bridge(container: &Container) -> IngressInterface {
     IngressInterface { name: "br0".into(), index }
 }
 
+/// Has the kernel make the checksums of what an interface of this thread's network namespace sends.
+fn without_offload(interface: &str) {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+    // struct ethtool_value; struct ifreq: the name and the pointer to it, of 40 bytes.
+    let mut value = [ETHTOOL_STXCSUM, 0];
+    let mut request = [0u8; 40];
+    request[..interface.len()].copy_from_slice(interface.as_bytes());
+    request[16..24].copy_from_slice(&(value.as_mut_ptr() as usize).to_ne_bytes());
+    let any = socket(Ipv4Addr::UNSPECIFIED.into());
+    // SAFETY: the request and what it points to are as long as the kernel reads and writes.
+    let result = unsafe { libc::ioctl(any.as_raw_fd(), SIOCETHTOOL, request.as_mut_ptr()) };
+    assert_eq!(result, 0, "{interface}: {}", std::io::Error::last_os_error());
+}
+
 pub fn reach_containers() {
     inside(|| {
         let place = Place::new();
@@ -520,6 +536,13 @@ pub fn reach_containers() {
                 assert_eq!(container.ask(server, "other.service", A), "code 2");
             }
         };
+        answers();
+
+        // Packets that have a checksum instead of what a device would make one of: the answers, from the
+        // host's end on, and then the queries too.
+        without_offload("v0");
+        answers();
+        container.run(|| without_offload("v1"));
         answers();
 
         // A source that isn't reached by the bridge passes.

@@ -250,17 +250,5 @@ pub fn label(key: &NameKey) -> Arc<str> {
     String::from_utf8_lossy(label).into()
 }
 
-/// A message on the host.
-#[cfg(any(fuzzing, test))]
-pub struct Octets<'a>(pub &'a [u8]);
-
-#[cfg(any(fuzzing, test))]
-impl lb_common::DnsMessage for Octets<'_> {
-    fn load(&self, offset: u32, to: &mut [u8]) -> bool {
-        let from = self.0.get(offset as usize..).and_then(|rest| rest.get(..to.len()));
-        from.map(|from| to.copy_from_slice(from)).is_some()
-    }
-}
-
 #[cfg(test)]
 mod tests;
