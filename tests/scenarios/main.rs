@@ -52,6 +52,7 @@ mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod prefer_node;
+mod public_vips;
 mod reference;
 mod refuses_to_start;
 mod reload_source;
@@ -142,6 +143,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("one_of_ten_is_silent", one_of_ten_fails::is_silent),
     ("one_of_ten_refuses", one_of_ten_fails::refuses),
     ("operators_view", operators_view::run),
+    ("public_vips", public_vips::run),
     ("reference_page", reference::run),
     ("pinned_address", pinned_address::run),
     ("port_reused", port_reused::run),

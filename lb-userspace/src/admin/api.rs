@@ -1,7 +1,7 @@
 //! The JSON documents of the admin interface, as the server writes and the command line reads them.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +41,9 @@ pub struct Status {
     pub pool: PoolStatus,
     /// The kernel side.
     pub datapath: DatapathStatus,
+    /// What this node does as an edge; `null` where it is none.
+    #[serde(default)]
+    pub edge: Option<EdgeDocument>,
 }
 
 /// A source of the catalog, within [`Status`].
@@ -81,6 +84,68 @@ pub struct WatchStatus {
     pub requests_per_hour: u64,
     /// The most bytes that it reads in an hour, calculated.
     pub bytes_per_hour: u64,
+}
+
+/// The edge, within [`Status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EdgeDocument {
+    /// Its interfaces, in the order of the configuration.
+    pub interfaces: Vec<EdgeInterfaceDocument>,
+    /// The flows through it.
+    pub flows: u64,
+    /// The flows that it has room for.
+    pub capacity: u64,
+    /// The public VIPs that are announced.
+    pub announced: Vec<IpAddr>,
+    /// Why none is; `null` while they are.
+    pub withdrawn: Option<String>,
+}
+
+/// An interface of the edge, within [`EdgeDocument`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EdgeInterfaceDocument {
+    /// Its name.
+    pub name: String,
+    /// How the program is attached, such as `tcx` or `xdp-native`; `null` where it isn't.
+    pub mode: Option<String>,
+    /// Why it isn't, or not in a better way.
+    pub message: Option<String>,
+}
+
+/// `GET /v1/flows`
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FlowsDocument {
+    /// How many flows there are.
+    pub total: u64,
+    /// Those that were asked for.
+    pub flows: Vec<FlowDocument>,
+}
+
+/// A flow through the edge, within [`FlowsDocument`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlowDocument {
+    /// The service; `null` where the table doesn't have it any more.
+    pub service: Option<String>,
+    /// The client.
+    pub client: SocketAddr,
+    /// What it sends to.
+    pub vip: SocketAddr,
+    /// Where its packets go.
+    pub backend: SocketAddr,
+    /// What the backend sees.
+    pub source: SocketAddr,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// `syn-sent`, `syn-received`, `established`, `half-closed`, `closed` or `udp`.
+    pub state: String,
+    /// The packets of both directions.
+    pub packets: u64,
+    /// Their bytes, from the IP header on.
+    pub bytes: u64,
+    /// Seconds since the first packet.
+    pub age_seconds: f64,
+    /// Seconds since the last one.
+    pub idle_seconds: f64,
 }
 
 /// How `vip.pool` is used, within [`Status`].

@@ -14,6 +14,7 @@ GET /v1/services
 GET /v1/services/NAME
 GET /v1/dns?name=NAME&type=TYPE
 GET /v1/trace
+GET /v1/flows
 POST /v1/reload
 GET /v1/drain
 POST /v1/drain?target=TARGET
@@ -21,7 +22,8 @@ POST /v1/undrain?target=TARGET
 GET /metrics
 GET /healthz
 GET /readyz
-GET answers HEAD, too. /v1/dns, /v1/trace and POST are answered on the unix socket only. On the others of /v1,
+GET /readyz/edge
+GET answers HEAD, too. /v1/dns, /v1/trace, /v1/flows and POST are answered on the unix socket only. On the others of /v1,
 ?after=REVISION (of X-Nohop-Revision, or of `revision` in the status) answers once anything has
 changed since, or after &wait=SECONDS (60 by default, at most 600; over TCP at most 60).
 ";
@@ -46,16 +48,19 @@ pub(super) enum Endpoint {
     Metrics,
     Health,
     Ready,
+    EdgeReady,
+    Flows { by_bytes: bool, limit: usize },
 }
 
 impl Endpoint {
     /// Whether its document is small, however many services and backends there are.
     pub(super) fn is_small(&self) -> bool {
-        matches!(self, Endpoint::Status | Endpoint::Health | Endpoint::Ready)
+        matches!(self, Endpoint::Status | Endpoint::Health | Endpoint::Ready | Endpoint::EdgeReady)
     }
 
     /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`; a
-    /// trace has programs report each connection, with its process.
+    /// trace has programs report each connection, with its process. Flows have none, and show clients
+    /// outside as a trace does.
     pub(super) fn has_effects(&self) -> bool {
         matches!(
             self,
@@ -64,6 +69,7 @@ impl Endpoint {
                 | Endpoint::Undrain(_)
                 | Endpoint::LookUp { .. }
                 | Endpoint::Trace(_)
+                | Endpoint::Flows { .. }
         )
     }
 }
@@ -106,6 +112,7 @@ pub(super) fn route(
             let wrong = |(name, value, fix)| EndpointError::Query { name, value, fix };
             return Ok((Endpoint::Trace(filter.map_err(wrong)?), None));
         }
+        "/v1/flows" if is_get(method) => return Ok((flows(query.unwrap_or_default())?, None)),
         "/v1/dns" | "/v1/trace" => return Err(EndpointError::Method("GET")),
         "/v1/reload" => Endpoint::Reload,
         "/v1/drain" if *method == Method::POST => {
@@ -119,6 +126,8 @@ pub(super) fn route(
         "/metrics" => Endpoint::Metrics,
         "/healthz" => Endpoint::Health,
         "/readyz" => Endpoint::Ready,
+        "/readyz/edge" => Endpoint::EdgeReady,
+        "/v1/flows" => return Err(EndpointError::Method("GET, HEAD")),
         _ => match path.strip_prefix("/v1/services/") {
             Some(name) if !name.is_empty() && !name.contains('/') => {
                 Endpoint::Explain(decode(name))
@@ -156,6 +165,29 @@ fn target(query: Option<&str>) -> Result<String, EndpointError> {
         let fix = "write target=TARGET: a node, an address, an instance or an allocation";
         EndpointError::Query { name: "query".into(), value: query.into(), fix }
     })
+}
+
+/// The flows that one answer has without `limit`, and at most.
+const FLOWS: usize = 100;
+const MAX_FLOWS: usize = 10_000;
+
+fn flows(query: &str) -> Result<Endpoint, EndpointError> {
+    let (mut by_bytes, mut limit) = (false, FLOWS);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let wrong = |fix| EndpointError::Query { name: name.into(), value: value.into(), fix };
+        match (name, value) {
+            ("by", "bytes") => by_bytes = true,
+            ("by", "time") => by_bytes = false,
+            ("by", _) => return Err(wrong("write bytes or time")),
+            ("limit", number) => {
+                let number = number.parse().ok().filter(|number| (1..=MAX_FLOWS).contains(number));
+                limit = number.ok_or_else(|| wrong("write a number from 1 to 10000"))?;
+            }
+            _ => return Err(wrong("the query may hold by and limit")),
+        }
+    }
+    Ok(Endpoint::Flows { by_bytes, limit })
 }
 
 fn look_up(query: &str) -> Result<Endpoint, EndpointError> {
@@ -241,6 +273,15 @@ mod tests {
             ("/metrics", Some("collect=all"), Some((Endpoint::Metrics, None))),
             ("/healthz", None, Some((Endpoint::Health, None))),
             ("/readyz", None, Some((Endpoint::Ready, None))),
+            ("/readyz/edge", None, Some((Endpoint::EdgeReady, None))),
+            ("/v1/flows", None, Some((Endpoint::Flows { by_bytes: false, limit: FLOWS }, None))),
+            (
+                "/v1/flows",
+                Some("by=bytes&limit=20"),
+                Some((Endpoint::Flows { by_bytes: true, limit: 20 }, None)),
+            ),
+            ("/v1/flows", Some("limit=0"), None),
+            ("/v1/flows", Some("by=age"), None),
             (
                 "/v1/status",
                 Some("after=4"),

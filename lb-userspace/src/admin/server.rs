@@ -84,6 +84,10 @@ pub trait View: Send + Sync + 'static {
     fn reload(&self) -> impl Future<Output = api::Reload> + Send;
     /// What is drained by hand.
     fn drains(&self) -> Vec<api::DrainStatus>;
+    /// Why clients outside aren't to come to this node as an edge; `None` where they are.
+    fn edge_obstacle(&self) -> Option<String>;
+    /// The flows through this edge, by bytes or by the time of their last packet; `None` where it is none.
+    fn flows(&self, by_bytes: bool, limit: usize) -> Option<api::FlowsDocument>;
     /// Drains what this text names, or undrains it.
     fn drain(&self, is_drain: bool, target: &str) -> impl Future<Output = api::DrainChange> + Send;
 }
@@ -336,6 +340,17 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
             let problems = problems.join("\n");
             plain(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready\n{problems}\n"))
         }
+        Endpoint::EdgeReady => match view.edge_obstacle() {
+            None => plain(StatusCode::OK, "ready\n"),
+            Some(why) => plain(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready\n{why}\n")),
+        },
+        Endpoint::Flows { by_bytes, limit } => match view.flows(*by_bytes, *limit) {
+            Some(flows) => json(StatusCode::OK, &flows),
+            None => plain(
+                StatusCode::NOT_FOUND,
+                "this node is no edge: set edge.interfaces and edge.source in its configuration\n",
+            ),
+        },
         Endpoint::Drains => json(StatusCode::OK, &view.drains()),
         Endpoint::Health
         | Endpoint::Reload
@@ -451,6 +466,7 @@ mod tests {
                     upstreams: vec![],
                 },
                 datapath: api::DatapathStatus::default(),
+                edge: None,
             }
         }
 
@@ -519,6 +535,14 @@ mod tests {
             vec![]
         }
 
+        fn edge_obstacle(&self) -> Option<String> {
+            (self.0.borrow().generation == 0).then(|| "drained".into())
+        }
+
+        fn flows(&self, _: bool, limit: usize) -> Option<api::FlowsDocument> {
+            (limit > 1).then(api::FlowsDocument::default)
+        }
+
         async fn drain(&self, is_drain: bool, target: &str) -> api::DrainChange {
             api::DrainChange { ok: is_drain, name: Some(target.into()), ..Default::default() }
         }
@@ -585,6 +609,9 @@ mod tests {
         let table = [
             ("GET", "/healthz", 200, "ok"),
             ("GET", "/readyz", 503, "no table; wait"),
+            ("GET", "/readyz/edge", 503, "drained"),
+            ("GET", "/v1/flows", 200, "\"total\":0"),
+            ("GET", "/v1/flows?limit=1", 404, "edge.interfaces"),
             ("GET", "/v1/status", 200, "\"ready\":false"),
             ("GET", "/v1/services", 200, "\"vip\":\"127.128.0.1\""),
             ("GET", "/v1/services/web", 200, "a sentence"),

@@ -83,12 +83,22 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
+    /// Show the flows through this edge, those with the latest packets first
+    Flows {
+        /// Those with the most bytes first
+        #[arg(long)]
+        top: bool,
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
     /// Stop new connections from this node to the backends of a node, an address, an instance or an
     /// allocation; open ones go on. Without an argument, list what is drained
     Drain {
         /// Name of a node, address with or without a port, id of an instance (NODE/ID where several
         /// nodes have it), or id of an allocation (8 digits suffice); where one means several things,
-        /// `node:NAME`, `address:ADDRESS`, `instance:ID` or `allocation:ID`
+        /// `node:NAME`, `address:ADDRESS`, `instance:ID` or `allocation:ID`. Or `edge`: this edge
+        /// announces its public VIPs no more, and open flows go on
         target: Option<String>,
         /// The daemon.
         #[command(flatten)]

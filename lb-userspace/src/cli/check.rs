@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::edge_check;
 use crate::admin::{api, client};
 use crate::catalog::Handle;
 use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
@@ -84,6 +85,12 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     let bridges = hairpin(Path::new("/sys/class/net"));
     checks.extend(bridges.map(|found| finding("bridges", false, found)));
     checks.push(finding("routes", false, routes(&config)));
+    if config.edge.is_on() {
+        let running = daemon.as_ref().ok().and_then(|status| status.edge.as_ref());
+        let files = edge_check::HostFiles::here();
+        let found = edge_check::check(&config, &files, edge_check::try_bind, running);
+        checks.extend(found.into_iter().map(|(what, required, it)| finding(&what, required, it)));
+    }
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
     checks.push(finding("mode of bpffs", false, bpffs_mode(&config.bpffs)));
     checks.push(finding("memory of maps", false, memory_of_maps(&config.bpffs, Charge::find())));

@@ -42,6 +42,9 @@ fn text(drains: &[DrainStatus]) -> String {
             (n, services) => format!("{} of {} services", counted(*n, "backend"), services.len()),
         };
         let open = in_flight.map(|n| format!(", {} open", counted(n, "connection")));
+        if kind == "edge" {
+            return format!("edge  since {since}  its public VIPs aren't announced\n");
+        }
         format!("{kind}:{name}  since {since}  {covers}{}\n", open.unwrap_or_default())
     });
     lines.collect()
@@ -51,6 +54,16 @@ fn sentence(change: &DrainChange) -> String {
     let what =
         [&change.kind, &change.name].map(|part| part.as_deref().unwrap_or_default()).join(" ");
     let since = change.since.as_deref().unwrap_or_default();
+    if change.kind.as_deref() == Some("edge") {
+        return match (change.drained, change.changed) {
+            (true, true) => "this edge announces its public VIPs no more; open flows go on, see \
+                             `nohop flows`"
+                .to_owned(),
+            (true, false) => format!("this edge is drained already, since {since}"),
+            (false, true) => "this edge announces its public VIPs again".to_owned(),
+            (false, false) => "this edge isn't drained".to_owned(),
+        };
+    }
     let (backends, services) =
         (counted(change.backends, "backend"), counted(change.services, "service"));
     match (change.drained, change.changed) {

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::instance::display_name;
 use crate::admin::api::{
-    BackendStatus, Explanation, MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status,
-    UnitStatus, UpstreamStatus, WatchStatus,
+    BackendStatus, EdgeDocument, EdgeInterfaceDocument, Explanation, MapStatus, PoolStatus,
+    ServiceStatus, SourceStatus, Status, UnitStatus, UpstreamStatus, WatchStatus,
 };
 
 /// `nohop status`
@@ -64,6 +64,9 @@ pub fn status(status: &Status) -> String {
             line(&mut text, format!("          unit {name}: {state}: {reason}"));
         }
     }
+    if let Some(edge) = &status.edge {
+        edge_lines(edge).into_iter().for_each(|shown| line(&mut text, shown));
+    }
     for limit in &status.datapath.limits {
         line(&mut text, format!("          {limit}"));
     }
@@ -78,6 +81,23 @@ pub fn status(status: &Status) -> String {
         line(&mut text, format!("          {name}: {n}"));
     }
     text
+}
+
+/// The edge's interfaces and flows, and what it announces.
+fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
+    let EdgeDocument { interfaces, flows, capacity, announced, withdrawn } = edge;
+    let announced = match (withdrawn, announced.len()) {
+        (Some(why), 0) => format!("no public VIP announced: {why}"),
+        (Some(why), n) => format!("{n} public addresses announced: {why}"),
+        (None, n) => format!("{n} public addresses announced"),
+    };
+    let mut lines = vec![format!("edge      {flows} of {capacity} flows; {announced}")];
+    lines.extend(interfaces.iter().map(|EdgeInterfaceDocument { name, mode, message }| {
+        let mode = mode.as_deref().unwrap_or("NOT ATTACHED");
+        let message = message.as_ref().map(|text| format!(": {text}")).unwrap_or_default();
+        format!("          {name} {mode}{message}")
+    }));
+    lines
 }
 
 /// A resolver's state and counters.
@@ -257,7 +277,7 @@ fn pressure(map: &MapStatus) -> String {
     format!("{:<10} [{bar}] {} of {}", map.name, map.entries, map.capacity)
 }
 
-fn duration(seconds: f64) -> String {
+pub(super) fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 10.0 => format!("{s:.1} s"),
         s if s < 120.0 => format!("{s:.0} s"),

@@ -6,6 +6,8 @@ mod completion;
 mod config_file;
 mod dns;
 mod drain;
+mod edge_check;
+mod flows;
 mod format;
 mod instance;
 mod process;
@@ -114,6 +116,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
             print(&client, &dns::query(&name, &kind, server, &client)?, dns::lookup_text)?;
         }
+        Command::Flows { top, client } => flows::run(top, &client)?,
         Command::Drain { target: None, client } => drain::list(&client)?,
         Command::Drain { target: Some(target), client } => {
             return drain::change(true, &target, &client);

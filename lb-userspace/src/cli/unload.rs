@@ -1,20 +1,24 @@
 //! `nohop unload`: removes the kernel side of any daemon.
 
+use std::collections::BTreeSet;
+
 use serde_json::json;
 
 use crate::config::Config;
-use crate::datapath::{self, route};
+use crate::datapath::{self, public_routes, route};
 
-/// Detaches the pinned programs and removes the pins; with `all`, removes the unreachable route too.
+/// Detaches the pinned programs, removes the pins and the routes of public VIPs; with `all`, removes the unreachable route too.
 ///
 /// # Errors
 /// When a daemon still runs on the pins, or the kernel refuses.
 pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     let bpffs = &config.bpffs;
     let n_detached = datapath::unload(bpffs)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // No edge serves them any more.
+    let (_, withdrawn) = runtime.block_on(public_routes::announce(&BTreeSet::new()))?;
     let mut removed = Vec::new();
     if all {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         for pool in config.vip.pools() {
             if runtime.block_on(route::remove_unreachable(pool))? {
                 removed.push(pool);
@@ -31,6 +35,9 @@ pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     match n_detached {
         0 => println!("nothing of nohop's was pinned in {}", bpffs.display()),
         n => println!("detached {n} programs and removed the pins in {}", bpffs.display()),
+    }
+    for address in withdrawn {
+        println!("removed the route `unreachable {address}` of a public VIP");
     }
     for pool in config.vip.pools() {
         if removed.contains(&pool) {

@@ -14,7 +14,9 @@ use tokio::sync::{oneshot, watch};
 use super::recorder::{FIRST_PAUSE, Recorded, Recorder, Snapshot};
 use crate::admin::api;
 use crate::datapath::{Mode, SharedDatapath};
-use crate::table::{Drain, DrainCatalog, DrainError, DrainTarget, Drains, Table, resolve_drained};
+use crate::table::{
+    Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, Table, resolve_drained,
+};
 use crate::{boot, durable};
 
 /// The file's name, within the state directory.
@@ -94,6 +96,13 @@ pub fn find(
     };
     let covered = searched.covered_by(&target);
     Ok(FoundTarget { target, covered, searched })
+}
+
+/// The edge, where a request names that. `is_edge` is whether this node is one; once drained it can be
+/// undrained, whatever the configuration is now.
+pub fn find_edge(text: &str, drains: &Drains, is_edge: bool) -> Option<DrainTarget> {
+    let exists = is_edge || drains.get(&DrainTarget::Edge).is_some();
+    (text == EDGE && exists).then_some(DrainTarget::Edge)
 }
 
 /// What is drained, and its file.
@@ -529,7 +538,11 @@ pub fn result(
     obstacles: &Obstacles,
 ) -> api::DrainChange {
     let Changed { target, drain, is_changed } = changed;
-    let mut warnings = obstacles.general.clone();
+    // The programs of an edge are others than those of connections.
+    let mut warnings = match target {
+        DrainTarget::Edge => Vec::new(),
+        _ => obstacles.general.clone(),
+    };
     let (mut n_backends, mut n_services) = (0, 0);
     for service in table.services.values() {
         let covered = service
@@ -688,6 +701,7 @@ mod tests {
         assert!(unknown.contains(expected), "{unknown}");
         assert!(fleet.change(&mut book, Change::Undrain, "n4").is_err());
         assert!(fleet.change(&mut book, Change::Drain, "edge").is_err());
+        assert_eq!(find_edge("edge", &book.drains(), false), None);
         assert_eq!((fleet.drained().len(), book.version), (0, 0));
 
         let drained = fleet.change(&mut book, Change::Drain, "web-1").unwrap();
@@ -746,6 +760,25 @@ mod tests {
         assert!(next.change(Change::Undrain, n1).unwrap().is_changed);
         recorded(&next).await;
         assert_eq!(DrainBook::open(dir.path()).await.unwrap().drains().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_drained_edge_is_drained_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut book = DrainBook::open(dir.path()).await.unwrap();
+        let edge = find_edge("edge", &book.drains(), true).unwrap();
+        let changed = book.change(Change::Drain, edge).unwrap();
+        let fleet = Fleet::new(book.drains());
+        assert!(fleet.drained().is_empty(), "no backend is");
+        let drains = book.drains();
+        let result = result(Change::Drain, &changed, &drains, &fleet.table, &fleet.obstacles);
+        assert_eq!((result.kind.as_deref(), result.drained), (Some("edge"), true));
+        recorded(&book).await;
+        let mut next = DrainBook::open(dir.path()).await.unwrap();
+        // Also where it is no edge any more.
+        let edge = find_edge("edge", &next.drains(), false).unwrap();
+        assert!(next.change(Change::Undrain, edge).unwrap().is_changed);
+        assert!(next.drains().is_empty());
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::admin::prometheus::{Exposition, Histogram, MetricType};
 use crate::catalog::Watches;
-use crate::datapath::{Pressure, ServiceCounters};
+use crate::datapath::{EdgeStatus, Pressure, ServiceCounters};
 use crate::dns;
 use crate::table::vips::PoolUse;
 
@@ -44,8 +44,20 @@ pub struct Readings {
     pub(super) dns_answers: BTreeMap<String, u64>,
     /// Decisions of the unit `intercept`, by name; none while it is off.
     pub(super) intercepted: Vec<(&'static str, u64)>,
+    /// `None` where this node is no edge.
+    pub(super) edge: Option<EdgeReadings>,
     pub(super) dns_upstreams: Vec<dns::UpstreamStats>,
     pub(super) pool: PoolUse,
+}
+
+/// What is read of the edge.
+#[derive(Debug)]
+pub struct EdgeReadings {
+    pub(super) status: EdgeStatus,
+    /// Whether its public VIPs are announced.
+    pub(super) announces: bool,
+    /// Decisions on packets, by name.
+    pub(super) counts: Vec<(&'static str, u64)>,
 }
 
 /// What is read of one source.
@@ -81,8 +93,41 @@ pub fn exposition(readings: &Readings) -> String {
     for (result, n) in &readings.intercepted {
         family.sample(&[("result", result)], n);
     }
+    edge(&mut text, readings.edge.as_ref());
     upstreams(&mut text, readings);
     text.finish()
+}
+
+/// Families without a sample where this node is no edge.
+fn edge(text: &mut Exposition, edge: Option<&EdgeReadings>) {
+    let help =
+        "How the edge's program is attached to an interface; always 1, absent where it isn't.";
+    let mut family = text.family("nohop_edge_interface_attached", MetricType::Gauge, help);
+    for interface in edge.iter().flat_map(|edge| &edge.status.interfaces) {
+        if let Some(mode) = interface.mode {
+            family.sample(&[("interface", &interface.name), ("mode", mode.name())], 1);
+        }
+    }
+    let help = "Whether the edge's public VIPs are announced (1), or not (0).";
+    let mut family = text.family("nohop_edge_announced", MetricType::Gauge, help);
+    if let Some(edge) = edge {
+        family.sample(&[], u8::from(edge.announces));
+    }
+    let help = "Flows through the edge.";
+    let mut family = text.family("nohop_edge_flows", MetricType::Gauge, help);
+    if let Some(edge) = edge {
+        family.sample(&[], edge.status.n_flows);
+    }
+    let help = "Flows that the edge has room for.";
+    let mut family = text.family("nohop_edge_flows_capacity", MetricType::Gauge, help);
+    if let Some(edge) = edge {
+        family.sample(&[], edge.status.max_flows);
+    }
+    let help = "Packets that concern the edge, by what was decided.";
+    let mut family = text.family("nohop_edge_packets_total", MetricType::Counter, help);
+    for (result, n) in edge.iter().flat_map(|edge| &edge.counts) {
+        family.sample(&[("result", result)], n);
+    }
 }
 
 fn upstreams(text: &mut Exposition, readings: &Readings) {
@@ -314,6 +359,7 @@ mod tests {
 
     use super::*;
     use crate::admin::prometheus::strict;
+    use crate::datapath::{EdgeInterface, EdgeMode};
 
     fn readings(n_services: u32) -> Readings {
         let name = |idx| (Arc::from(format!("web-{idx}")), ServiceCounters::default(), 3);
@@ -361,6 +407,23 @@ mod tests {
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
             intercepted: vec![("intercepted", 3), ("no_daemon", 1)],
+            edge: Some(EdgeReadings {
+                status: EdgeStatus {
+                    interfaces: vec![
+                        EdgeInterface {
+                            name: "eth0".into(),
+                            mode: Some(EdgeMode::XdpNative),
+                            message: None,
+                        },
+                        EdgeInterface { name: "eth1".into(), mode: None, message: None },
+                    ],
+                    n_flows: 4,
+                    max_flows: 16,
+                    problems: Vec::new(),
+                },
+                announces: true,
+                counts: vec![("forwarded", 9)],
+            }),
             dns_upstreams: vec![dns::UpstreamStats {
                 address: "192.0.2.1:53".parse().unwrap(),
                 state: dns::UpstreamState::Out,
@@ -416,6 +479,11 @@ mod tests {
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),
             (r#"nohop_dns_queries_total{rcode="NXDOMAIN"}"#, 6.0),
             (r#"nohop_dns_intercept_total{result="intercepted"}"#, 3.0),
+            (r#"nohop_edge_interface_attached{interface="eth0",mode="xdp-native"}"#, 1.0),
+            ("nohop_edge_announced", 1.0),
+            ("nohop_edge_flows", 4.0),
+            ("nohop_edge_flows_capacity", 16.0),
+            (r#"nohop_edge_packets_total{result="forwarded"}"#, 9.0),
             (r#"nohop_dns_upstream_up{upstream="192.0.2.1:53"}"#, 0.0),
             (r#"nohop_dns_upstream_queries_total{upstream="192.0.2.1:53",result="timeout"}"#, 2.0),
             (r#"nohop_dns_upstream_seconds_bucket{upstream="192.0.2.1:53",le="0.0005"}"#, 3.0),

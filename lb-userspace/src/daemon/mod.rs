@@ -7,6 +7,7 @@
 
 mod deadline;
 mod drains;
+mod edge;
 mod ejected;
 mod explain;
 mod holdback;
@@ -199,6 +200,7 @@ impl Daemon {
         let counters = datapath.counters();
         let datapath = Arc::new(SharedDatapath::new(datapath));
         tokio::task::block_in_place(|| datapath.probe_hooks());
+        datapath.configure_edge(edge::options(&config.edge));
         datapath.set_mode(shadow.mode(sources.is_off()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);
@@ -224,6 +226,7 @@ impl Daemon {
         );
         let tracer = Arc::new(tracer.context("can't start a thread")?);
         let (problem, deadline_problem) = watch::channel(None);
+        let (routes_out, public_routes) = watch::channel(edge::PublicRoutes::default());
         let n_returned = Arc::new(AtomicU64::new(0));
         let ejected = ejected::FollowedEjections {
             changes,
@@ -257,6 +260,7 @@ impl Daemon {
             drain_requests: drain_requests_out,
             tracer: tracer.clone(),
             deadline_problem,
+            public_routes,
             n_returned,
         });
         for address in admin::exposed(&config.admin.listen) {
@@ -286,6 +290,13 @@ impl Daemon {
             problem,
         };
         tasks.spawn("the deadlines of drains", deadline::follow(followed));
+        let followed = edge::FollowedEdge {
+            table: pipeline.published(),
+            drains: drains.subscribe(),
+            datapath: datapath.clone(),
+            routes: routes_out,
+        };
+        tasks.spawn("the routes of public VIPs", edge::follow(followed));
         tasks.spawn("the probes of ejected backends", ejected::follow(ejected));
         let (network_out, network) = watch::channel(None);
         tasks.spawn("this host's interfaces", network::follow(network_out));
@@ -480,8 +491,17 @@ impl Daemon {
     fn find(&mut self, request: DrainRequest) {
         let is_synced = self.pipeline.latest().is_synced();
         let (drains, catalog) = (self.drains.drains(), self.pipeline.builder().drain_catalog());
+        let is_edge = self.config.edge.is_on();
         self.finding.spawn_blocking(move || {
-            let found = drains::find(request.change, &request.text, &drains, catalog, is_synced);
+            let DrainRequest { change, text, .. } = &request;
+            let found = match drains::find_edge(text, &drains, is_edge) {
+                Some(target) => Ok(drains::FoundTarget {
+                    target,
+                    covered: Default::default(),
+                    searched: catalog,
+                }),
+                None => drains::find(*change, text, &drains, catalog, is_synced),
+            };
             (request, found)
         });
     }
@@ -662,6 +682,9 @@ impl Daemon {
             }
             OnExit::Detach => {
                 tracing::info!("stopping: detaching from {scope}");
+                if self.config.edge.is_on() {
+                    edge::withdraw().await;
+                }
                 self.datapath.detach();
             }
         }

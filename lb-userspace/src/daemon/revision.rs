@@ -81,6 +81,7 @@ fn lasting(status: api::Status) -> api::Status {
         sources: status.sources.into_iter().map(source).collect(),
         dns,
         datapath,
+        edge: status.edge.map(|edge| api::EdgeDocument { flows: 0, ..edge }),
         ..status
     }
 }
@@ -138,6 +139,7 @@ mod tests {
             },
             pool: api::PoolStatus::default(),
             datapath: api::DatapathStatus::default(),
+            edge: None,
         }
     }
 

@@ -13,8 +13,9 @@ use hyper::body::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::drains::{self, Change, DrainRequest, DrainsView};
+use super::edge::{self, Announcement};
 use super::explain::{self, ExplainTarget};
-use super::metrics::{Readings, SourceReadings, exposition};
+use super::metrics::{EdgeReadings, Readings, SourceReadings, exposition};
 use super::recorder::Recorder;
 use super::reload::{self, Request};
 use super::trace::Tracer;
@@ -23,7 +24,7 @@ use crate::admin::{At, TraceFilter, TraceRefusal, View, api};
 use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
 use crate::config::Unrouted;
 use crate::datapath::{
-    COUNTERS, Counters, Indices, Mode, NamesCounters, SharedDatapath, UnitState,
+    COUNTERS, Counters, EdgeStatus, Indices, Mode, NamesCounters, SharedDatapath, UnitState,
 };
 use crate::dns::{self, DebugClient};
 use crate::logging;
@@ -56,6 +57,7 @@ pub struct DaemonView {
     pub(super) reloads: mpsc::Sender<Request>,
     pub(super) drains: DrainsView,
     pub(super) deadline_problem: watch::Receiver<Option<String>>,
+    pub(super) public_routes: watch::Receiver<edge::PublicRoutes>,
     /// Ejections that probes ended.
     pub(super) n_returned: Arc<AtomicU64>,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
@@ -78,6 +80,10 @@ impl View for DaemonView {
         problems.extend(self.recorder.problem());
         problems.extend(self.drains.problems());
         problems.extend(self.deadline_problem.borrow().clone());
+        let routes = self.public_routes.borrow().clone();
+        problems.extend(routes.problem.clone());
+        let edge = self.datapath.edge_status();
+        problems.extend(edge.iter().flat_map(|edge| edge.problems.clone()));
         problems.extend(dropped(logging::n_dropped()));
         let errors = self.datapath.errors();
         problems.extend(refused(&errors));
@@ -138,6 +144,7 @@ impl View for DaemonView {
                 refused_services: errors.len(),
                 counters,
             },
+            edge: edge.map(|edge| edge::document(&edge, &self.announcement(&edge), &routes)),
         }
     }
 
@@ -242,6 +249,11 @@ impl View for DaemonView {
             maps: self.datapath.pressure(),
             dns_answers: self.dns_answers(),
             intercepted: self.datapath.intercept_counts(),
+            edge: self.datapath.edge_status().map(|edge| EdgeReadings {
+                announces: self.announcement(&edge).obstacle().is_none(),
+                status: edge,
+                counts: self.datapath.edge_counts(),
+            }),
             dns_upstreams: self.debug_client.upstreams(),
             pool: *self.pool.borrow(),
         })
@@ -262,6 +274,18 @@ impl View for DaemonView {
             return stopping();
         }
         answered.await.unwrap_or_else(|_| stopping())
+    }
+
+    fn edge_obstacle(&self) -> Option<String> {
+        match self.datapath.edge_status() {
+            None => Some("this node is no edge".to_owned()),
+            Some(edge) => self.announcement(&edge).obstacle().map(str::to_owned),
+        }
+    }
+
+    fn flows(&self, by_bytes: bool, limit: usize) -> Option<api::FlowsDocument> {
+        self.datapath.edge_status()?;
+        Some(edge::flows(self.datapath.edge_flows(), by_bytes, limit))
     }
 
     fn drains(&self) -> Vec<api::DrainStatus> {
@@ -425,6 +449,11 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 }
 
 impl DaemonView {
+    /// Whether clients outside are to come to this edge.
+    fn announcement(&self, edge: &EdgeStatus) -> Announcement {
+        Announcement::of(&self.table.borrow(), edge, &self.drains.drains())
+    }
+
     /// The answers to DNS queries by response code, the kernel's included.
     fn dns_answers(&self) -> BTreeMap<String, u64> {
         let mut answers = self.dns_stats.snapshot();

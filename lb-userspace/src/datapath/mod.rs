@@ -35,6 +35,7 @@ mod options;
 mod pins;
 pub mod probe;
 mod prog_stats;
+pub mod public_routes;
 mod reconcile;
 pub mod route;
 mod socket_terminator;

@@ -24,8 +24,7 @@ pub enum RouteError {
     Socket(#[source] std::io::Error),
     /// The kernel refused.
     #[error(
-        "can't {action} the route `unreachable {pool} table local`: {source}; run as root, or \
-         with CAP_NET_ADMIN"
+        "can't {action} the route `unreachable {pool}`: {source}; run as root, or with CAP_NET_ADMIN"
     )]
     Refused {
         /// `add` or `remove`.
@@ -218,7 +217,8 @@ async fn local_routes(handle: &Handle, pool: IpNet) -> Result<Vec<Route>, RouteE
     Ok(routes.iter().filter_map(Route::of).collect())
 }
 
-async fn with_handle<T>(
+/// Does `work` over a netlink socket of its own.
+pub(super) async fn with_handle<T>(
     work: impl AsyncFnOnce(Handle) -> Result<T, RouteError>,
 ) -> Result<T, RouteError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Socket)?;
@@ -242,7 +242,8 @@ fn message(pool: IpNet) -> RouteMessage {
     }
 }
 
-fn tolerate(
+/// Whether a change was made; an error of `errno` means that nothing had to be.
+pub(super) fn tolerate(
     result: Result<(), rtnetlink::Error>,
     errno: i32,
     action: &'static str,

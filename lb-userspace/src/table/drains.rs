@@ -45,16 +45,22 @@ pub enum DrainTarget {
     },
     /// All instances of an allocation of Nomad, by its UUID in lower case.
     Allocation(String),
+    /// This node as an edge: its public VIPs aren't announced. It covers no instance.
+    Edge,
 }
 
+/// The argument that names [`DrainTarget::Edge`].
+pub const EDGE: &str = "edge";
+
 impl DrainTarget {
-    /// What it is: `node`, `address`, `instance` or `allocation`.
+    /// What it is: `node`, `address`, `instance`, `allocation` or `edge`.
     pub fn kind(&self) -> &'static str {
         match self {
             DrainTarget::Node(_) => "node",
             DrainTarget::Address(_) | DrainTarget::Endpoint(_) => "address",
             DrainTarget::Instance { .. } => "instance",
             DrainTarget::Allocation(_) => "allocation",
+            DrainTarget::Edge => EDGE,
         }
     }
 
@@ -62,6 +68,7 @@ impl DrainTarget {
     pub fn name(&self) -> String {
         match self {
             DrainTarget::Node(name) | DrainTarget::Allocation(name) => name.clone(),
+            DrainTarget::Edge => String::new(),
             DrainTarget::Address(address) => address.to_string(),
             DrainTarget::Endpoint(endpoint) => endpoint.to_string(),
             DrainTarget::Instance { node, id } if node.is_empty() => id.clone(),
@@ -82,13 +89,17 @@ impl DrainTarget {
             DrainTarget::Allocation(uuid) => {
                 allocation(id).is_some_and(|own| own.eq_ignore_ascii_case(uuid))
             }
+            DrainTarget::Edge => false,
         }
     }
 }
 
 impl fmt::Display for DrainTarget {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}:{}", self.kind(), self.name())
+        match self {
+            DrainTarget::Edge => formatter.write_str(EDGE),
+            _ => write!(formatter, "{}:{}", self.kind(), self.name()),
+        }
     }
 }
 
@@ -301,7 +312,7 @@ impl Wanted<'_> {
             .unwrap_or((None, text));
         match (kind, name) {
             (_, "") => Err(DrainError::Empty),
-            (None, "edge") => Err(DrainError::NoEdge),
+            (None, EDGE) => Err(DrainError::NoEdge),
             (kind, name) => Ok(Wanted { kind, name }),
         }
     }
@@ -350,6 +361,7 @@ impl Wanted<'_> {
             DrainTarget::Allocation(uuid) => {
                 self.name.len() >= SHORT_ID && uuid.starts_with(&self.name.to_ascii_lowercase())
             }
+            DrainTarget::Edge => false,
         }
     }
 

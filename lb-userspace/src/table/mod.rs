@@ -28,7 +28,7 @@ use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable, SharedWaits, Waits};
 pub use drains::{
-    Drain, DrainCatalog, DrainError, DrainTarget, Drains, allocation, resolve_drained,
+    Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, allocation, resolve_drained,
 };
 pub use index::CatalogIndex;
 pub use input::{

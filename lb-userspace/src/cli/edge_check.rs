@@ -1,0 +1,384 @@
+//! The part of `nohop check` for an edge: its interfaces, its addresses, and what the kernel does with
+//! packets.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+
+use crate::admin::api;
+use crate::config::{Config, EdgeConfig};
+
+/// A requirement's name, whether an edge can't work without it, and the finding, or the problem and its
+/// fix.
+pub type EdgeFinding = (String, bool, Result<String, (String, String)>);
+
+/// The ports of its sources that an edge uses: those below the kernel's own by default.
+const SOURCE_PORTS: std::ops::RangeInclusive<u16> = 1_024..=32_767;
+
+/// Drivers whose interfaces run XDP programs natively, by the kernel's sources of 6.12 (`ndo_bpf`).
+const NATIVE_XDP: [&str; 27] = [
+    "atlantic",
+    "bnxt_en",
+    "cxgb4",
+    "dpaa2-eth",
+    "ena",
+    "enetc",
+    "fec",
+    "fun",
+    "gve",
+    "hv_netvsc",
+    "i40e",
+    "ice",
+    "igb",
+    "igc",
+    "ionic",
+    "ixgbe",
+    "ixgbevf",
+    "mana",
+    "mlx4_en",
+    "mlx5_core",
+    "nfp",
+    "qede",
+    "sfc",
+    "stmmac",
+    "tsnep",
+    "veth",
+    "virtio_net",
+];
+
+/// The host's files.
+pub struct HostFiles {
+    /// `/sys`
+    pub sys: PathBuf,
+    /// `/proc/sys`
+    pub sysctl: PathBuf,
+}
+
+impl HostFiles {
+    /// Those of this host.
+    pub fn here() -> HostFiles {
+        HostFiles { sys: "/sys".into(), sysctl: "/proc/sys".into() }
+    }
+
+    fn sysctl(&self, name: &str) -> Option<String> {
+        let text = fs::read_to_string(self.sysctl.join(name)).ok()?;
+        Some(text.trim().to_owned())
+    }
+}
+
+/// Checks what an edge needs. `running` is how a running daemon's interfaces are attached.
+pub fn check(
+    config: &Config,
+    files: &HostFiles,
+    can_bind: impl Fn(IpAddr) -> io::Result<()>,
+    running: Option<&api::EdgeDocument>,
+) -> Vec<EdgeFinding> {
+    let edge = &config.edge;
+    let mut found = Vec::new();
+    for name in &edge.interfaces {
+        found.push((format!("edge interface {name}"), true, interface(name, files, running)));
+        found.push((format!("rp_filter of {name}"), false, rp_filter(name, files)));
+        for (family, is_used) in families(edge) {
+            if is_used {
+                let what = format!("{family} forwarding of {name}");
+                found.push((what, true, forwarding(name, family, files)));
+            }
+        }
+    }
+    for source in &edge.source {
+        found.push((format!("edge.source {source}"), true, source_address(*source, &can_bind)));
+    }
+    for (family, is_used) in families(edge) {
+        let is_v4 = family == "ipv4";
+        let networks = config.vip.public.iter();
+        let n_networks = networks.filter(|network| network.addr().is_ipv4() == is_v4).count();
+        if n_networks > 0 && !is_used {
+            let problem =
+                format!("vip.public has {family} networks, and edge.source no such address");
+            let fix =
+                "add one of this host to edge.source, or clients of those VIPs aren't served here";
+            found.push((
+                format!("edge.source for {family}"),
+                false,
+                Err((problem, fix.to_owned())),
+            ));
+        }
+    }
+    if config.vip.public.is_empty() {
+        let problem = "vip.public is empty, so no service has a public VIP".to_owned();
+        let fix = "write the networks of the public VIPs, the same on all nodes".to_owned();
+        found.push(("vip.public".to_owned(), false, Err((problem, fix))));
+    }
+    found.push(("source ports".to_owned(), false, source_ports(files)));
+    found
+}
+
+/// Whether an address can be bound to, so that it is one of this host's.
+pub fn try_bind(source: IpAddr) -> io::Result<()> {
+    UdpSocket::bind((source, 0)).map(drop)
+}
+
+fn families(edge: &EdgeConfig) -> [(&'static str, bool); 2] {
+    let has = |is_v4: bool| edge.source.iter().any(|source| source.is_ipv4() == is_v4);
+    [("ipv4", has(true)), ("ipv6", has(false))]
+}
+
+fn interface(
+    name: &str,
+    files: &HostFiles,
+    running: Option<&api::EdgeDocument>,
+) -> Result<String, (String, String)> {
+    let directory = files.sys.join("class/net").join(name);
+    if !directory.exists() {
+        let problem = format!("there is no interface {name}");
+        return Err((problem, "correct edge.interfaces: `ip -br link` lists them".to_owned()));
+    }
+    let running = running.and_then(|edge| edge.interfaces.iter().find(|one| one.name == name));
+    if let Some(one) = running {
+        let message = one.message.as_ref().map(|text| format!(": {text}")).unwrap_or_default();
+        return match &one.mode {
+            Some(mode) => Ok(format!("attached, {mode}{message}")),
+            None => Err((
+                format!("not attached{message}"),
+                "see the message; `nohop status` shows when it has changed".to_owned(),
+            )),
+        };
+    }
+    let can = match driver(&directory) {
+        Kind::Virtual(kind) => format!("{kind}, which has no native XDP: by TC"),
+        Kind::Driver(driver) if NATIVE_XDP.contains(&&*driver) => {
+            format!("driver {driver}, which has native XDP; else by TC")
+        }
+        Kind::Driver(driver) => {
+            format!("driver {driver}, which isn't known to have native XDP: by TC then")
+        }
+        Kind::Unknown => "no driver is known: by TC where it has no native XDP".to_owned(),
+    };
+    match fs::read_to_string(directory.join("operstate")) {
+        Ok(state) if state.trim() == "down" => {
+            Err((format!("{name} is down ({can})"), format!("set it up: ip link set {name} up")))
+        }
+        _ => Ok(can),
+    }
+}
+
+/// What an interface is.
+enum Kind {
+    /// By its driver.
+    Driver(String),
+    /// A device above others, such as `vlan`.
+    Virtual(String),
+    Unknown,
+}
+
+fn driver(directory: &Path) -> Kind {
+    let uevent = fs::read_to_string(directory.join("uevent")).unwrap_or_default();
+    let values: BTreeMap<&str, &str> =
+        uevent.lines().filter_map(|line| line.split_once('=')).collect();
+    // A bond runs XDP where all its members do; that is for the kernel to find.
+    if let Some(kind @ &("vlan" | "bridge" | "team" | "vxlan" | "macvlan")) = values.get("DEVTYPE")
+    {
+        return Kind::Virtual((*kind).to_owned());
+    }
+    let link = fs::read_link(directory.join("device/driver")).ok();
+    let driver = link.and_then(|link| Some(link.file_name()?.to_str()?.to_owned()));
+    driver.map_or(Kind::Unknown, Kind::Driver)
+}
+
+fn forwarding(name: &str, family: &str, files: &HostFiles) -> Result<String, (String, String)> {
+    let key = format!("net/{family}/conf/{name}/forwarding");
+    match files.sysctl(&key).as_deref() {
+        Some("0") => Err((
+            format!("{name} forwards no {family} packets, so the kernel finds no way to backends"),
+            match family {
+                "ipv4" => "sysctl -w net.ipv4.ip_forward=1, and in /etc/sysctl.d".to_owned(),
+                _ => "sysctl -w net.ipv6.conf.all.forwarding=1, and in /etc/sysctl.d".to_owned(),
+            },
+        )),
+        Some(_) => Ok("on".to_owned()),
+        None => Ok("not known: it can't be read".to_owned()),
+    }
+}
+
+fn rp_filter(name: &str, files: &HostFiles) -> Result<String, (String, String)> {
+    let value = |scope: &str| -> u8 {
+        let text = files.sysctl(&format!("net/ipv4/conf/{scope}/rp_filter"));
+        text.and_then(|text| text.parse().ok()).unwrap_or(0)
+    };
+    // The greater one applies (Documentation/networking/ip-sysctl.rst).
+    match value("all").max(value(name)) {
+        1 => Err((
+            format!(
+                "strict: packets that the kernel has to route itself, such as before a neighbour is \
+                 known, are dropped where {name} isn't the way back to their client"
+            ),
+            format!("sysctl -w net.ipv4.conf.{name}.rp_filter=2 (and conf.all, if that is 1)"),
+        )),
+        2 => Ok("loose".to_owned()),
+        _ => Ok("off".to_owned()),
+    }
+}
+
+fn source_address(
+    source: IpAddr,
+    can_bind: &impl Fn(IpAddr) -> io::Result<()>,
+) -> Result<String, (String, String)> {
+    match can_bind(source) {
+        Ok(()) => Ok("an address of this host".to_owned()),
+        Err(error) => Err((
+            format!("no address of this host ({error}), so replies of backends don't come here"),
+            format!("add it: ip addr add {source} dev INTERFACE; or correct edge.source"),
+        )),
+    }
+}
+
+/// The host's own connections must not use the edge's ports: a backend would see two connections of one
+/// address and port.
+fn source_ports(files: &HostFiles) -> Result<String, (String, String)> {
+    let range = files.sysctl("net/ipv4/ip_local_port_range").unwrap_or_default();
+    let first = range.split_whitespace().next().and_then(|first| first.parse::<u16>().ok());
+    let (low, high) = (SOURCE_PORTS.start(), SOURCE_PORTS.end());
+    let Some(first) = first.filter(|first| first <= high) else {
+        return Ok(format!("{low} to {high} of edge.source, below ip_local_port_range"));
+    };
+    let reserved = files.sysctl("net/ipv4/ip_local_reserved_ports").unwrap_or_default();
+    if is_reserved(&reserved, first.max(*low), *high) {
+        return Ok(format!("{low} to {high} of edge.source, in ip_local_reserved_ports"));
+    }
+    Err((
+        format!(
+            "this host's own connections use ports from {first} on, and the edge {low} to {high} of \
+             edge.source"
+        ),
+        "sysctl -w net.ipv4.ip_local_port_range=\"32768 60999\", or addresses in edge.source that \
+         nothing else on this host uses"
+            .to_owned(),
+    ))
+}
+
+/// Whether a list such as `80,1024-2000` has all ports of a range.
+fn is_reserved(list: &str, first: u16, last: u16) -> bool {
+    let mut ranges: Vec<(u16, u16)> = list
+        .split(',')
+        .filter_map(|part| {
+            let (low, high) = part.split_once('-').unwrap_or((part, part));
+            Some((low.trim().parse().ok()?, high.trim().parse().ok()?))
+        })
+        .collect();
+    ranges.sort_unstable();
+    let mut next = first;
+    for (low, high) in ranges {
+        if low > next {
+            return false;
+        }
+        if high >= last {
+            return true;
+        }
+        next = next.max(high + 1);
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(root: &Path, name: &str, text: &str) {
+        let path = root.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn an_edge_is_checked_before_it_runs() {
+        let root = tempfile::tempdir().unwrap();
+        let files = HostFiles { sys: root.path().join("sys"), sysctl: root.path().join("sysctl") };
+        write(root.path(), "sys/class/net/eth0/operstate", "up\n");
+        write(root.path(), "sys/class/net/eth0/uevent", "INTERFACE=eth0\n");
+        fs::create_dir_all(root.path().join("sys/class/net/eth0/device")).unwrap();
+        let link = root.path().join("sys/class/net/eth0/device/driver");
+        std::os::unix::fs::symlink("../../bus/pci/drivers/ixgbe", link).unwrap();
+        write(root.path(), "sys/class/net/eth0.7/uevent", "DEVTYPE=vlan\nINTERFACE=eth0.7\n");
+        write(root.path(), "sys/class/net/eth0.7/operstate", "down\n");
+        write(root.path(), "sysctl/net/ipv4/conf/all/rp_filter", "0\n");
+        write(root.path(), "sysctl/net/ipv4/conf/eth0/rp_filter", "1\n");
+        write(root.path(), "sysctl/net/ipv4/conf/eth0/forwarding", "0\n");
+        write(root.path(), "sysctl/net/ipv4/conf/eth0.7/forwarding", "1\n");
+        write(root.path(), "sysctl/net/ipv4/ip_local_port_range", "15000\t60999\n");
+        let mut config = Config::default();
+        config.edge.interfaces = ["eth0", "eth0.7", "eth9"].map(str::to_owned).into();
+        config.edge.source = ["10.0.0.2", "10.0.0.3"].map(|it| it.parse().unwrap()).into();
+        config.vip.public = vec!["2001:db8::/64".parse().unwrap()];
+        let can_bind = |address: IpAddr| match address.to_string().as_str() {
+            "10.0.0.2" => Ok(()),
+            _ => Err(io::ErrorKind::AddrNotAvailable.into()),
+        };
+        let findings = |config: &Config, running: Option<&api::EdgeDocument>| {
+            let found = check(config, &files, can_bind, running);
+            let found = found.into_iter().map(|(what, _, found)| match found {
+                Ok(detail) => (what, Ok(detail)),
+                Err((problem, fix)) => {
+                    assert!(!fix.is_empty(), "{what}");
+                    (what, Err(problem))
+                }
+            });
+            found.collect::<BTreeMap<String, Result<String, String>>>()
+        };
+        let found = findings(&config, None);
+        let is_wrong = |what: &str, word: &str| match &found[what] {
+            Err(problem) => assert!(problem.contains(word), "{what}: {problem}"),
+            Ok(detail) => panic!("{what}: {detail}"),
+        };
+        let is_right = |what: &str, word: &str| match &found[what] {
+            Ok(detail) => assert!(detail.contains(word), "{what}: {detail}"),
+            Err(problem) => panic!("{what}: {problem}"),
+        };
+        is_right("edge interface eth0", "driver ixgbe, which has native XDP");
+        is_wrong("edge interface eth0.7", "is down (vlan, which has no native XDP");
+        is_wrong("edge interface eth9", "there is no interface eth9");
+        is_wrong("rp_filter of eth0", "strict");
+        is_right("rp_filter of eth0.7", "off");
+        is_wrong("ipv4 forwarding of eth0", "no way to backends");
+        is_right("ipv4 forwarding of eth0.7", "on");
+        is_right("edge.source 10.0.0.2", "an address of this host");
+        is_wrong("edge.source 10.0.0.3", "replies of backends don't come here");
+        is_wrong("edge.source for ipv6", "vip.public has ipv6 networks");
+        is_wrong("source ports", "use ports from 15000 on");
+
+        let interface = |name: &str, mode: Option<&str>| api::EdgeInterfaceDocument {
+            name: name.to_owned(),
+            mode: mode.map(str::to_owned),
+            message: Some("words of the driver".to_owned()),
+        };
+        let running = api::EdgeDocument {
+            interfaces: vec![interface("eth0", Some("tcx")), interface("eth0.7", None)],
+            flows: 0,
+            capacity: 1,
+            announced: Vec::new(),
+            withdrawn: None,
+        };
+        let found = findings(&config, Some(&running));
+        assert_eq!(found["edge interface eth0"], Ok("attached, tcx: words of the driver".into()));
+        assert_eq!(
+            found["edge interface eth0.7"],
+            Err("not attached: words of the driver".to_owned())
+        );
+    }
+
+    #[test]
+    fn reserved_ports() {
+        for (list, expected) in [
+            ("", false),
+            ("1024-32767", true),
+            ("80,1000-20000,20001-40000", true),
+            ("20001-40000,1000-20000", true),
+            ("1000-20000,20002-40000", false),
+            ("1025-40000", false),
+            ("1024", false),
+        ] {
+            assert_eq!(is_reserved(list, 1_024, 32_767), expected, "{list}");
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! The edge: what the datapath is configured to do, and whether public VIPs are announced.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::timers::ticks;
+use crate::admin::api;
+use crate::config::EdgeConfig;
+use crate::datapath::{
+    EdgeFlow, EdgeInterface, EdgeOptions, EdgeStatus, EdgeTimeouts, SharedDatapath, public_routes,
+};
+use crate::table::{DrainTarget, Drains, Table};
+
+/// How many flows an edge has room for: about 25 MB of IPv4 ones.
+const MAX_FLOWS: u32 = 131_072;
+
+/// How often the routes are compared with what is to be announced.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What the datapath is to do; `None` where this node is no edge.
+pub fn options(config: &EdgeConfig) -> Option<EdgeOptions> {
+    config.is_on().then(|| EdgeOptions {
+        interfaces: config.interfaces.clone(),
+        sources: config.source.clone(),
+        max_flows: MAX_FLOWS,
+        timeouts: EdgeTimeouts::default(),
+    })
+}
+
+/// Whether clients outside are to come to this edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Announcement {
+    /// They are: these are its public VIPs.
+    Announce(BTreeSet<IpAddr>),
+    /// It isn't known yet: what an earlier daemon announced stays, since the kernel keeps working.
+    Unknown(String),
+    /// They aren't, for this reason.
+    Withdraw(String),
+}
+
+impl Announcement {
+    /// By the table, the unit's state and what is drained.
+    pub fn of(table: &Table, edge: &EdgeStatus, drains: &Drains) -> Announcement {
+        if let Some(drain) = drains.get(&DrainTarget::Edge) {
+            return Announcement::Withdraw(format!(
+                "this edge is drained by hand since {}",
+                drain.since_text()
+            ));
+        }
+        if !edge.interfaces.iter().any(|interface| interface.mode.is_some()) {
+            let first = edge.interfaces.iter().find_map(|one| one.message.as_deref());
+            let why = first.map(|message| format!(": {message}")).unwrap_or_default();
+            return Announcement::Withdraw(format!("no interface of this edge is attached{why}"));
+        }
+        if !table.is_synced() {
+            return Announcement::Unknown("discovery has not reported in full yet".to_owned());
+        }
+        let public = table.services.values().flat_map(|service| &service.public);
+        Announcement::Announce(public.map(|address| address.ip()).collect())
+    }
+
+    /// Why clients aren't to come; `None` where they are.
+    pub fn obstacle(&self) -> Option<&str> {
+        match self {
+            Announcement::Announce(_) => None,
+            Announcement::Unknown(why) | Announcement::Withdraw(why) => Some(why),
+        }
+    }
+}
+
+/// The routes of public VIPs as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PublicRoutes {
+    /// The addresses that have one.
+    pub announced: BTreeSet<IpAddr>,
+    /// Why they aren't as they should be.
+    pub problem: Option<String>,
+}
+
+/// What the task follows.
+pub struct FollowedEdge {
+    /// The published tables.
+    pub table: watch::Receiver<Arc<Table>>,
+    /// What is drained.
+    pub drains: watch::Receiver<Arc<Drains>>,
+    /// The datapath.
+    pub datapath: Arc<SharedDatapath>,
+    /// What it has made of the routes.
+    pub routes: watch::Sender<PublicRoutes>,
+}
+
+/// Keeps the routes of public VIPs as they are to be, for as long as the daemon lives. Where this node is no
+/// edge (any more), none is left.
+pub async fn follow(mut followed: FollowedEdge) {
+    let mut ticks = ticks(TICK, Duration::ZERO);
+    let mut was_edge = true;
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            Ok(()) = followed.table.changed() => {}
+            // First of all at a drain.
+            Ok(()) = followed.drains.changed() => {}
+        }
+        let datapath = followed.datapath.clone();
+        let edge = tokio::task::spawn_blocking(move || datapath.edge_status()).await;
+        let Ok(edge) = edge else { continue };
+        let is_edge = edge.is_some();
+        if !is_edge && !was_edge {
+            continue;
+        }
+        let wanted = match edge {
+            None => Announcement::Withdraw("this node is no edge".to_owned()),
+            Some(edge) => {
+                let table = followed.table.borrow_and_update().clone();
+                let drains = followed.drains.borrow_and_update().clone();
+                Announcement::of(&table, &edge, &drains)
+            }
+        };
+        let none = BTreeSet::new();
+        let addresses = match &wanted {
+            Announcement::Announce(addresses) => Some(addresses),
+            Announcement::Withdraw(_) => Some(&none),
+            Announcement::Unknown(_) => None,
+        };
+        let result = match addresses {
+            Some(addresses) => {
+                let changed = public_routes::announce(addresses).await;
+                changed.map(|(added, removed)| (addresses.clone(), added, removed))
+            }
+            None => public_routes::announced().await.map(|there| (there, Vec::new(), Vec::new())),
+        };
+        let routes = match result {
+            Ok((announced, added, removed)) => {
+                was_edge = is_edge;
+                let why = wanted.obstacle().unwrap_or("no service has them any more");
+                if !removed.is_empty() {
+                    tracing::info!("public VIPs {removed:?} aren't announced any more: {why}");
+                }
+                if !added.is_empty() {
+                    tracing::info!("public VIPs {added:?} are announced by a route each");
+                }
+                PublicRoutes { announced, problem: None }
+            }
+            // A node that is no edge needs no right to its routes.
+            Err(_) if !is_edge => {
+                was_edge = false;
+                PublicRoutes::default()
+            }
+            Err(error) => PublicRoutes {
+                problem: Some(format!("edge: {error}")),
+                ..followed.routes.borrow().clone()
+            },
+        };
+        followed.routes.send_if_modified(|last| {
+            let differs = *last != routes;
+            *last = routes;
+            differs
+        });
+    }
+}
+
+/// Removes the routes of public VIPs, before the programs are detached.
+pub async fn withdraw() {
+    if let Err(error) = public_routes::announce(&BTreeSet::new()).await {
+        tracing::warn!("edge: {error}");
+    }
+}
+
+/// As the status shows it.
+pub fn document(
+    edge: &EdgeStatus,
+    announcement: &Announcement,
+    routes: &PublicRoutes,
+) -> api::EdgeDocument {
+    let interface = |one: &EdgeInterface| api::EdgeInterfaceDocument {
+        name: one.name.clone(),
+        mode: one.mode.map(|mode| mode.name().to_owned()),
+        message: one.message.clone(),
+    };
+    api::EdgeDocument {
+        interfaces: edge.interfaces.iter().map(interface).collect(),
+        flows: edge.n_flows.into(),
+        capacity: edge.max_flows.into(),
+        announced: routes.announced.iter().copied().collect(),
+        withdrawn: announcement.obstacle().map(str::to_owned),
+    }
+}
+
+/// A part of the flows, by bytes or by the time of their last packet.
+pub fn flows(mut all: Vec<EdgeFlow>, by_bytes: bool, limit: usize) -> api::FlowsDocument {
+    let total = all.len() as u64;
+    match by_bytes {
+        true => all.sort_by_key(|flow| std::cmp::Reverse(flow.bytes)),
+        false => all.sort_by_key(|flow| flow.idle),
+    }
+    all.truncate(limit);
+    let flow = |flow: EdgeFlow| api::FlowDocument {
+        service: flow.service.map(|name| name.to_string()),
+        client: flow.client,
+        vip: flow.vip,
+        backend: flow.backend,
+        source: flow.source,
+        protocol: match flow.protocol {
+            6 => "tcp".to_owned(),
+            17 => "udp".to_owned(),
+            other => other.to_string(),
+        },
+        state: flow.state.name().to_owned(),
+        packets: flow.packets,
+        bytes: flow.bytes,
+        age_seconds: flow.age.as_secs_f64(),
+        idle_seconds: flow.idle.as_secs_f64(),
+    };
+    api::FlowsDocument { total, flows: all.into_iter().map(flow).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::datapath::{EdgeFlowState, EdgeInterface, EdgeMode};
+    use crate::table::Drain;
+
+    fn status(mode: Option<EdgeMode>) -> EdgeStatus {
+        let message = mode.is_none().then(|| "no such interface".to_owned());
+        let interface = EdgeInterface { name: "eth0".to_owned(), mode, message };
+        EdgeStatus { interfaces: vec![interface], n_flows: 0, max_flows: 8, problems: Vec::new() }
+    }
+
+    #[test]
+    fn public_vips_are_announced_while_the_edge_can_serve_them() {
+        let (attached, detached) = (status(Some(EdgeMode::Tcx)), status(None));
+        let (new, synced) = (Table::default(), Table { generation: 1, ..Table::default() });
+        let (none, mut drained) = (Drains::default(), Drains::default());
+        let drain = Drain { since: 0, boottime_ms: 0 };
+        drained.add(DrainTarget::Edge, drain).unwrap();
+        let rows = [
+            (&synced, &attached, &none, Announcement::Announce(BTreeSet::new())),
+            (
+                &new,
+                &attached,
+                &none,
+                Announcement::Unknown("discovery has not reported in full yet".to_owned()),
+            ),
+            (
+                &synced,
+                &detached,
+                &none,
+                Announcement::Withdraw(
+                    "no interface of this edge is attached: no such interface".to_owned(),
+                ),
+            ),
+            (
+                &synced,
+                &attached,
+                &drained,
+                Announcement::Withdraw(
+                    "this edge is drained by hand since 1970-01-01T00:00:00Z".to_owned(),
+                ),
+            ),
+        ];
+        for (table, edge, drains, expected) in rows {
+            assert_eq!(Announcement::of(table, edge, drains), expected);
+        }
+    }
+
+    #[test]
+    fn flows_are_shown_by_their_last_packet_or_by_their_bytes() {
+        let flow = |port: u16, bytes, idle| EdgeFlow {
+            service: Some("web".into()),
+            client: ([198, 51, 100, 1], port).into(),
+            vip: ([203, 0, 113, 10], 80).into(),
+            backend: ([10, 0, 0, 7], 8080).into(),
+            source: ([10, 0, 0, 2], port).into(),
+            protocol: 6,
+            state: EdgeFlowState::Established,
+            packets: 1,
+            bytes,
+            age: Duration::from_secs(9),
+            idle: Duration::from_secs(idle),
+        };
+        let all = vec![flow(1, 10, 5), flow(2, 30, 7), flow(3, 20, 1)];
+        let ports = |document: api::FlowsDocument| {
+            assert_eq!(document.total, 3);
+            document.flows.iter().map(|flow| flow.client.port()).collect::<Vec<_>>()
+        };
+        assert_eq!(ports(flows(all.clone(), false, 9)), [3, 1, 2]);
+        assert_eq!(ports(flows(all.clone(), true, 2)), [2, 3]);
+        let shown = flows(all, true, 1).flows.remove(0);
+        assert_eq!((&*shown.protocol, &*shown.state), ("tcp", "established"));
+    }
+}
