@@ -33,13 +33,13 @@ static POOL6_MASK_LOW: u64 = 0;
 /// The first address of each IPv4 network of public VIPs, in native byte order.
 #[unsafe(no_mangle)]
 static PUBLIC_NETWORKS: [u32; N_PUBLIC_NETWORKS] = [0; N_PUBLIC_NETWORKS];
-/// Their netmasks, in native byte order; 0 for no network.
+/// Their netmasks, in native byte order; 0 after the last one.
 #[unsafe(no_mangle)]
 static PUBLIC_MASKS: [u32; N_PUBLIC_NETWORKS] = [0; N_PUBLIC_NETWORKS];
 /// The first address of each IPv6 network of public VIPs, as it lies in memory.
 #[unsafe(no_mangle)]
 static PUBLIC6_NETWORKS: [[u64; 2]; N_PUBLIC_NETWORKS] = [[0; 2]; N_PUBLIC_NETWORKS];
-/// Their netmasks, as they lie in memory; zeros for no network.
+/// Their netmasks, as they lie in memory; zeros after the last one.
 #[unsafe(no_mangle)]
 static PUBLIC6_MASKS: [[u64; 2]; N_PUBLIC_NETWORKS] = [[0; 2]; N_PUBLIC_NETWORKS];
 /// A [`RejectMethod`].
@@ -121,25 +121,42 @@ pub fn in_pool6(address: &Address) -> bool {
 #[inline(always)]
 pub fn in_public(address: [u8; 4]) -> bool {
     let address = u32::from_be_bytes(address);
-    let is_in = |nth: usize| {
-        let mask = setting!(PUBLIC_MASKS[nth]);
-        mask != 0 && address & mask == setting!(PUBLIC_NETWORKS[nth])
-    };
-    is_in(0) || is_in(1) || is_in(2) || is_in(3)
+    // A macro, since a closure can't return for its caller: after the last network nothing is loaded.
+    macro_rules! compare {
+        ($($nth:literal)+) => {$(
+            let mask = setting!(PUBLIC_MASKS[$nth]);
+            if mask == 0 {
+                return false;
+            }
+            if address & mask == setting!(PUBLIC_NETWORKS[$nth]) {
+                return true;
+            }
+        )+};
+    }
+    compare!(0 1 2 3);
+    false
 }
 
 /// The same for an IPv6 address.
 #[inline(always)]
 pub fn in_public6(address: &Address) -> bool {
     let [high, low] = address.words();
-    let is_in = |nth: usize| {
-        // A netmask has the bits of its first half first.
-        let mask_high = setting!(PUBLIC6_MASKS[nth][0]);
-        mask_high != 0
-            && high & mask_high == setting!(PUBLIC6_NETWORKS[nth][0])
-            && low & setting!(PUBLIC6_MASKS[nth][1]) == setting!(PUBLIC6_NETWORKS[nth][1])
-    };
-    is_in(0) || is_in(1) || is_in(2) || is_in(3)
+    macro_rules! compare {
+        ($($nth:literal)+) => {$(
+            // A netmask has the bits of its first half first.
+            let mask_high = setting!(PUBLIC6_MASKS[$nth][0]);
+            if mask_high == 0 {
+                return false;
+            }
+            if high & mask_high == setting!(PUBLIC6_NETWORKS[$nth][0])
+                && low & setting!(PUBLIC6_MASKS[$nth][1]) == setting!(PUBLIC6_NETWORKS[$nth][1])
+            {
+                return true;
+            }
+        )+};
+    }
+    compare!(0 1 2 3);
+    false
 }
 
 /// Whether this kernel has `bpf_set_retval` for these programs.

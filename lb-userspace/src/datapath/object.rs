@@ -170,7 +170,8 @@ pub struct PoolConstants {
     mask: u32,
     network6: [u64; 2],
     mask6: [u64; 2],
-    /// Those of `vip.public`, each with its netmask; the rest are zeros.
+    /// Those of `vip.public`, each with its netmask, those of a family one after the other; the rest are
+    /// zeros.
     public: [[u32; N_PUBLIC_NETWORKS]; 2],
     public6: [[[u64; 2]; N_PUBLIC_NETWORKS]; 2],
 }
@@ -183,16 +184,19 @@ impl PoolConstants {
         let [network6, mask6] = pool6;
         let (network, mask) = (u32::from(vip.pool.network()), u32::from(vip.pool.netmask()));
         let (mut public, mut public6) = <([[u32; _]; 2], [[[u64; 2]; _]; 2])>::default();
-        for (nth, network) in vip.public.iter().take(N_PUBLIC_NETWORKS).enumerate() {
+        let (mut n_v4, mut n_v6) = (0, 0);
+        for network in vip.public.iter().take(N_PUBLIC_NETWORKS) {
             match network {
                 IpNet::V4(network) => {
-                    public[0][nth] = network.network().into();
-                    public[1][nth] = network.netmask().into();
+                    public[0][n_v4] = network.network().into();
+                    public[1][n_v4] = network.netmask().into();
+                    n_v4 += 1;
                 }
                 IpNet::V6(network) => {
                     let words = |address: Ipv6Addr| Address { octets: address.octets() }.words();
-                    public6[0][nth] = words(network.network());
-                    public6[1][nth] = words(network.netmask());
+                    public6[0][n_v6] = words(network.network());
+                    public6[1][n_v6] = words(network.netmask());
+                    n_v6 += 1;
                 }
             }
         }
