@@ -17,11 +17,13 @@ use rustix::net::{
     socket,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{Pid, UnshareFlags, gettid, unshare_unsafe};
+use rustix::thread::{Pid, gettid};
 
 /// The storage of a socket whose backend is gone, and of one whose backend isn't.
 const GONE: u64 = 0x0123_4567_89ab_cdef;
 const THERE: u64 = 2;
+
+use crate::netns::leave;
 
 /// An answer takes microseconds on loopback.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -236,14 +238,6 @@ fn wait_until_asleep(thread: Pid) {
         assert!(Instant::now() < deadline, "thread {thread:?} doesn't wait after {TIMEOUT:?}");
         std::thread::yield_now();
     }
-}
-
-/// Moves the calling thread to a network namespace of its own, with loopback up.
-pub fn leave() {
-    // SAFETY: the flag shares and unshares no file descriptors.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
-    assert!(up.success());
 }
 
 /// A process that sits in a network namespace, until it is dropped.

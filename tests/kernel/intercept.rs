@@ -7,20 +7,21 @@ use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lb_userspace::config::Intercepted;
 use lb_userspace::datapath::{
-    Datapath, InterceptSettings, TraceStep, UnitHealth, UnitState, intercept_problems,
+    Datapath, InterceptSettings, TraceStep, UnitState, intercept_problems,
 };
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, socket, sockopt};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use testbed::TIMEOUT;
 
-use crate::disconnect::{Inhabitant, leave};
-use crate::fixture::{Echo, Place, Server, VIP, ask, client, receive, table};
+use crate::disconnect::Inhabitant;
+use crate::fixture::{Echo, Place, Server, VIP, ask, client, receive, table, unit};
+use crate::netns::{inside, ip, leave};
 
+const UNIT: &str = "intercept";
 const DNS: u16 = 53;
 /// The resolvers that applications ask: they answer with `a`, `b` and, by IPv6, `c`.
 const A: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 53);
@@ -91,13 +92,9 @@ fn settings(tasks: &Tasks, listen: Vec<SocketAddr>) -> InterceptSettings {
     }
 }
 
-fn unit(datapath: &Datapath) -> Option<UnitHealth> {
-    datapath.unit_status().into_iter().find(|unit| unit.name == "intercept")
-}
-
 fn intercept(datapath: &mut Datapath, settings: InterceptSettings) {
     datapath.configure_intercept(Some(settings));
-    let unit = unit(datapath).unwrap();
+    let unit = unit(datapath, UNIT).unwrap();
     assert_eq!(unit.state, UnitState::Attached, "{:?}", unit.reason);
 }
 
@@ -130,23 +127,15 @@ fn decided(datapath: &Datapath, before: Vec<(&'static str, u64)>) -> &'static st
 }
 
 /// Runs a trial in a network namespace of its own, with resolvers `a`, `b` and `c`.
-fn inside(trial: fn()) {
-    let moved = std::thread::spawn(move || {
-        leave();
+fn with_resolvers(trial: fn()) {
+    inside(move || {
         for address in ["10.0.0.1/32", "10.0.0.53/32", "10.0.0.54/32"] {
-            ip(&["addr", "add", address, "dev", "lo"]);
+            ip(&format!("addr add {address} dev lo"));
         }
-        ip(&["addr", "add", "fd00::53/128", "dev", "lo", "nodad"]);
+        ip("addr add fd00::53/128 dev lo nodad");
         let _resolvers = [resolver('a', A, DNS), resolver('b', B, DNS), resolver('c', C, DNS)];
         trial();
     });
-    if let Err(panic) = moved.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn ip(arguments: &[&str]) {
-    assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{arguments:?}");
 }
 
 fn at(ip: impl Into<IpAddr>) -> SocketAddr {
@@ -213,7 +202,7 @@ fn answer(datapath: &Datapath, server: SocketAddr) -> char {
 }
 
 pub fn every_way_to_ask() {
-    inside(|| {
+    with_resolvers(|| {
         let place = Place::new();
         let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         let _nohop = loopback.map(|ip| resolver('n', ip, PORT));
@@ -289,13 +278,13 @@ pub fn every_way_to_ask() {
         assert_eq!(answer(&datapath, at(A)), 'a', "outside");
         tasks.enter();
         datapath.configure_intercept(None);
-        assert!(unit(&datapath).is_none() && datapath.intercept_counts().is_empty());
+        assert!(unit(&datapath, UNIT).is_none() && datapath.intercept_counts().is_empty());
         assert_eq!(answer(&datapath, at(A)), 'a', "switched off");
     });
 }
 
 pub fn only_while_the_daemon_answers() {
-    inside(|| {
+    with_resolvers(|| {
         let place = Place::new();
         let loopback = [Ipv4Addr::LOCALHOST.into()];
         let nohop = resolver('n', Ipv4Addr::LOCALHOST, PORT);
@@ -312,7 +301,7 @@ pub fn only_while_the_daemon_answers() {
 
         datapath.set_shadow(true);
         assert_eq!(answer(&datapath, at(A)), 'a', "shadow mode");
-        let shown = unit(&datapath).unwrap();
+        let shown = unit(&datapath, UNIT).unwrap();
         assert_eq!((shown.state, shown.reason.as_deref()), (UnitState::Off, Some("shadow mode")));
         datapath.set_shadow(false);
         datapath.set_names_detached(true);
@@ -324,7 +313,7 @@ pub fn only_while_the_daemon_answers() {
             ..settings(&tasks, listen(&loopback))
         }));
         assert_eq!(answer(&datapath, at(A)), 'a', "{obstacle:?}");
-        assert_eq!(unit(&datapath).unwrap().reason, obstacle);
+        assert_eq!(unit(&datapath, UNIT).unwrap().reason, obstacle);
         intercept(&mut datapath, settings(&tasks, listen(&loopback)));
         assert_eq!(answer(&datapath, at(A)), 'n');
 
@@ -340,7 +329,7 @@ pub fn only_while_the_daemon_answers() {
 }
 
 pub fn what_is_left_alone() {
-    inside(|| {
+    with_resolvers(|| {
         let mut place = Place::new();
         let excluded = place.cgroup.path.join("tasks/excluded");
         place.options.datapath.exclude_cgroups = vec![excluded.clone()];
@@ -435,7 +424,7 @@ pub fn what_is_left_alone() {
             fs::remove_dir(gone).unwrap();
         }
         datapath.configure_intercept(Some(settings(&tasks, listen(&loopback))));
-        let shown = unit(&datapath).unwrap();
+        let shown = unit(&datapath, UNIT).unwrap();
         assert_eq!(shown.state, UnitState::Waiting);
         assert!(shown.reason.unwrap().contains("no cgroup matches"));
         fs::create_dir(&tasks.path).unwrap();
@@ -450,7 +439,7 @@ pub fn what_is_left_alone() {
 /// A container whose queries don't reach nohop, as where the host's firewall drops them, asks its own
 /// resolver.
 pub fn what_reaches_nohop() {
-    inside(|| {
+    with_resolvers(|| {
         let place = Place::new();
         let mut datapath = place.start();
         let tasks = Tasks::new(&place);
@@ -458,20 +447,9 @@ pub fn what_reaches_nohop() {
         let procs = tasks.path.join("cgroup.procs");
         let container = Inhabitant::new();
         fs::write(&procs, container.pid()).unwrap();
-        ip(&[
-            "link",
-            "add",
-            "br9",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            &container.pid(),
-        ]);
-        ip(&["addr", "add", "10.9.0.1/24", "dev", "br9"]);
-        ip(&["link", "set", "br9", "up"]);
+        ip(&format!("link add br9 type veth peer name eth0 netns {}", container.pid()));
+        ip("addr add 10.9.0.1/24 dev br9");
+        ip("link set br9 up");
         for command in ["ip addr add 10.9.0.2/24 dev eth0", "ip link set eth0 up"] {
             container.run(command);
         }
@@ -483,7 +461,7 @@ pub fn what_reaches_nohop() {
                 let settings = settings(&tasks, listen(&[gateway.into()]));
                 let settings = InterceptSettings { is_verified: true, ..settings };
                 datapath.configure_intercept(Some(settings));
-                let reason = unit(datapath).unwrap().reason.unwrap_or_default();
+                let reason = unit(datapath, UNIT).unwrap().reason.unwrap_or_default();
                 if reason.contains("let queries to that port in") == expected {
                     let before = datapath.intercept_counts();
                     let enter = format!("echo $$ > {}", procs.display());
@@ -503,7 +481,7 @@ pub fn what_reaches_nohop() {
 
 /// While a client traces, each query is an event: who asks whom, where it goes and why.
 pub fn traced() {
-    inside(|| {
+    with_resolvers(|| {
         let place = Place::new();
         let loopback = [Ipv4Addr::LOCALHOST.into()];
         let _nohop = resolver('n', Ipv4Addr::LOCALHOST, PORT);
@@ -543,7 +521,7 @@ pub fn traced() {
 
 /// Where DNS servers can't be found, one of them may be whom nohop forwards to.
 pub fn only_where_resolvers_are_found() {
-    inside(|| {
+    with_resolvers(|| {
         let place = Place::new();
         let loopback = [Ipv4Addr::LOCALHOST.into()];
         let _nohop = resolver('n', Ipv4Addr::LOCALHOST, PORT);
@@ -556,7 +534,7 @@ pub fn only_where_resolvers_are_found() {
         let changed = InterceptSettings { upstreams, ..settings(&tasks, listen(&loopback)) };
         without(CapabilitySet::SYS_PTRACE, || datapath.configure_intercept(Some(changed)));
         assert_eq!(answer(&datapath, at(A)), 'a');
-        let shown = unit(&datapath).unwrap();
+        let shown = unit(&datapath, UNIT).unwrap();
         assert_eq!(shown.state, UnitState::Failed);
         assert!(shown.reason.as_ref().unwrap().contains("CAP_SYS_PTRACE"), "{shown:?}");
         let problems = without(CapabilitySet::SYS_PTRACE, || {
@@ -582,7 +560,7 @@ fn without<T: Send>(capability: CapabilitySet, run: impl FnOnce() -> T + Send) -
 
 /// A container with a network namespace of its own reaches no loopback address of the host's.
 pub fn in_another_network_namespace() {
-    inside(|| {
+    with_resolvers(|| {
         let mut place = Place::new();
         place.options.host_netns = Some(1);
         let ips = [Ipv4Addr::LOCALHOST.into(), IpAddr::from(HOST)];
@@ -591,13 +569,13 @@ pub fn in_another_network_namespace() {
         let mut datapath = place.start();
         let tasks = Tasks::new(&place);
         intercept(&mut datapath, settings(&tasks, listen(&ips[..1])));
-        assert!(unit(&datapath).unwrap().reason.unwrap().contains("only loopback addresses"));
+        assert!(unit(&datapath, UNIT).unwrap().reason.unwrap().contains("only loopback addresses"));
         assert_eq!(answer(&datapath, at(A)), 'a');
         intercept(&mut datapath, settings(&tasks, listen(&ips)));
         assert_eq!(answer(&datapath, at(A)), 'n');
         assert_eq!(answer(&datapath, at(C)), 'c', "nohop listens at no IPv6 address");
         assert_eq!(answer(&datapath, at(Ipv4Addr::new(127, 0, 0, 11))), 'd', "Docker's DNS server");
         assert_eq!(count(&datapath, "local"), 3);
-        assert_eq!(unit(&datapath).unwrap().reason, None);
+        assert_eq!(unit(&datapath, UNIT).unwrap().reason, None);
     });
 }

@@ -22,6 +22,7 @@ mod names;
 mod names_changes;
 mod names_firewall;
 mod names_packets;
+mod netns;
 mod netns_scope;
 mod obstacles;
 mod odd_sockets;

@@ -16,8 +16,8 @@ use lb_userspace::datapath::{
 use lb_userspace::table::{Table, Watch};
 use rustix::thread::gettid;
 
-use crate::disconnect::leave;
-use crate::fixture::{OTHER_VIP, Place, VIP, VIP6, service, table};
+use crate::fixture::{OTHER_VIP, Place, VIP, VIP6, nft, service, table, unit};
+use crate::netns::{inside, ip, leave};
 
 /// A port where nothing listens.
 pub const PORT: u16 = 5399;
@@ -71,12 +71,6 @@ pub fn socket(source: IpAddr) -> UdpSocket {
     let socket = UdpSocket::bind(SocketAddr::new(source, 0)).unwrap();
     socket.set_read_timeout(Some(LONG)).unwrap();
     socket
-}
-
-/// Runs a command of iproute2 in this thread's network namespace.
-fn ip(command: &str) {
-    let status = Command::new("ip").args(command.split(' ')).status().unwrap();
-    assert!(status.success(), "ip {command}");
 }
 
 /// A thread in a network namespace of its own, which runs what it is given.
@@ -173,20 +167,9 @@ pub fn serve(place: &Place) -> Datapath {
     datapath.apply(&names()).unwrap();
     datapath.configure_names(settings(PORT));
     datapath.set_names_ready(true);
-    let unit = datapath.unit_status().into_iter().find(|unit| unit.name == "names").unwrap();
+    let unit = unit(&datapath, "names").unwrap();
     assert_eq!((unit.state, unit.reason), (UnitState::Attached, None));
     datapath
-}
-
-/// Runs a trial on a thread that can move to another network namespace.
-pub fn inside(trial: fn()) {
-    let moved = std::thread::spawn(move || {
-        leave();
-        trial();
-    });
-    if let Err(panic) = moved.join() {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 pub fn are_answered() {
@@ -325,12 +308,14 @@ pub fn outlive_the_daemon() {
         assert_eq!(ask(other, "web.service", A, false), VIP.to_string());
 
         // The qdisc goes, or the links' pins.
-        let _ =
-            std::process::Command::new("tc").args(["qdisc", "del", "dev", "lo", "clsact"]).status();
+        let _ = Command::new("tc").args(["qdisc", "del", "dev", "lo", "clsact"]).status();
         let links = place.pin("v3/links/nohop_names_1");
         let had_link = links.exists();
         let _ = std::fs::remove_file(&links);
+        let map = place.pin("v3/maps/NAMES");
+        std::fs::remove_file(&map).unwrap();
         datapath.fix();
+        assert!(map.exists());
         assert_eq!(links.exists(), had_link);
         assert_eq!(ask(other, "web.service", A, false), VIP.to_string());
 
@@ -410,10 +395,8 @@ pub fn pass_where_answers_get_lost() {
             let lost = |(_, result): &&(u64, ProbedAnswer)| *result != ProbedAnswer::Arrived;
             (results.iter().filter(lost).count(), results.len())
         };
-        let reason = |datapath: &Datapath| {
-            let units = datapath.unit_status();
-            units.into_iter().find(|unit| unit.name == "names").unwrap().reason.unwrap_or_default()
-        };
+        let reason =
+            |datapath: &Datapath| unit(datapath, "names").unwrap().reason.unwrap_or_default();
         assert_eq!((probe(&mut datapath), reason(&datapath)), ((0, 2), String::new()));
         // Nobody else's: it is asked for on standby, and isn't counted.
         datapath.heartbeat(None);
@@ -431,14 +414,11 @@ pub fn pass_where_answers_get_lost() {
 
         // A firewall that knows neither the query's connection nor the answer's. Here, where there is one.
         let rules = format!(
-            "add table inet t; add chain inet t input {{ type filter hook input priority 0; }}; \
-             add rule inet t input udp dport {PORT} accept; \
-             add rule inet t input ct state established accept; add rule inet t input udp sport {PORT} drop"
+            "table inet t {{\nchain i {{ type filter hook input priority 0; udp dport {PORT} accept; \
+             ct state established accept; udp sport {PORT} drop; }}\n}}\n"
         );
-        let nft = |rules: &str| Command::new("nft").arg(rules).output();
-        match nft(&rules) {
-            Ok(output) if output.status.success() => {}
-            _ => return crate::skip("there is no nftables"),
+        if !nft(&rules) {
+            return crate::skip("needs nft, and a kernel with connection tracking");
         }
         let server = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
         assert_eq!((probe(&mut datapath), reason(&datapath)), ((2, 2), String::new()), "once");
@@ -456,7 +436,7 @@ pub fn pass_where_answers_get_lost() {
         let len = client.recv(&mut message).unwrap();
         assert_eq!(&message[..len], b"answer");
 
-        nft("delete table inet t").unwrap();
+        assert!(nft("delete table inet t\n"));
         assert_eq!((probe(&mut datapath), reason(&datapath)), ((0, 2), String::new()));
         assert_eq!(ask(server, "web.service", A, false), VIP.to_string());
     });

@@ -5,11 +5,12 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use lb_userspace::datapath::{Datapath, NamesSettings, UnitHealth};
+use lb_userspace::datapath::NamesSettings;
 use lb_userspace::table::{Service, Table};
 
-use crate::fixture::{End, Place, service, table};
-use crate::names::{self, A, LONG, PORT, ask, inside, query, settings};
+use crate::fixture::{End, Place, service, table, unit};
+use crate::names::{self, A, LONG, PORT, ask, query, settings};
+use crate::netns::inside;
 
 /// The names of a table, and in how many tables they are replaced.
 const N_NAMES: u16 = 128;
@@ -23,10 +24,6 @@ fn address(name: u16, table: u16) -> Ipv4Addr {
 
 fn server() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, PORT))
-}
-
-fn unit(datapath: &Datapath) -> UnitHealth {
-    datapath.unit_status().into_iter().find(|unit| unit.name == "names").unwrap()
 }
 
 /// Every name moves with each table, while two clients ask: each answer is an address of the name's, of
@@ -90,7 +87,7 @@ pub fn thousands_are_replaced() {
             let found = ask(server(), &format!("name{name}.service"), A, false);
             assert_eq!(found, address(name, N_TABLES - 1).to_string());
         }
-        assert_eq!(unit(&datapath).reason, None);
+        assert_eq!(unit(&datapath, "names").unwrap().reason, None);
     });
 }
 
@@ -119,7 +116,7 @@ pub fn a_full_map() {
         };
         let first = found(&names);
         assert_eq!(first.len(), N_FIT);
-        let reason = unit(&datapath).reason.unwrap();
+        let reason = unit(&datapath, "names").unwrap().reason.unwrap();
         assert!(reason.ends_with("the map NAMES is full: raise datapath.max_services"), "{reason}");
         // A daemon that runs gets the others.
         let listener = UdpSocket::bind(server()).unwrap();
@@ -140,7 +137,7 @@ pub fn a_full_map() {
             names.iter().copied().filter(|name| !first[..2].contains(name)).collect();
         datapath.apply(&of(&rest)).unwrap();
         assert_eq!(found(&names), rest);
-        assert_eq!(unit(&datapath).reason, None);
+        assert_eq!(unit(&datapath, "names").unwrap().reason, None);
     });
 }
 

@@ -1,19 +1,18 @@
 //! The unit `names` behind firewalls and NAT of the host: what a client sees with it, and without it.
 
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use lb_userspace::datapath::{Datapath, NamesSettings};
 
-use crate::fixture::Place;
-use crate::names::{self, A, PORT, inside, query, settings};
+use crate::fixture::{Place, nft};
+use crate::names::{self, A, LONG, PORT, query, settings};
+use crate::netns::inside;
 
 /// A port that rules lead to [`PORT`].
 const OTHER_PORT: u16 = PORT + 1;
-/// For what must come, and for what doesn't.
-const LONG: Duration = Duration::from_secs(20);
+/// For what doesn't come.
 const SHORT: Duration = Duration::from_millis(50);
 
 /// The first bytes of the daemon's answers here, which are no others.
@@ -137,7 +136,7 @@ pub fn what_a_client_sees() {
             std::thread::spawn(move || answer_all(&server));
         }
         for Row { what, rules, port, without, with } in ROWS {
-            set_rules(rules).unwrap();
+            assert!(set_rules(rules), "{what}");
             let mut check = |settings: NamesSettings, expected: Seen| {
                 datapath.configure_names(settings);
                 let seen = look(&datapath, *port, expected);
@@ -147,7 +146,7 @@ pub fn what_a_client_sees() {
             check(settings(PORT), *with);
         }
         // To end the servers' threads.
-        set_rules("").unwrap();
+        assert!(set_rules(""));
         datapath.configure_names(NamesSettings { mode: None, ..settings(PORT) });
         let client = names::socket(local.into());
         for port in [PORT, OTHER_PORT] {
@@ -187,20 +186,12 @@ fn answer_all(server: &UdpSocket) {
 fn has_nftables() -> bool {
     let tracks = "chain i { type filter hook input priority 0; ct state established accept; }
                   chain o { type nat hook output priority -100; }";
-    set_rules(tracks).is_ok()
+    set_rules(tracks)
 }
 
 /// Replaces the rules of this network namespace, and forgets connections that were tracked by others.
-fn set_rules(rules: &str) -> std::io::Result<()> {
+/// False as for [`nft`].
+fn set_rules(rules: &str) -> bool {
     let rules = rules.replace("PORT", &PORT.to_string()).replace("OTHER", &OTHER_PORT.to_string());
-    let mut nft = Command::new("nft")
-        .args(["-f", "-"])
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let text = format!("flush ruleset\ntable inet nohop {{\n{rules}\n}}\n");
-    nft.stdin.take().unwrap().write_all(text.as_bytes())?;
-    let output = nft.wait_with_output()?;
-    let problem = || std::io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned());
-    if output.status.success() { Ok(()) } else { Err(problem()) }
+    nft(&format!("flush ruleset\ntable inet nohop {{\n{rules}\n}}\n"))
 }

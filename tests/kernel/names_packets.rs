@@ -12,7 +12,8 @@ use lb_userspace::dns::fuzzing::response;
 use lb_userspace::table::Table;
 
 use crate::fixture::{Place, VIP, is_emulated, service};
-use crate::names::{self, A, AAAA, HTTPS, PORT, SRV, inside, query};
+use crate::names::{self, A, AAAA, HTTPS, PORT, SRV, query};
+use crate::netns::inside;
 
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const TC_ACT_UNSPEC: u32 = u32::MAX;

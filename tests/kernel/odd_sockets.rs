@@ -10,9 +10,9 @@ use lb_userspace::table::Protocols;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket};
 
-use crate::disconnect::leave;
 use crate::fixture::{Bed, Echo, Server, VIP, ask, client, connect, event, service, ways};
 use crate::in_flight::in_flight;
+use crate::netns::leave;
 
 /// Without memory for a socket's storage a connection works. One that has no record, as those by UDP and
 /// without the unit `outcomes`, shows the backend's address.

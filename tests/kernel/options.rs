@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, bind, connect, connect_unspec, socket};
 
-use crate::disconnect::leave;
 use crate::families::dual;
 use crate::fixture::{Bed, OTHER_VIP, VIP, VIP6, loopback, ways};
+use crate::netns::leave;
 
 /// How a socket names the address of a service.
 #[derive(Clone, Copy, Debug, PartialEq)]

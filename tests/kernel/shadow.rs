@@ -8,12 +8,12 @@ use lb_userspace::datapath::ServiceCounters;
 use lb_userspace::table::Ports;
 
 use crate::bypass::Servers;
-use crate::disconnect::leave;
 use crate::families::{Use, dual};
 use crate::fixture::{
     Bed, OTHER_VIP, Place, Server, VIP, VIP6, ask, client, connect, event, loopback, service,
     table, ways,
 };
+use crate::netns::leave;
 
 fn counted(bed: &Bed) -> ServiceCounters {
     bed.datapath.counters().service(bed.datapath.indices("web").unwrap().service)

@@ -9,7 +9,7 @@ use std::time::Instant;
 use lb_userspace::datapath::Datapath;
 use lb_userspace::table::{Ports, Protocols, Service, Table};
 
-use crate::fixture::{OTHER_VIP, Place, Server, VIP, at_length, connect, service, table};
+use crate::fixture::{OTHER_VIP, Place, Server, VIP, connect, full_or_quarter, service, table};
 
 /// Small maps are filled: each service that doesn't fit is reported, present ones keep serving, and
 /// once there is room all are applied.
@@ -122,7 +122,7 @@ fn check_exact(place: &Place, table: &Table) {
 /// Random changes, a restart now and then; then the maps hold what the last table needs, and after
 /// everything was removed nothing is in use.
 pub fn a_soak_leaks_nothing() {
-    let n_changes = at_length(100_000);
+    let n_changes = full_or_quarter(100_000);
     println!("{n_changes} random changes, seed {SEED}");
     let mut random = Random(SEED);
     let mut place = Place::new();

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::fixture::{End, Place, VIP, at_length, service};
+use crate::fixture::{End, Place, VIP, full_or_quarter, service};
 
 const N_CLIENTS: usize = 3;
 const N_LISTENERS: usize = 64;
@@ -47,7 +47,7 @@ struct Met {
 }
 
 pub fn many_connects_meet_no_wrong_one() {
-    let n_connects = at_length(1_000_000);
+    let n_connects = full_or_quarter(1_000_000);
     let listeners: Vec<TcpListener> =
         (0..N_LISTENERS).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
     let mut place = Place::new();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use testbed::TIMEOUT;
 use testbed::cgroup::Cgroup;
 use testbed::cmd;
@@ -179,6 +180,12 @@ impl Catalog {
     pub fn directory(&self) -> PathBuf {
         self.0.path().to_path_buf()
     }
+}
+
+/// A unit in `status`; null where there is none of this name.
+pub fn unit(status: &Value, name: &str) -> Value {
+    let units = status["datapath"]["units"].as_array().cloned().unwrap_or_default();
+    units.into_iter().find(|unit| unit["name"] == name).unwrap_or_default()
 }
 
 /// The programs attached to a cgroup, by `bpftool`.

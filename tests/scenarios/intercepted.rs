@@ -1,8 +1,6 @@
 //! `dns.intercept`: processes that are configured for another resolver find services by name while the
 //! daemon runs, and ask that resolver again as soon as it is dead.
 
-use std::process::Command;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testbed::cgroup::Cgroup;
@@ -10,7 +8,8 @@ use testbed::net::{ExecContext, Host};
 use testbed::nohop::Nohop;
 use testbed::process::Process;
 
-use crate::cluster::{BACKEND, Catalog, Nodes, attached, vip};
+use crate::cluster::{BACKEND, Catalog, Nodes, attached, unit, vip};
+use crate::resolvers;
 
 /// The address of the client node that its container reaches, and the container's.
 const ON_HOST: &str = "10.98.0.1";
@@ -20,7 +19,7 @@ pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let one = nodes.helloworld("one")?;
     let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
-    let _resolver = resolver(nodes.backend.outside().command("dnsmasq"))?;
+    let _resolver = resolver(&nodes)?;
     nodes.client.set_resolv_conf(&format!("nameserver {BACKEND}\n"))?;
     let container = Host::new("container")?;
     let addresses = [&format!("{ON_HOST}/24"), &format!("{IN_CONTAINER}/24")];
@@ -31,7 +30,7 @@ pub fn run() -> Result<()> {
     let listen = format!("dns.listen = [\"127.0.0.1:53\", \"{ON_HOST}:53\"]\n");
     let intercept = format!("dns.intercept = [{:?}]\n", tasks.path());
     let mut nohop = nodes.nohop(&(catalog.config() + &listen + &intercept))?;
-    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    nohop.wait_for_status(|status| unit(status, "intercept")["state"] == "attached")?;
     let vip = vip(&nohop, "helloworld")?.ip().to_string();
 
     // Processes elsewhere: the resolver of resolv.conf answers, and knows no services.
@@ -47,7 +46,7 @@ pub fn run() -> Result<()> {
     by_itself(&task)?;
     ensure!(attached(&tasks)?.is_empty(), "{:?}", attached(&tasks)?);
     nohop.start_again()?;
-    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    nohop.wait_for_status(|status| unit(status, "intercept")["state"] == "attached")?;
     by_nohop(&task, &vip)?;
 
     off_and_on(&nohop, &task, &vip, &tasks, &(catalog.config() + &listen))?;
@@ -66,11 +65,11 @@ fn off_and_on(
     nohop.configure(config)?;
     reload(nohop)?;
     by_itself(task)?;
-    ensure!(unit(&nohop.status()?) == Value::Null);
+    ensure!(unit(&nohop.status()?, "intercept") == Value::Null);
     nohop.configure(&format!("{config}dns.intercept = [{:?}]\nshadow = true\n", tasks.path()))?;
     reload(nohop)?;
     by_itself(task)?;
-    ensure!(unit(&nohop.status()?)["reason"] == "shadow mode");
+    ensure!(unit(&nohop.status()?, "intercept")["reason"] == "shadow mode");
     nohop.configure(&format!("{config}dns.intercept = [{:?}]\n", tasks.path()))?;
     reload(nohop)?;
     by_nohop(task, vip)
@@ -83,13 +82,10 @@ fn reload(nohop: &Nohop) -> Result<()> {
 }
 
 /// A resolver that knows one name, and no services.
-fn resolver(mut command: Command) -> Result<Process> {
-    let words = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= --user=root \
-                 --no-resolv --no-hosts --bind-interfaces --address=/other.example/192.0.2.9 --local=/service/";
-    command.args(words.split_whitespace()).arg(format!("--listen-address={BACKEND}"));
-    let dnsmasq = Process::spawn("dnsmasq", command)?;
-    dnsmasq.wait_for_line(&["started, version"])?;
-    Ok(dnsmasq)
+fn resolver(nodes: &Nodes) -> Result<Process> {
+    let words =
+        format!("--address=/other.example/192.0.2.9 --local=/service/ --listen-address={BACKEND}");
+    resolvers::dnsmasq_by(nodes.backend.outside().command("dnsmasq"), &words)
 }
 
 const DIG: &str = "+time=60 +tries=1";
@@ -120,11 +116,6 @@ fn by_nohop(context: &ExecContext<'_>, vip: &str) -> Result<()> {
     let found = context.run("getent", "ahostsv4 helloworld.service")?;
     ensure!(found.starts_with(&format!("{vip} ")), "{found}");
     Ok(())
-}
-
-fn unit(status: &Value) -> Value {
-    let units = status["datapath"]["units"].as_array().cloned().unwrap_or_default();
-    units.into_iter().find(|unit| unit["name"] == "intercept").unwrap_or_default()
 }
 
 fn intercepted(nohop: &Nohop) -> Result<f64> {

@@ -10,8 +10,7 @@ use testbed::consul;
 use testbed::nohop::Nohop;
 use testbed::{cmd, tempdir::TempDir};
 
-use crate::cluster::{Catalog, Nodes, vip};
-use crate::names_outlive_the_daemon::unit;
+use crate::cluster::{Catalog, Nodes, unit, vip};
 use crate::resolvers;
 
 /// What the daemon does.
@@ -45,7 +44,7 @@ pub fn run() -> Result<()> {
     let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
     let config = catalog.config() + "dns.forward = [\"127.0.0.2:53\"]\n";
     let mut nohop = nodes.nohop(&config)?;
-    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached")?;
     let vip = vip(&nohop, "helloworld")?.ip().to_string();
 
     let found = |name: &str, resolver: &str| -> Result<String> {

@@ -11,8 +11,7 @@ use testbed::nohop::Nohop;
 use testbed::process::Process;
 use testbed::{cmd, tempdir::TempDir};
 
-use crate::cluster::{Catalog, Nodes, vip};
-use crate::names_outlive_the_daemon::unit;
+use crate::cluster::{Catalog, Nodes, unit, vip};
 use crate::resolvers;
 
 /// The bridges' addresses, of this host.
@@ -33,7 +32,7 @@ impl Fixture {
         let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
         let listen = format!("dns.listen = [\"127.0.0.1:53\", \"{listen}:53\"]\n");
         let nohop = nodes.nohop(&(catalog.config() + &listen))?;
-        nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+        nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached")?;
         let vip = vip(&nohop, "helloworld")?.ip().to_string();
         Ok(Fixture { nohop, vip, _catalog: catalog, _helloworld: helloworld })
     }

@@ -4,10 +4,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use testbed::TIMEOUT;
 
-use crate::cluster::{Catalog, Nodes, vip};
+use crate::cluster::{Catalog, Nodes, unit, vip};
 
 pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -15,7 +14,7 @@ pub fn run() -> Result<()> {
     let catalog = Catalog::new(&[("helloworld", &[one.address]), ("gone", &[one.address])])?;
     let mut nohop = nodes.nohop(&catalog.config())?;
     let vip = vip(&nohop, "helloworld")?.ip().to_string();
-    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached")?;
 
     let dig = |query: &str| nodes.dig(query);
     ensure!(dig("+short helloworld.service")?.trim() == vip);
@@ -48,7 +47,7 @@ pub fn too_old() -> Result<()> {
     let config = "catalog.expired = \"refuse\"\ncatalog.max_age = \"1s\"\n";
     let mut nohop = nodes.nohop(&(catalog.config() + config))?;
     let vip = vip(&nohop, "helloworld")?;
-    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached")?;
     let is_answered = || -> Result<bool> {
         Ok(nodes.dig("+short helloworld.service")?.trim() == vip.ip().to_string())
     };
@@ -82,9 +81,4 @@ fn wait_until(what: &str, is_so: impl Fn() -> Result<bool>) -> Result<()> {
         std::thread::sleep(PAUSE);
     }
     Ok(())
-}
-
-pub fn unit(status: &Value) -> Value {
-    let units = status["datapath"]["units"].as_array().cloned().unwrap_or_default();
-    units.into_iter().find(|unit| unit["name"] == "names").unwrap_or_default()
 }

@@ -4,13 +4,12 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use lb_tests::fixture::at_length;
+use lb_tests::fixture::full_or_quarter;
 use testbed::consul::instance;
 use testbed::load::{Load, Outcome};
 use testbed::nohop::Nohop;
 
-use crate::cluster::{Cluster, Nodes};
-use crate::names_outlive_the_daemon::unit;
+use crate::cluster::{Cluster, Nodes, unit};
 
 /// Lookups and connections a second.
 const RATE: u32 = 1_000;
@@ -22,7 +21,7 @@ const UPDATE_GAP_S: u32 = 2;
 /// How long Nomad waits by default before it restarts a task that crashed, 15 s and a jitter; in full, how
 /// long an operator may take.
 fn restart_gap_s() -> u32 {
-    at_length(72) as u32
+    full_or_quarter(72) as u32
 }
 
 const N_KILLS: u32 = 20;
@@ -52,7 +51,7 @@ fn finish(load: Load) -> Result<Outcome> {
 }
 
 fn wait_for_unit(nohop: &Nohop) -> Result<()> {
-    nohop.wait_for_status(|status| unit(status)["state"] == "attached").map(drop)
+    nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached").map(drop)
 }
 
 /// The daemon is stopped at this second of the load, and the next one starts later.

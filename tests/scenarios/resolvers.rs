@@ -2,6 +2,7 @@
 //! tools that people ask with.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Result, ensure};
 use testbed::cmd;
@@ -63,7 +64,11 @@ impl Fixture {
 
 /// Starts a dnsmasq on the client node.
 pub fn dnsmasq_on(nodes: &Nodes, words: &str) -> Result<Process> {
-    let mut command = nodes.inside().command("dnsmasq");
+    dnsmasq_by(nodes.inside().command("dnsmasq"), words)
+}
+
+/// Starts a dnsmasq by this command of it.
+pub fn dnsmasq_by(mut command: Command, words: &str) -> Result<Process> {
     let common = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= \
                   --user=root --no-resolv --no-hosts --bind-interfaces";
     command.args(common.split_whitespace()).args(words.split_whitespace());

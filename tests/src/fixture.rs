@@ -6,6 +6,7 @@ use std::net::{
     IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket,
 };
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use lb_userspace::config::{Config, cgroup};
 use lb_userspace::datapath::probe::{Observed, ProbeResult};
-use lb_userspace::datapath::{COUNTERS, Datapath, Options, RejectMethod};
+use lb_userspace::datapath::{COUNTERS, Datapath, Options, RejectMethod, UnitHealth};
 use lb_userspace::table::{Backend, BackendState, Ports, Protocols, Service, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use testbed::bpffs::Bpffs;
@@ -342,9 +343,32 @@ impl Drop for End<'_> {
     }
 }
 
+/// The state of a unit, if there is one of this name.
+pub fn unit(datapath: &Datapath, name: &str) -> Option<UnitHealth> {
+    datapath.unit_status().into_iter().find(|unit| unit.name == name)
+}
+
+/// Runs commands of nftables in this network namespace. False where there is no nft, or the kernel lacks
+/// what they need, for which it has no other error than that.
+pub fn nft(commands: &str) -> bool {
+    let mut nft = Command::new("nft");
+    nft.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut nft = match nft.spawn() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
+        spawned => spawned.unwrap(),
+    };
+    nft.stdin.take().unwrap().write_all(commands.as_bytes()).unwrap();
+    let output = nft.wait_with_output().unwrap();
+    let problem = String::from_utf8_lossy(&output.stderr);
+    let is_lacking = ["No such file or directory", "not supported"];
+    let is_missing = is_lacking.iter().any(|text| problem.contains(text));
+    assert!(output.status.success() || is_missing, "{commands}: {problem}");
+    output.status.success()
+}
+
 /// `n`, or a quarter of it where not all is tried: what only time or number shows is tried longer by
 /// `cargo xtask test --full`.
-pub fn at_length(n: u64) -> u64 {
+pub fn full_or_quarter(n: u64) -> u64 {
     if std::env::var_os("NOHOP_FULL").is_some() { n } else { n / 4 }
 }
 

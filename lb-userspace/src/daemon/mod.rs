@@ -625,10 +625,7 @@ impl Daemon {
     /// Checks what may change at any time, and retries failures.
     fn tick(&mut self) {
         let views = self.sources.views();
-        // Unknown while a source hasn't answered: what the kernel has of it may be an earlier daemon's.
-        let ages: Option<Vec<Duration>> =
-            views.borrow().iter().map(|source| source.health.borrow().age()).collect();
-        let age = ages.and_then(|ages| ages.into_iter().max());
+        let age = table_age(views.borrow().iter().map(|source| source.health.borrow().age()));
         let is_ready = self.announce_table();
         self.datapath.heartbeat(age);
         let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
@@ -689,6 +686,13 @@ impl Daemon {
             }
         }
     }
+}
+
+/// The age of the table: that of the oldest source. Unknown while one hasn't answered, as what the kernel
+/// has of it may be an earlier daemon's.
+fn table_age(mut ages: impl Iterator<Item = Option<Duration>>) -> Option<Duration> {
+    let first = ages.next()?;
+    ages.fold(first, |oldest, age| Some(oldest?.max(age?)))
 }
 
 /// How long services are kept whose instances are all critical; `None` for not at all.
@@ -866,5 +870,18 @@ mod tests {
         tasks.spawn("one that goes on", std::future::pending());
         tasks.spawn("one with a defect", async { panic!("a defect") });
         assert_eq!(tasks.ended().await, "one with a defect");
+    }
+
+    #[test]
+    fn a_tables_age_is_known_once_each_source_has_answered() {
+        let age = |seconds: &[Option<u64>]| {
+            table_age(seconds.iter().map(|age| age.map(Duration::from_secs)))
+        };
+        assert_eq!(age(&[Some(0), Some(9), Some(3)]), Some(Duration::from_secs(9)));
+        for unknown in
+            [&[][..], &[None], &[None, Some(1)], &[Some(1), None], &[Some(1), None, Some(2)]]
+        {
+            assert_eq!(age(unknown), None, "{unknown:?}");
+        }
     }
 }

@@ -30,15 +30,8 @@ pub const ALL: [Unpacked; 7] = [
 ];
 
 /// Where packages have them.
-const DIRECTORIES: [&str; 7] = [
-    "usr/bin",
-    "usr/sbin",
-    "usr/lib/systemd",
-    "lib/systemd",
-    "usr/lib/cni",
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
-];
+const DIRECTORIES: [&str; 5] =
+    ["usr/bin", "usr/sbin", "usr/lib/systemd", "lib/systemd", "usr/lib/cni"];
 
 impl Unpacked {
     /// Sees to it that the files are there, and returns where.
@@ -56,7 +49,11 @@ impl Unpacked {
     /// All of them, if they are there.
     fn files_in(&self, root: &Path) -> Option<Vec<PathBuf>> {
         let find = |name: &&str| {
-            let mut places = DIRECTORIES.iter().map(|dir| root.join(dir).join(name));
+            let places = DIRECTORIES.iter().map(|dir| root.join(dir));
+            // Debian's names of architectures, as multiarch has them.
+            let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
+            let libraries = ["lib", "usr/lib"].map(|dir| root.join(dir).join(&triplet));
+            let mut places = places.chain(libraries).map(|dir| dir.join(name));
             places.find(|file| file.is_file())
         };
         self.files.iter().map(find).collect()

@@ -107,20 +107,28 @@ fn resolvers_in(
             "DNS servers in these cgroups can't be found, and would be intercepted too: {error}"
         )
     })?;
+    Ok(resolver_cgroups(&bound, upstreams))
+}
+
+/// The cgroups of those that are DNS servers, as many as there is room for: cgroups, not sockets, of
+/// which a process can bind as many as it wants.
+fn resolver_cgroups(
+    bound: &[BoundUdp],
+    upstreams: &BTreeSet<SocketAddr>,
+) -> BTreeSet<ResolverCgroup> {
     let of = |bound: &BoundUdp| ResolverCgroup {
         cgroup_id: bound.cgroup_id,
         is_host: bound.is_in_own_namespace.into(),
     };
     let cgroups: BTreeSet<ResolverCgroup> =
         bound.iter().filter(|bound| is_resolver(bound, upstreams)).map(of).collect();
-    // Cgroups, not sockets: any process can bind as many of those as it wants.
     if cgroups.len() > MAX_RESOLVERS {
         tracing::warn!(
             "dns.intercept: of {} DNS servers {MAX_RESOLVERS} are left out",
             cgroups.len()
         );
     }
-    Ok(cgroups.into_iter().take(MAX_RESOLVERS).collect())
+    cgroups.into_iter().take(MAX_RESOLVERS).collect()
 }
 
 fn is_resolver(bound: &BoundUdp, upstreams: &BTreeSet<SocketAddr>) -> bool {
@@ -168,5 +176,20 @@ mod tests {
             let bound = BoundUdp { local, cgroup_id: 1, is_in_own_namespace };
             assert_eq!(is_resolver(&bound, &upstreams), expected, "{bound:?}");
         }
+    }
+
+    #[test]
+    fn as_many_cgroups_as_there_is_room_for() {
+        let bound = |cgroup_id| BoundUdp {
+            local: ([127, 0, 0, 1], DNS_PORT).into(),
+            cgroup_id,
+            is_in_own_namespace: true,
+        };
+        let none = BTreeSet::new();
+        let many = vec![bound(1); 2 * MAX_RESOLVERS];
+        let found = resolver_cgroups(&[many, vec![bound(2)]].concat(), &none);
+        assert_eq!(found.iter().map(|it| it.cgroup_id).collect::<Vec<_>>(), [1, 2]);
+        let too_many: Vec<_> = (0..2 * MAX_RESOLVERS as u64).map(bound).collect();
+        assert_eq!(resolver_cgroups(&too_many, &none).len(), MAX_RESOLVERS);
     }
 }

@@ -111,6 +111,10 @@ struct LoadedNames {
     problem: Option<String>,
     /// Why some names aren't in the map.
     incomplete: Option<String>,
+    /// What of the settings has no room, and is left to the daemon.
+    left_out: Option<String>,
+    /// Which interface's filter is verified next.
+    turn: usize,
     /// The queries about each name at the last look.
     last_queries: HashMap<Arc<str>, u64>,
 }
@@ -299,6 +303,7 @@ impl Names {
             Ok(loaded) => {
                 let problem = loaded.probe_state.problem().map(str::to_owned);
                 let problem = problem.or_else(|| loaded.incomplete.clone());
+                let problem = problem.or_else(|| loaded.left_out.clone());
                 (UnitState::Attached, problem.or_else(|| loaded.missing_forwarding()))
             }
         };
@@ -384,6 +389,8 @@ impl LoadedNames {
                 .map_err(|error| error.to_string())?,
             problem: None,
             incomplete: None,
+            left_out: None,
+            turn: 0,
         })
     }
 
@@ -395,20 +402,13 @@ impl LoadedNames {
                 settings.domain
             )
         })?;
-        let shared = settings.listen_shared.iter().map(|address| (listen_key(*address), SHARED));
-        let bound = settings.listen.iter().map(|address| (listen_key(*address), BOUND));
-        let listen: HashMap<ListenKey, u32> = shared.chain(bound).collect();
-        if listen.len() > MAX_LISTEN || settings.allowed.len() > MAX_ALLOWED {
-            return Err(format!(
-                "more than {MAX_LISTEN} addresses in dns.listen, or {MAX_ALLOWED} networks in dns.allow"
-            ));
-        }
+        let (listen, allowed, left_out) = fit(&settings);
         let refused = |what: &str| {
             let what = what.to_owned();
             move |error: io::Error| format!("the kernel refused {what}: {error}")
         };
         self.listeners.set(&listen).map_err(refused("the addresses of dns.listen"))?;
-        self.networks.set(&settings.allowed).map_err(refused("the networks of dns.allow"))?;
+        self.networks.set(allowed).map_err(refused("the networks of dns.allow"))?;
         const SECOND_NS: u64 = 1_000_000_000;
         let interval_ns = SECOND_NS.checked_div(settings.client_rate.into()).unwrap_or(0);
         let (octets, domain_len) = domain;
@@ -421,6 +421,7 @@ impl LoadedNames {
                 control.seed = fastrand::u64(1..);
             }
         });
+        self.left_out = left_out;
         self.settings = Some(settings);
         self.set_mode();
         self.attach(pins)
@@ -469,12 +470,15 @@ impl LoadedNames {
             end_elsewhere(&wanted, pins, handle);
         }
         let mut problem = None;
-        for interface in wanted {
+        let n_interfaces = wanted.len();
+        self.turn = self.turn.wrapping_add(1);
+        for (idx, interface) in wanted.into_iter().enumerate() {
             let pin = pins.link(&pin_name(&interface));
             let place = Place { pin: &pin, handle };
             let program = program(&mut self.ebpf)?;
             let present = self.attached.iter_mut().find(|(attached, _)| *attached == interface);
             let attached = match present {
+                Some((_, Ingress::Clsact)) if !is_due(idx, n_interfaces, self.turn) => Ok(()),
                 Some((_, ingress)) => ingress.fix(program, &interface, place),
                 None => Ingress::attach(program, &interface, place)
                     .map(|ingress| self.attached.push((interface.clone(), ingress))),
@@ -519,6 +523,35 @@ impl LoadedNames {
         active.sort_unstable();
         active
     }
+}
+
+/// The addresses and networks that the maps have room for, and what is left out: the daemon answers that.
+fn fit(settings: &NamesSettings) -> (HashMap<ListenKey, u32>, &[IpNet], Option<String>) {
+    let NamesSettings { listen, listen_shared, allowed, .. } = settings;
+    let bound = listen.iter().map(|address| (address, BOUND));
+    let shared = listen_shared.iter().filter(|address| !listen.contains(address));
+    let all = bound.chain(shared.map(|address| (address, SHARED)));
+    let key = |(address, value): (&SocketAddr, u32)| (listen_key(*address), value);
+    let kept = all.clone().take(MAX_LISTEN).map(key).collect();
+    let left_out = |what: String, n: usize, max: usize| {
+        format!("{what} and {} more beyond {max} are left to the daemon", n - max - 1)
+    };
+    let mut notes = Vec::new();
+    if let Some((address, _)) = all.clone().nth(MAX_LISTEN) {
+        notes.push(left_out(format!("queries at {address}"), all.count(), MAX_LISTEN));
+    }
+    if let Some(network) = allowed.get(MAX_ALLOWED) {
+        notes.push(left_out(format!("clients of {network}"), allowed.len(), MAX_ALLOWED));
+    }
+    let notes = (!notes.is_empty()).then(|| notes.join("; "));
+    (kept, allowed.get(..MAX_ALLOWED).unwrap_or(allowed), notes)
+}
+
+/// Whether the filter of an interface is verified in this turn: that of the first, `lo`, always, and of the
+/// others one after the other, as each takes the kernel two requests while nothing else can be changed.
+fn is_due(interface_idx: usize, n_interfaces: usize, turn: usize) -> bool {
+    let n_others = n_interfaces.saturating_sub(1).max(1);
+    interface_idx == 0 || interface_idx == 1 + turn % n_others
 }
 
 /// Loads the object over its pinned maps.
@@ -633,6 +666,49 @@ pub fn answered(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_no_room_is_named() {
+        let mut settings = NamesSettings {
+            mode: None,
+            domain: "service".into(),
+            ttl: 5,
+            listen: (0..MAX_LISTEN as u16).map(|port| ([10, 0, 0, 1], port).into()).collect(),
+            listen_shared: vec![([10, 0, 0, 1], 0).into()],
+            allowed: (0..MAX_ALLOWED as u32).map(net).collect(),
+            client_rate: 0,
+            interfaces: Vec::new(),
+            missing_forwarding: Vec::new(),
+        };
+        let (listen, allowed, note) = fit(&settings);
+        assert_eq!((listen.len(), allowed.len(), note), (MAX_LISTEN, MAX_ALLOWED, None));
+        assert!(listen.values().all(|value| *value == BOUND));
+        settings.listen_shared.extend([7, 8].map(|port| SocketAddr::from(([10, 0, 0, 2], port))));
+        settings.allowed.push(net(MAX_ALLOWED as u32));
+        let (listen, allowed, note) = fit(&settings);
+        assert_eq!((listen.len(), allowed.len()), (MAX_LISTEN, MAX_ALLOWED));
+        assert_eq!(
+            note.as_deref(),
+            Some(
+                "queries at 10.0.0.2:7 and 1 more beyond 256 are left to the daemon; clients of \
+                 10.4.0.0/24 and 0 more beyond 1024 are left to the daemon"
+            )
+        );
+    }
+
+    fn net(n: u32) -> IpNet {
+        let address = std::net::Ipv4Addr::from(0x0a00_0000 + n * 256);
+        IpNet::new(address.into(), 24).unwrap()
+    }
+
+    #[test]
+    fn filters_are_verified_in_turn() {
+        let due = |n_interfaces: usize, turn| -> Vec<usize> {
+            (0..n_interfaces).filter(|&idx| is_due(idx, n_interfaces, turn)).collect()
+        };
+        assert_eq!([0, 1, 2, 3].map(|turn| due(4, turn)), [[0, 1], [0, 2], [0, 3], [0, 1]]);
+        assert_eq!((due(1, 5), due(0, 5)), (vec![0], vec![]));
+    }
 
     #[test]
     fn domains_on_the_wire() {
