@@ -80,8 +80,25 @@ pub(super) fn interface(name: &str) -> Result<String, String> {
     Ok(name.to_owned())
 }
 
+/// The most addresses of one family in `edge.source`: the programs have room for as many.
+const MAX_SOURCES: usize = 4;
+
+/// The addresses of this edge.
+pub(super) fn sources(value: &TomlValue) -> Parsed<Vec<IpAddr>> {
+    let sources = value.list_or_none(|it| it.text(source))?;
+    let n_v4 = sources.iter().filter(|source| source.is_ipv4()).count();
+    for (family, n) in [("IPv4", n_v4), ("IPv6", sources.len() - n_v4)] {
+        if n > MAX_SOURCES {
+            return value.fault(format!(
+                "has {n} {family} addresses, and {MAX_SOURCES} is the most; write fewer"
+            ));
+        }
+    }
+    Ok(sources)
+}
+
 /// An address of this edge.
-pub(super) fn source(text: &str) -> Result<IpAddr, String> {
+fn source(text: &str) -> Result<IpAddr, String> {
     let usual = "write an address of this host, such as 10.0.0.2";
     let address: IpAddr =
         text.parse().map_err(|_| format!("'{text}' isn't an address; {usual}"))?;

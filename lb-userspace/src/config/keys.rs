@@ -144,8 +144,8 @@ pub const KEYS: &[Key] = keys! {
     "edge.interfaces" config.edge.interfaces: |value| value.list_or_none(|it| it.text(edge::interface));
         "interfaces where packets of clients and of backends arrive; with one or more this node is an edge"
     restart("the edge's programs have them from the start")
-    "edge.source" config.edge.source: |value| value.list_or_none(|it| it.text(edge::source));
-        "addresses of this edge that backends see"
+    "edge.source" config.edge.source: edge::sources;
+        "addresses of this edge that backends see, four at most of each family"
     live "edge.vips" config.edge.vips: |value| value.table(address::service_name, |vip| vip.text(edge::public_vip));
         "public VIPs, beside those that services declare: { web = \"203.0.113.10:80\" }"
     restart(LISTENS) "dns.listen" config.dns.listen: |value| value.list(|it| it.text(address::socket_address));

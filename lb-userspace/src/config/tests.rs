@@ -385,6 +385,10 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             ],
         ),
         (
+            "edge.source = ['10.0.0.1', '10.0.0.2', '10.0.0.3', '10.0.0.4', '10.0.0.5', 'fd00::1']",
+            &["f:1: edge.source: has 5 IPv4 addresses, and 4 is the most; write fewer"],
+        ),
+        (
             "edge.interfaces = ['eth0']\ncatalog.watch = 'used'",
             &[
                 "f:1: edge.interfaces: needs edge.source; write an address of this host that backends \

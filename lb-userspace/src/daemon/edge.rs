@@ -1,7 +1,7 @@
 //! The edge: what the datapath is configured to do, and whether public VIPs are announced.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -170,6 +170,19 @@ pub async fn withdraw() {
     }
 }
 
+/// The public VIPs of the configuration that no service has.
+pub fn vips_of_none(vips: &BTreeMap<String, SocketAddr>, table: &Table) -> Vec<String> {
+    let of_none = vips.iter().filter(|(name, _)| !table.services.contains_key(&***name));
+    let problem = |(name, vip)| {
+        format!(
+            "edge.vips: {vip} is of `{name}`, which is no service here: correct the name, or register \
+             the service"
+        )
+    };
+    // Before the first table no service is known.
+    if table.is_synced() { of_none.map(problem).collect() } else { Vec::new() }
+}
+
 /// As the status shows it.
 pub fn document(
     edge: &EdgeStatus,
@@ -265,6 +278,15 @@ mod tests {
         for (table, edge, drains, expected) in rows {
             assert_eq!(Announcement::of(table, edge, drains), expected);
         }
+    }
+
+    #[test]
+    fn a_vip_of_no_service_is_a_problem() {
+        let vips = [("web".to_owned(), "203.0.113.10:80".parse().unwrap())].into();
+        assert!(vips_of_none(&vips, &Table::default()).is_empty());
+        let synced = Table { generation: 1, ..Table::default() };
+        let problems = vips_of_none(&vips, &synced);
+        assert!(problems[0].starts_with("edge.vips: 203.0.113.10:80 is of `web`"), "{problems:?}");
     }
 
     #[test]

@@ -26,7 +26,7 @@ mod timers;
 mod trace;
 pub mod view;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -137,6 +137,7 @@ struct Daemon {
     /// What requests name is being searched for.
     finding: JoinSet<(DrainRequest, Result<drains::FoundTarget, DrainError>)>,
     tag: watch::Sender<String>,
+    edge_vips: watch::Sender<BTreeMap<String, SocketAddr>>,
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
     hosts: watch::Sender<Vec<String>>,
@@ -205,6 +206,7 @@ impl Daemon {
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);
         let (drain_requests_out, drain_requests) = mpsc::channel(MAX_REQUESTS);
+        let (edge_vips_out, edge_vips) = watch::channel(config.edge.vips.clone());
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
@@ -261,6 +263,7 @@ impl Daemon {
             tracer: tracer.clone(),
             deadline_problem,
             public_routes,
+            edge_vips,
             n_returned,
         });
         for address in admin::exposed(&config.admin.listen) {
@@ -324,6 +327,7 @@ impl Daemon {
             drain_requests,
             finding: JoinSet::new(),
             tag: tag_out,
+            edge_vips: edge_vips_out,
             pool: pool_out,
             attached: attached_out,
             hosts: hosts_out,
@@ -582,6 +586,7 @@ impl Daemon {
             self.reapply();
         }
         if last.edge.vips != self.config.edge.vips {
+            self.edge_vips.send_replace(self.config.edge.vips.clone());
             self.pipeline.builder().set_edge_vips(self.config.edge.vips.clone());
             self.reapply();
         }

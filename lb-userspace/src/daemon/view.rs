@@ -58,6 +58,7 @@ pub struct DaemonView {
     pub(super) drains: DrainsView,
     pub(super) deadline_problem: watch::Receiver<Option<String>>,
     pub(super) public_routes: watch::Receiver<edge::PublicRoutes>,
+    pub(super) edge_vips: watch::Receiver<BTreeMap<String, SocketAddr>>,
     /// Ejections that probes ended.
     pub(super) n_returned: Arc<AtomicU64>,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
@@ -82,6 +83,7 @@ impl View for DaemonView {
         problems.extend(self.deadline_problem.borrow().clone());
         let routes = self.public_routes.borrow().clone();
         problems.extend(routes.problem.clone());
+        problems.extend(edge::vips_of_none(&self.edge_vips.borrow(), &table));
         let edge = self.datapath.edge_status();
         problems.extend(edge.iter().flat_map(|edge| edge.problems.clone()));
         problems.extend(dropped(logging::n_dropped()));
