@@ -17,12 +17,13 @@ use rustix::net::{
     socket,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::thread::{Pid, gettid};
+use rustix::thread::{CapabilitySet, Pid, gettid};
 
 /// The storage of a socket whose backend is gone, and of one whose backend isn't.
 const GONE: u64 = 0x0123_4567_89ab_cdef;
 const THERE: u64 = 2;
 
+use crate::intercept::without;
 use crate::netns::leave;
 
 /// An answer takes microseconds on loopback.
@@ -398,6 +399,10 @@ pub fn failure_is_reported() {
         "{report:?}"
     );
     assert_connected(&socket, &server);
+    // Namespaces of others may be hidden then.
+    let limited = || disconnect(|_| false, |_, _| Ok(false));
+    let report = without(CapabilitySet::SYS_PTRACE, limited);
+    assert!(matches!(&report.errors[..], [DiagError::Hidden]), "{report:?}");
 }
 
 /// A socket that can't be examined doesn't prevent others from being disconnected, in either order.

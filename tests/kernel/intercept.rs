@@ -548,7 +548,7 @@ pub fn only_where_resolvers_are_found() {
 }
 
 /// Runs it on a thread that lacks a capability.
-fn without<T: Send>(capability: CapabilitySet, run: impl FnOnce() -> T + Send) -> T {
+pub fn without<T: Send>(capability: CapabilitySet, run: impl FnOnce() -> T + Send) -> T {
     let limited = || {
         let mut sets = capabilities(None).unwrap();
         sets.effective.remove(capability);

@@ -81,6 +81,17 @@ pub fn by_cni() -> Result<()> {
     cni(&nodes, &container, "DEL", &data)?;
     cni(&nodes, &container, "ADD", &data)?;
     finds_all()?;
+    // Without forwarding the kernel leaves them to the daemon, which status reports.
+    let forwarding = |value: &str| {
+        nodes.inside().run("sysctl", &format!("-w net.ipv4.conf.cni0.forwarding={value}"))
+    };
+    let reason = |status: &serde_json::Value| unit(status, "names")["reason"].to_string();
+    forwarding("0")?;
+    let is_off = "/proc/sys/net/ipv4/conf/cni0/forwarding is 0";
+    fixture.nohop.wait_for_status(|status| reason(status).contains(is_off))?;
+    finds_all()?;
+    forwarding("1")?;
+    fixture.nohop.wait_for_status(|status| !reason(status).contains(is_off))?;
     fixture.nohop.kill()?;
     finds_all()?;
     ensure!(dig("none.service")?.contains("status: SERVFAIL"));

@@ -271,6 +271,9 @@ fn find_suspects(
     report: &mut DiagReport,
 ) -> Result<Vec<Place>, DiagError> {
     let mut places = Vec::new();
+    if !netns::may_look() {
+        report.errors.push(DiagError::Hidden);
+    }
     for namespace in netns::all().map_err(DiagError::Processes)? {
         if Instant::now() > deadline {
             report.errors.push(DiagError::TimedOut);
