@@ -1,5 +1,5 @@
 //! Builds the kernel objects and hands them to the daemon as `$OUT_DIR/nohop-ebpf`,
-//! `$OUT_DIR/nohop-outcomes`, `$OUT_DIR/nohop-names` and `$OUT_DIR/nohop-intercept`.
+//! `$OUT_DIR/nohop-outcomes`, `$OUT_DIR/nohop-names`, `$OUT_DIR/nohop-intercept` and `$OUT_DIR/nohop-edge`.
 //!
 //! lb-ebpf is a workspace of its own: it needs a nightly compiler, the standard library's source
 //! and a bpf-linker built against that nightly's LLVM. `cargo xtask setup` provides all three.
@@ -12,7 +12,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 /// The objects: one a unit.
-const OBJECTS: [&str; 4] = ["nohop-ebpf", "nohop-outcomes", "nohop-names", "nohop-intercept"];
+const OBJECTS: [&str; 5] =
+    ["nohop-ebpf", "nohop-outcomes", "nohop-names", "nohop-intercept", "nohop-edge"];
 
 fn main() {
     let object_dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("lb-ebpf");
@@ -22,6 +23,7 @@ fn main() {
         "outcomes",
         "names",
         "intercept",
+        "edge",
         "Cargo.toml",
         "Cargo.lock",
         ".cargo/config.toml",

@@ -618,6 +618,13 @@ fn is_same(one: SlotRange, other: SlotRange) -> bool {
     word(one) == word(other)
 }
 
+/// The first group that has any slots for this connection, and these: none where no group has.
+#[inline(always)]
+pub fn first_group(service: impl ServiceWords, reach: Reach) -> (usize, SlotRange) {
+    let range = reach.range(service, 0);
+    if range.n_slots != 0 { (0, range) } else { fallback(service, reach) }
+}
+
 /// The first group after the first that has any slots for this connection, and these.
 #[inline(always)]
 fn fallback(service: impl ServiceWords, reach: Reach) -> (usize, SlotRange) {

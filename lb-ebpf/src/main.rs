@@ -8,6 +8,7 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features)]
 
+mod choice;
 mod config;
 mod connect4;
 mod connect6;
@@ -24,6 +25,7 @@ mod recvmsg6;
 mod revnat;
 mod sendmsg4;
 mod sendmsg6;
+mod tables;
 mod trace;
 mod xlate;
 

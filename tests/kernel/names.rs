@@ -74,14 +74,14 @@ pub fn socket(source: IpAddr) -> UdpSocket {
 }
 
 /// A thread in a network namespace of its own, which runs what it is given.
-struct Container {
+pub struct Container {
     jobs: Option<Sender<Box<dyn FnOnce() + Send>>>,
     thread: Option<JoinHandle<()>>,
-    tid: String,
+    pub tid: String,
 }
 
 impl Container {
-    fn start() -> Container {
+    pub fn start() -> Container {
         let (jobs, received) = channel::<Box<dyn FnOnce() + Send>>();
         let thread = std::thread::spawn(move || {
             leave();
@@ -93,7 +93,7 @@ impl Container {
         container
     }
 
-    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
         let (result, received) = channel();
         let job = move || drop(result.send(job()));
         self.jobs.as_ref().unwrap().send(Box::new(job)).unwrap();

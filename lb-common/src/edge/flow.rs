@@ -9,12 +9,14 @@ use crate::edge::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 pub const MAX_EDGE_SOURCES: usize = 4;
 /// How many networks of public VIPs of each family are compared with.
 pub const MAX_EDGE_NETWORKS: usize = 4;
+/// How many accounts of first packets there are.
+pub const N_EDGE_ACCOUNTS: u32 = 16_384;
 /// How many flows there is room for by default.
 pub const DEFAULT_MAX_FLOWS: u32 = 131_072;
 
 /// The key of `EDGE_FLOWS`: a packet's addresses and ports, as it arrives. Each flow has two: the client's
 /// packets to the VIP, and the backend's to the source address.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(
     Clone,
     Copy,
@@ -45,7 +47,7 @@ pub struct FlowKey4 {
 }
 
 /// The key of `EDGE_FLOWS6`: see [`FlowKey4`].
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(
     Clone,
     Copy,
@@ -62,9 +64,9 @@ pub struct FlowKey4 {
 )]
 pub struct FlowKey6 {
     /// The packet's source.
-    pub source: [u8; 16],
+    pub source: Address,
     /// Its destination.
-    pub destination: [u8; 16],
+    pub destination: Address,
     /// The port of the source.
     pub source_port: u16,
     /// The port of the destination.
@@ -90,7 +92,7 @@ pub struct FlowRef {
 ///
 /// The programs write it. Who frees or takes it adds 1 to `claims` first, and goes on only where that is
 /// what was to be expected of one alone.
-#[repr(C, align(64))]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct FlowRecord {
     /// 0 where it is free, 1 where it is a flow's, more while others look at it. Changed by atomic additions
@@ -147,14 +149,12 @@ impl FlowRecord {
     pub const PENDING: u8 = 16;
     /// The backend is on this host.
     pub const LOCAL: u8 = 32;
-    /// A SYN came again.
-    pub const RETRANSMITTED: u8 = 64;
     /// It was the trial of an ejected backend.
-    pub const TRIAL: u8 = 128;
+    pub const TRIAL: u8 = 64;
 }
 
 /// The value of `EDGE_ADDRESSES6`: the addresses of an IPv6 flow, at the index of its record.
-#[repr(C, align(64))]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct FlowAddresses6 {
     /// See [`FlowRecord::client`].
@@ -166,6 +166,9 @@ pub struct FlowAddresses6 {
     /// See [`FlowRecord::source`].
     pub source: Address,
 }
+
+/// Room for the numbers of [`FlowState`], a power of two.
+pub const N_FLOW_STATES: usize = 8;
 
 /// A flow's state, by its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -257,30 +260,8 @@ pub struct EdgeControl {
     /// 1 once a flow has gone to a backend on this host: what leaves is looked up from then on. A program
     /// writes it.
     pub has_local: u32,
-    /// See [`EdgeControl::timeout_ms`].
-    pub established_ms: u32,
-    /// See there.
-    pub half_closed_ms: u32,
-    /// See there.
-    pub closed_ms: u32,
-    /// See there.
-    pub udp_ms: u32,
-}
-
-impl EdgeControl {
-    /// After how long without a packet a flow in this state ends, in milliseconds.
-    #[inline(always)]
-    pub fn timeout_ms(&self, state: u8) -> u32 {
-        const ESTABLISHED: u8 = FlowState::Established as u8;
-        const HALF_CLOSED: u8 = FlowState::HalfClosed as u8;
-        const UDP: u8 = FlowState::Udp as u8;
-        match state {
-            ESTABLISHED => self.established_ms,
-            HALF_CLOSED => self.half_closed_ms,
-            UDP => self.udp_ms,
-            _ => self.closed_ms,
-        }
-    }
+    /// After how long without a packet a flow ends, in milliseconds, by its state.
+    pub timeouts_ms: [u32; N_FLOW_STATES],
 }
 
 /// Whether a time, by the low 32 bits of milliseconds, is that long ago.
@@ -377,7 +358,6 @@ impl FlowKey6 {
     #[inline(always)]
     pub fn of(from: (Address, u16), to: (Address, u16), protocol: u8) -> FlowKey6 {
         let ((source, source_port), (destination, destination_port)) = (from, to);
-        let (source, destination) = (source.octets, destination.octets);
         FlowKey6 { source, destination, source_port, destination_port, protocol, padding: [0; 3] }
     }
 

@@ -3,10 +3,12 @@
 
 mod flow;
 mod packet;
+mod reset;
 mod translate;
 
 pub use flow::*;
 pub use packet::*;
+pub use reset::*;
 pub use translate::*;
 
 #[cfg(any(test, fuzzing))]

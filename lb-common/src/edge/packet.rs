@@ -1,5 +1,7 @@
 //! The headers of a packet: which flow it is of, and where what has to be translated lies.
 
+use core::hint::black_box;
+
 use crate::{Address, IPPROTO_TCP, IPPROTO_UDP};
 
 /// How many bytes of a packet are looked at, from its IP header on. All headers that are translated have
@@ -246,10 +248,11 @@ pub fn parse_ipv6(window: &Window, len: u32) -> Result<Packet, NoFlow> {
         return Err(NoFlow::Other);
     }
     let inner = l4 + ICMP_HEADER;
-    if total < inner + IPV6_HEADER
-        || inner + IPV6_HEADER > WINDOW_LEN as u32
-        || window.octet(inner) >> 4 != 6
-    {
+    if total < inner + IPV6_HEADER || inner + IPV6_HEADER > WINDOW_LEN as u32 {
+        return Err(NoFlow::BadHeader);
+    }
+    let inner = unknown(inner);
+    if window.octet(inner) >> 4 != 6 {
         return Err(NoFlow::BadHeader);
     }
     let first = window.octet(inner + 6);
@@ -263,6 +266,13 @@ pub fn parse_ipv6(window: &Window, len: u32) -> Result<Packet, NoFlow> {
         ..packet
     };
     error(window, about)
+}
+
+/// An offset that was compared with a limit, of which the compiler knows nothing any more: it would leave out the
+/// mask of [`Window::octet`], where the verifier may not know the limit.
+#[inline(always)]
+pub(super) fn unknown(at: u32) -> u32 {
+    black_box(at)
 }
 
 /// The length of an IPv4 header at an offset.
@@ -299,23 +309,25 @@ fn transport(window: &Window, packet: Packet) -> Result<Packet, NoFlow> {
             if l4 + TCP_HEADER > WINDOW_LEN as u32 || l4 + TCP_HEADER > len {
                 return Err(NoFlow::BadHeader);
             }
-            let header_len = u32::from(window.octet(l4 + 12) >> 4) * 4;
+            let at = unknown(l4);
+            let header_len = u32::from(window.octet(at + 12) >> 4) * 4;
             if header_len < TCP_HEADER || l4 + header_len > len {
                 return Err(NoFlow::BadHeader);
             }
-            tcp_flags = window.octet(l4 + 13);
+            tcp_flags = window.octet(at + 13);
         }
         IPPROTO_UDP => {
             if l4 + UDP_HEADER > WINDOW_LEN as u32 || l4 + UDP_HEADER > len {
                 return Err(NoFlow::BadHeader);
             }
-            let udp_len = u32::from(window.be16(l4 + 4));
+            let udp_len = u32::from(window.be16(unknown(l4) + 4));
             if udp_len < UDP_HEADER || l4 + udp_len > len {
                 return Err(NoFlow::BadHeader);
             }
         }
         _ => return Err(NoFlow::Other),
     }
+    let l4 = unknown(l4);
     let (source_port, destination_port) = (window.be16(l4), window.be16(l4 + 2));
     if source_port == 0 || destination_port == 0 {
         return Err(NoFlow::BadHeader);
@@ -333,7 +345,8 @@ fn error(window: &Window, packet: Packet) -> Result<Packet, NoFlow> {
     if inner_l4 + 8 > WINDOW_LEN as u32 || inner_l4 + 8 > len {
         return Err(NoFlow::BadHeader);
     }
-    let (source_port, destination_port) = (window.be16(inner_l4 + 2), window.be16(inner_l4));
+    let at = unknown(inner_l4);
+    let (source_port, destination_port) = (window.be16(at + 2), window.be16(at));
     Ok(Packet { source_port, destination_port, is_error: 1, ..packet })
 }
 
@@ -373,6 +386,7 @@ fn skip_extensions(
         if at > WINDOW_LEN as u32 - 8 {
             return Err(NoFlow::BadHeader);
         }
+        at = unknown(at);
         n_skipped += 1;
     }
     Err(NoFlow::BadHeader)

@@ -20,6 +20,8 @@ pub struct Spec {
     pub protocol: u8,
     /// TCP's flags.
     pub tcp_flags: u8,
+    /// TCP's sequence number, and what it acknowledges.
+    pub numbers: [u32; 2],
     /// The hop limit.
     pub hop_limit: u8,
     /// Options of IPv4, in words; extension headers of IPv6, by their numbers.
@@ -114,6 +116,20 @@ fn l4_checksum(spec: &Target, is_ipv6: bool, protocol: u8, l4: &[u8]) -> u16 {
     !sum(&[source, destination, &len, &[0, 0, 0, protocol], l4])
 }
 
+/// The sum of TCP's pseudo-header.
+pub fn pseudo_sum(target: &Target, is_ipv6: bool, len: u8) -> u16 {
+    let (source, destination): (&[u8], &[u8]) = match is_ipv6 {
+        true => (&target.source.octets, &target.destination.octets),
+        false => (low(&target.source), low(&target.destination)),
+    };
+    sum(&[source, destination, &[0, len, 0, IPPROTO_TCP]])
+}
+
+/// Whether the checksum of an IPv4 header is right.
+pub fn is_summed_up(header: &[u8]) -> bool {
+    sum(&[header]) == 0xffff
+}
+
 /// A packet from its IP header on.
 pub fn packet(spec: &Spec) -> Vec<u8> {
     let Spec { target, is_ipv6, protocol, .. } = spec;
@@ -121,7 +137,8 @@ pub fn packet(spec: &Spec) -> Vec<u8> {
     l4.extend(target.source_port.to_be_bytes());
     l4.extend(target.destination_port.to_be_bytes());
     if *protocol == IPPROTO_TCP {
-        l4.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, spec.tcp_flags, 1, 0, 0, 0, 0, 0]);
+        l4.extend(spec.numbers.map(u32::to_be_bytes).concat());
+        l4.extend([0x50, spec.tcp_flags, 0, 0, 0, 0, 0, 0]);
     } else {
         l4.extend((8 + spec.payload.len() as u16).to_be_bytes());
         l4.extend([0, 0]);

@@ -28,6 +28,7 @@ fn plain(is_ipv6: bool, protocol: u8) -> Spec {
         is_ipv6,
         protocol,
         tcp_flags: TCP_SYN,
+        numbers: [u32::MAX - 3, 0xdead_beef],
         hop_limit: 64,
         options: Vec::new(),
         is_unchecked: false,
@@ -260,6 +261,54 @@ fn tags_before_the_ip_header() {
     let mut octets = [0; 22];
     (octets[12], octets[13]) = (8, 0);
     assert_eq!(ip_header(&octets, 14), None);
+}
+
+/// The RST is as if made: whole, and with the pseudo-header's sum where the network card completes it.
+#[test]
+fn a_reset_answers_a_segment() {
+    for is_ipv6 in [false, true] {
+        let rows = [
+            (TCP_SYN, [0, 10], TCP_RST | TCP_ACK),
+            (TCP_SYN | TCP_ACK, [0xdead_beef, 0], TCP_RST),
+            (TCP_ACK, [0xdead_beef, 0], TCP_RST),
+            (TCP_FIN, [0, 10], TCP_RST | TCP_ACK),
+            (0, [0, 9], TCP_RST | TCP_ACK),
+        ];
+        for (tcp_flags, numbers, expected) in rows {
+            for options in [&[][..], &[0]] {
+                let options = options.to_vec();
+                let spec = Spec { tcp_flags, options, ..plain(is_ipv6, IPPROTO_TCP) };
+                let before = packet(&spec);
+                let found = parsed(&before, is_ipv6).unwrap();
+                let mut window = window(&before);
+                let reset = make_reset(&mut window, &found);
+                let Target { source, destination, source_port, destination_port, .. } = spec.target;
+                let target = Target {
+                    source: destination,
+                    destination: source,
+                    source_port: destination_port,
+                    destination_port: source_port,
+                    padding: 0,
+                };
+                let (payload, options) = (Vec::new(), Vec::new());
+                let answer =
+                    Spec { target, tcp_flags: expected, numbers, payload, options, ..spec.clone() };
+                let mut expected = packet(&answer);
+                // No service class, no identification, no label.
+                if is_ipv6 {
+                    expected[1..4].fill(0);
+                } else {
+                    (expected[1], expected[4], expected[5]) = (0, 0, 0);
+                    expected[10..12].copy_from_slice(&window.octets[10..12]);
+                }
+                assert_eq!(reset.len as usize, expected.len());
+                assert_eq!(window.octets[..expected.len()], expected, "{spec:?}");
+                let sum = u16::from_be(reset.pseudo_sum);
+                assert_eq!(super::reference::pseudo_sum(&target, is_ipv6, 20), sum);
+                assert!(super::reference::is_summed_up(&window.octets[..20]) || is_ipv6);
+            }
+        }
+    }
 }
 
 /// States by what each side sends: `c` for the client, `b` for the backend.

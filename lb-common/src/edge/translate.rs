@@ -1,6 +1,6 @@
 //! The translation of a packet: addresses, ports, hop limit, and checksums by what differs (RFC 1624).
 
-use crate::edge::packet::{IPV4_HEADER, Packet, Window};
+use crate::edge::packet::{Packet, Window, unknown};
 use crate::{Address, IPPROTO_TCP, IPPROTO_UDP};
 
 /// What a packet gets.
@@ -31,7 +31,7 @@ pub struct Difference {
 
 /// The sum folded to 16 bits.
 #[inline(always)]
-fn fold(sum: u32) -> u16 {
+pub(super) fn fold(sum: u32) -> u16 {
     let sum = (sum & 0xffff) + (sum >> 16);
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
@@ -57,14 +57,16 @@ fn replace_ipv4(window: &mut Window, at: u32, address: &Address, difference: &mu
     replace(window, at + 2, u16::from_ne_bytes([c, d]), difference);
 }
 
-#[inline(always)]
-fn replace_ipv6(window: &mut Window, at: u32, address: &Address, difference: &mut u32) {
-    let mut idx = 0;
+/// A function of its own in the kernel: its loop is unrolled, and the stack there is short.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn replace_ipv6(window: &mut Window, at: u32, address: &Address) -> u32 {
+    let (mut difference, mut idx) = (0, 0);
     while idx < 8 {
         let word = [address.octets[idx * 2], address.octets[idx * 2 + 1]];
-        replace(window, at + idx as u32 * 2, u16::from_ne_bytes(word), difference);
+        replace(window, at + idx as u32 * 2, u16::from_ne_bytes(word), &mut difference);
         idx += 1;
     }
+    difference
 }
 
 /// Replaces the addresses of an IP header. Returns by how much they differ; the checksum is right again.
@@ -78,8 +80,8 @@ fn replace_addresses(
 ) -> u32 {
     let mut addresses = 0;
     if is_ipv6 {
-        replace_ipv6(window, at + 8, source, &mut addresses);
-        replace_ipv6(window, at + 24, destination, &mut addresses);
+        addresses += replace_ipv6(window, at + 8, source);
+        addresses += replace_ipv6(window, at + 24, destination);
     } else {
         replace_ipv4(window, at + 12, source, &mut addresses);
         replace_ipv4(window, at + 16, destination, &mut addresses);
@@ -184,6 +186,7 @@ pub fn translate_error(
     let at = inner_l4 + checksum_offset(protocol);
     let mut end = inner_l4 + 4;
     if at + 2 <= len && at + 2 <= crate::WINDOW_LEN as u32 {
+        let at = unknown(at);
         let before = window.word(at);
         update(window, at, protocol, addresses + ports);
         difference += u32::from(!before) + u32::from(window.word(at));
@@ -192,18 +195,4 @@ pub fn translate_error(
     let checksum = adjusted(window.word(l4 + 2), difference);
     window.set_word(l4 + 2, checksum);
     end
-}
-
-/// Makes an IPv4 header without options, whose checksum is right.
-#[inline(always)]
-pub fn ipv4_checksum(window: &Window) -> u16 {
-    let mut sum = 0;
-    let mut at = 0;
-    while at < IPV4_HEADER {
-        if at != 10 {
-            sum += u32::from(window.word(at));
-        }
-        at += 2;
-    }
-    !fold(sum)
 }

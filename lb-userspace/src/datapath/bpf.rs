@@ -57,6 +57,17 @@ impl AttachType {
     pub const GETPEERNAME6: AttachType = AttachType { number: 30, name: "getpeername6" };
 }
 
+/// Where at an interface tcx attaches a program, by its number in linux/bpf.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcxHook(u32);
+
+impl TcxHook {
+    /// BPF_TCX_INGRESS
+    pub const INGRESS: TcxHook = TcxHook(46);
+    /// BPF_TCX_EGRESS
+    pub const EGRESS: TcxHook = TcxHook(47);
+}
+
 /// A program's attachment (`bpf_link`). It ends with the last descriptor and pin.
 #[derive(Debug)]
 pub struct Link(OwnedFd);
@@ -96,16 +107,18 @@ impl Link {
         Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Attaches a program to the ingress of an interface, before those that are attached there. Kernel
-    /// 6.6 and later.
+    /// Attaches a program to an interface, before those that are attached there. Kernel 6.6 and later.
     ///
     /// # Errors
     /// EINVAL on earlier kernels, EPERM without CAP_NET_ADMIN and CAP_BPF, ENODEV for no interface.
-    pub fn attach_ingress(program: BorrowedFd<'_>, interface: u32) -> io::Result<Link> {
-        const BPF_TCX_INGRESS: u32 = 46;
+    pub fn attach_tcx(
+        program: BorrowedFd<'_>,
+        interface: u32,
+        TcxHook(hook): TcxHook,
+    ) -> io::Result<Link> {
         const BPF_F_BEFORE: u32 = 1 << 3;
         let program = program.as_raw_fd() as u32;
-        let fd = bpf(BPF_LINK_CREATE, &[program, interface, BPF_TCX_INGRESS, BPF_F_BEFORE])?;
+        let fd = bpf(BPF_LINK_CREATE, &[program, interface, hook, BPF_F_BEFORE])?;
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
@@ -115,7 +128,7 @@ impl Link {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn ingress(&self) -> io::Result<Option<u32>> {
+    pub fn tcx_interface(&self) -> io::Result<Option<u32>> {
         // struct bpf_link_info: type, id, prog_id, (padding,) then tcx { ifindex, attach_type }.
         let info = self.raw_info()?;
         let ([link_type, _id], [interface, _]) = (halves(info[0]), halves(info[2]));

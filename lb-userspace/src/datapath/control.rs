@@ -1,6 +1,6 @@
 //! Controls the kernel side: applies tables, watches the hooks, detaches or keeps them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -113,6 +113,7 @@ impl Datapath {
         &mut self,
         table: &Table,
     ) -> Result<BTreeMap<Arc<str>, ReconcileError>, DatapathError> {
+        self.edge.prepare(table);
         let errors = self.reconciler.apply(table, now_ms());
         // Maps with fewer services must not replace those in use.
         let unserved = self.reconciler.unserved(table, &errors);
@@ -141,7 +142,14 @@ impl Datapath {
         }
         self.reconciler.clear_served();
         self.names.apply(table, &self.pins);
+        self.apply_edge();
         Ok(errors)
+    }
+
+    /// Updates the public frontends to the table that was applied last.
+    fn apply_edge(&mut self) {
+        let reconciler = &self.reconciler;
+        self.edge.apply(|name| Some(reconciler.indices(name)?.service));
     }
 
     /// Makes the hooks run this datapath's programs.
@@ -222,6 +230,8 @@ impl Datapath {
         let mut attachment = self.units.fix(&self.pins);
         self.follow_outcomes(attachment.is_after_gap);
         self.names.fix(&self.pins);
+        let reconciler = &self.reconciler;
+        self.edge.fix(&self.pins, |name| Some(reconciler.indices(name)?.service));
         if self.counts_in_flight() {
             self.recounter.work(attachment.is_after_gap);
         }
@@ -275,12 +285,13 @@ impl Datapath {
 
     /// Sets what this node does as an edge; `None` for nothing.
     pub fn configure_edge(&mut self, options: Option<EdgeOptions>) {
-        self.edge.configure(options);
+        self.edge.configure(options, &self.pins);
+        self.apply_edge();
     }
 
-    /// Sets the public addresses of services, which the next table applies.
-    pub fn set_public(&mut self, public: HashMap<Arc<str>, Vec<SocketAddr>>) {
-        self.edge.set_public(public);
+    /// Ends the flows through the edge that would be over so much later.
+    pub fn sweep_edge_after(&mut self, time: Duration) {
+        self.edge.sweep_after(time);
     }
 
     /// How the edge does; `None` where this node is none.
@@ -512,6 +523,7 @@ impl Datapath {
     pub fn detach(&mut self) {
         self.configure_intercept(None);
         self.names.detach(&self.pins);
+        self.edge.detach(&self.pins);
         self.units.detach(&self.pins);
         if let Err(error) = self.pins.remove_all() {
             tracing::warn!("{error}");

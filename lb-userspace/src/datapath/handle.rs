@@ -1,8 +1,7 @@
 //! The datapath as the daemon's parts share it: the loop applies tables and checks the hooks, others
 //! read.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -274,11 +273,6 @@ impl SharedDatapath {
     /// As [`Datapath::configure_edge`].
     pub fn configure_edge(&self, options: Option<EdgeOptions>) {
         lock(&self.datapath).configure_edge(options);
-    }
-
-    /// As [`Datapath::set_public`].
-    pub fn set_public(&self, public: HashMap<Arc<str>, Vec<SocketAddr>>) {
-        lock(&self.datapath).set_public(public);
     }
 
     /// As [`Datapath::edge_status`].

@@ -16,11 +16,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lb_common::{ConnRecord, NOT_COUNTED, RevNat};
+use lb_common::{ConnRecord, FlowRecord, FlowState, NOT_COUNTED, RevNat};
 
 use super::conns::{Suspects, TcpConns, canonical};
 use super::diag::Stored;
-use super::kernel::{Counters, Tally};
+use super::kernel::{AtomicArray, Counters, Tally};
 
 /// How long after a recount that left something open the next one begins.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -46,11 +46,37 @@ pub struct Recount {
     pub is_settled: bool,
 }
 
+/// The flows through this host's edge, which are connections in flight, too.
+#[derive(Clone, Debug, Default)]
+pub struct EdgeRecords(Arc<Mutex<Option<Arc<AtomicArray<FlowRecord>>>>>);
+
+impl EdgeRecords {
+    /// Sets the records; `None` where this host is no edge.
+    pub fn set(&self, records: Option<Arc<AtomicArray<FlowRecord>>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = records;
+    }
+
+    /// The backend of each connection, its generation, and whether it is pending.
+    fn connections(&self) -> Vec<(u32, u32, bool)> {
+        let records = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(records) = records else { return Vec::new() };
+        let connection = |idx| {
+            let FlowRecord { claims, state, flags, backend_idx, generation, .. } =
+                records.load(idx);
+            let is_one =
+                claims != 0 && state != FlowState::None as u8 && flags & FlowRecord::IN_FLIGHT != 0;
+            is_one.then_some((backend_idx, generation, flags & FlowRecord::PENDING != 0))
+        };
+        (0..records.len()).filter_map(connection).collect()
+    }
+}
+
 /// Recounts in a thread of its own, when it is time.
 #[derive(Clone, Debug)]
 pub struct Recounter {
     counters: Counters,
     conns: TcpConns,
+    edge: EdgeRecords,
     /// The layout that the maps have.
     layout: u16,
     plan: Arc<Mutex<Plan>>,
@@ -75,10 +101,16 @@ impl Recounter {
         Recounter {
             counters,
             conns,
+            edge: EdgeRecords::default(),
             layout,
             plan: Arc::new(Mutex::new(plan)),
             recounting: Arc::default(),
         }
+    }
+
+    /// Where the flows through the edge are set.
+    pub fn edge(&self) -> &EdgeRecords {
+        &self.edge
     }
 
     /// Recounts if that is due, or at once after a gap. Returns at once.
@@ -170,6 +202,15 @@ impl Recounter {
                 recount.is_settled = false;
             }
         }
+        let mut by_edge = BTreeSet::new();
+        for (backend_idx, generation, is_pending) in self.edge.connections() {
+            if before.get(&backend_idx).is_some_and(|tally| tally.generation == generation) {
+                let (n, n_pending) = counted.entry(backend_idx).or_default();
+                *n += 1;
+                *n_pending += i32::from(is_pending);
+                by_edge.insert(backend_idx);
+            }
+        }
         let mut suspects = Vec::new();
         for (backend_idx, before) in &before {
             let (n_counted, n_pending) = counted.get(backend_idx).copied().unwrap_or_default();
@@ -182,7 +223,10 @@ impl Recounter {
             if (n, pending.n) != (0, 0) {
                 self.counters.add_in_flight(*backend_idx, n, pending.n);
                 recount.n_corrected += 1;
-            } else if !pending.is_exact && after.pending != n_pending {
+            } else if !pending.is_exact
+                && after.pending != n_pending
+                && !by_edge.contains(backend_idx)
+            {
                 suspects.push(*backend_idx);
             }
             // What was corrected while connections were made may have been corrected wrongly.

@@ -128,6 +128,23 @@ impl<T> AtomicArray<T> {
         }
     }
 
+    /// Changes the word at `offset` of an element by exchange, unless the function gives it up; returns what it
+    /// was.
+    pub(super) fn exchange_word(
+        &self,
+        index: u32,
+        offset: usize,
+        change: impl FnMut(u64) -> Option<u64>,
+    ) -> Option<u64> {
+        let [word] = self.field(index, offset, 8) else { return None };
+        word.try_update(Ordering::AcqRel, Ordering::Acquire, change).ok()
+    }
+
+    /// The number of elements.
+    pub(super) fn len(&self) -> u32 {
+        (self.n_words * 8 / size_of::<T>()) as u32
+    }
+
     pub(super) fn load(&self, index: u32) -> T
     where
         T: FromBytes + IntoBytes,

@@ -15,7 +15,7 @@ use super::error::DatapathError;
 use super::object::program_fd;
 use super::pins::{self, PinnedLink, Pins, unpin};
 use super::units::{AttachPoint, Hook, UNITS, Unit, UnitHealth, UnitState, hooks};
-use super::{cause, names, obstacles};
+use super::{cause, edge, names, obstacles};
 
 /// The cgroup that is served.
 #[derive(Debug)]
@@ -74,10 +74,11 @@ pub fn find_attached(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
     attached(&pins::links_in(bpffs).unwrap_or_default(), &cgroup)
 }
 
-/// Whether a link of this layout is the unit `names`'.
-fn is_of_names(pinned: &PinnedLink, pins: &Pins) -> bool {
+/// Whether a link of this layout is that of a unit which replaces its own.
+fn is_replaced_later(pinned: &PinnedLink, pins: &Pins) -> bool {
     let name = pinned.name.to_string_lossy();
-    name.starts_with(names::PIN_PREFIX) && pinned.path == pins.link(&name)
+    let prefixes = [names::PIN_PREFIX, edge::PIN_PREFIX];
+    prefixes.iter().any(|prefix| name.starts_with(prefix)) && pinned.path == pins.link(&name)
 }
 
 /// The order of attaching reversed. A hook that this version doesn't know is a later version's, and
@@ -242,8 +243,8 @@ impl Units {
             }
         }
         self.are_switched = true;
-        // Those of the unit `names` are replaced once the DNS server listens.
-        earlier.retain(|pinned| !is_of_names(pinned, pins));
+        // Those of the units `names` and `edge` are replaced once these are configured.
+        earlier.retain(|pinned| !is_replaced_later(pinned, pins));
         // The rest, such as links to another cgroup, ends here.
         sort_for_detaching(&mut earlier);
         let attached = self.units.iter().filter(|unit| !unit.links.is_empty());

@@ -21,6 +21,9 @@ pub static OUTCOMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/n
 /// The object of the unit `names`, with maps of its own.
 pub static NAMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-names"));
 
+/// The object of the unit `edge`, with maps of its own.
+pub static EDGE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-edge"));
+
 /// The object of the unit `intercept`.
 pub static INTERCEPT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-intercept"));
 
@@ -149,6 +152,24 @@ pub fn names_shapes(sizes: &Sizes) -> Vec<MapShape> {
     sized.into_iter().chain(fixed).filter_map(shape).collect()
 }
 
+/// The pinned maps of the unit `edge`, for so many flows. All came to this layout after its first version.
+pub fn edge_shapes(max_flows: u32, has_ipv6: bool) -> Vec<MapShape> {
+    let keys = max_flows.saturating_mul(2);
+    let of_ipv6 = |size| if has_ipv6 { size } else { 1 };
+    let sized = [
+        ("EDGE_FLOWS", keys),
+        ("EDGE_FLOWS6", of_ipv6(keys)),
+        ("EDGE_RECORDS", max_flows),
+        ("EDGE_ADDRESSES6", of_ipv6(max_flows)),
+    ];
+    let sized = sized.into_iter().filter_map(|(name, max_entries)| {
+        shape(name).map(|shape| MapShape { max_entries, ..shape })
+    });
+    let fixed = ["EDGE_FRONTENDS", "EDGE_FRONTENDS6", "EDGE_CONTROL", "EDGE_COUNTERS"];
+    let all = sized.chain(fixed.into_iter().filter_map(shape));
+    all.map(|shape| MapShape { is_added: true, ..shape }).collect()
+}
+
 /// The kernel's number of a socket storage; from linux/bpf.h.
 pub const SK_STORAGE: u32 = 24;
 
@@ -161,7 +182,10 @@ pub fn socket_shapes() -> Vec<MapShape> {
 fn shape(name: &'static str) -> Option<MapShape> {
     static MAPS: LazyLock<HashMap<String, aya_obj::Map>> = LazyLock::new(|| {
         let maps = |object| aya_obj::Object::parse(object).map(|object| object.maps);
-        [NAMES, CONNECT].into_iter().flat_map(|object| maps(object).unwrap_or_default()).collect()
+        [EDGE, NAMES, CONNECT]
+            .into_iter()
+            .flat_map(|object| maps(object).unwrap_or_default())
+            .collect()
     });
     MAPS.get(name).map(|map| MapShape {
         name,

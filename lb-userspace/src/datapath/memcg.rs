@@ -23,7 +23,7 @@ use rustix::process::{
 };
 
 use super::cause::Environment;
-use super::map_specs::{CONNECT, NAMES};
+use super::map_specs::{CONNECT, EDGE, NAMES};
 use crate::config::cgroup;
 
 /// The hidden command by which the binary creates maps from another cgroup.
@@ -207,7 +207,7 @@ pub fn create_maps(cgroup: &Path, maps: &[OsString]) -> io::Result<()> {
         }
     }
     // Each takes those of the maps that it has.
-    [CONNECT, NAMES]
+    [CONNECT, NAMES, EDGE]
         .into_iter()
         .try_for_each(|object| loader.load(object).map(drop).map_err(io::Error::other))
 }

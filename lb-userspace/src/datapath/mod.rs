@@ -40,6 +40,7 @@ mod reconcile;
 pub mod route;
 mod socket_terminator;
 mod start;
+mod tc;
 mod tcp_terminator;
 mod trace;
 mod units;
@@ -65,7 +66,7 @@ pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
 #[cfg(any(fuzzing, test))]
 pub use names::answered as answered_by_kernel;
-pub use names::{Interface as IngressInterface, NamesSettings, ProbedAnswer, announce_start};
+pub use names::{NamesSettings, ProbedAnswer, announce_start};
 pub use obstacles::Obstacle;
 pub use options::Options;
 pub use pins::{
@@ -74,6 +75,7 @@ pub use pins::{
 pub use prog_stats::{Cost, Measuring};
 pub use reconcile::{Indices, Pressure, ReconcileError};
 pub use start::{find_obstacle, unload};
+pub use tc::Interface as IngressInterface;
 pub use tcp_terminator::{TcpTerminator, VipConnection, VipConnections};
 pub use trace::{Begun, TraceEvents, TraceStep, Traced, now_ns as trace_now_ns};
 pub use units::{AttachPoint, Hook, OUTCOMES, Object, UNITS, Unit, UnitHealth, UnitState, hooks};

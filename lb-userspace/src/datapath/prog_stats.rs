@@ -64,6 +64,7 @@ impl Datapath {
             processed_instructions(options, &sizes, &self.pins, &mut self.features)?
         };
         all.extend(self.intercept.processed_instructions(&self.pins)?);
+        all.extend(self.edge.processed_instructions(&self.pins)?);
         all.extend(self.names.verified_instructions(&sizes, &self.pins)?);
         Ok(all)
     }

@@ -11,7 +11,7 @@ use super::activity::Usage;
 use super::btf::SocketBits;
 use super::conns::TcpConns;
 use super::control::Datapath;
-use super::edge::Edge;
+use super::edge::{self, Edge};
 use super::error::DatapathError;
 use super::features::Features;
 use super::in_flight::Recounter;
@@ -120,6 +120,8 @@ impl Datapath {
         })?;
         let names = Names::load(&sizes, &pins, options.map_creator.as_deref());
         let intercept = Intercept::new(&options.vip, &sizes);
+        let records = recounter.edge().clone();
+        let edge = Edge::new(&sizes, options.map_creator.clone(), counters.clone(), records);
         let mut datapath = Datapath {
             reconciler,
             counters,
@@ -128,7 +130,7 @@ impl Datapath {
             units,
             names,
             intercept,
-            edge: Edge::default(),
+            edge,
             pins,
             pinned_maps,
             socket_terminator,
@@ -302,7 +304,7 @@ fn obstacle(units: &'static [Unit], scope: &Path, bpffs: &Path) -> io::Result<Op
 pub fn unload(bpffs: &Path) -> Result<usize, DatapathError> {
     let Some(pins) = Pins::open_existing(bpffs)? else { return Ok(0) };
     let n_links = links::detach_pinned(&pins)?;
-    let n_filters = names::detach_filters(&pins);
+    let n_filters = names::detach_filters(&pins) + edge::detach_filters(&pins);
     pins.remove_all()?;
     Ok(n_links + n_filters)
 }

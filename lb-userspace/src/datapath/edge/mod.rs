@@ -1,26 +1,60 @@
 //! The unit `edge`: packets from outside for public VIPs are sent to backends, by translation of both
 //! addresses.
+//!
+//! Its flows are in pinned maps and outlive the daemon, as do its programs. The frontends follow the table
+//! in the same step as those of the unit `connect`: what leads to another service is removed before that
+//! one's index can be, and inserted after.
 
+mod kernel;
+mod networks;
 mod status;
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use lb_common::{
+    Address, DEFAULT_MAX_FLOWS, EdgeControl, EdgeCounter, FlowRecord, FlowState, IPPROTO_TCP,
+    IPPROTO_UDP, MAX_EDGE_SOURCES, N_FLOW_STATES,
+};
+
+use super::error::DatapathError;
+use super::in_flight::EdgeRecords;
+use super::kernel::Counters;
+use super::map_specs::{EDGE, MapShape, Sizes, edge_shapes};
+use super::maps::FrontendKey;
+use super::memcg;
+use super::object::{load_program, processed};
+use super::pins::{PinnedMaps, Pins, monotonic_ns, unpin};
+use super::tc::{
+    Attached, Direction, FilterHandle, Interface, Place, detach_filter, interface_names,
+};
 use super::units::{UnitHealth, UnitState};
+use crate::ordmap::{Diff, OrdMap};
+use crate::table::{Service, Table};
+use kernel::EdgeMaps;
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
 
 /// The unit's name.
 const UNIT: &str = "edge";
+/// What pins of its links begin with.
+pub const PIN_PREFIX: &str = "nohop_edge_";
+
+/// The programs, in the order in which they are attached: the way back first.
+const PROGRAMS: [(&str, Direction); 2] =
+    [("nohop_edge_out", Direction::Egress), ("nohop_edge", Direction::Ingress)];
 
 /// What an edge does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EdgeOptions {
     /// The interfaces by which clients and backends send their packets here.
     pub interfaces: Vec<String>,
-    /// This host's addresses from which packets go to backends, at most
-    /// four of each address family.
+    /// This host's addresses from which packets go to backends, at most four of each address family.
     pub sources: Vec<IpAddr>,
     /// How many flows there are room for.
     pub max_flows: u32,
@@ -53,52 +87,593 @@ impl Default for EdgeTimeouts {
 }
 
 /// The unit.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Edge {
+    sizes: Sizes,
+    map_creator: Option<PathBuf>,
+    counters: Counters,
+    records: EdgeRecords,
     options: Option<EdgeOptions>,
-    public: HashMap<Arc<str>, Vec<SocketAddr>>,
+    /// Loaded when it is first configured.
+    loaded: Option<Result<LoadedEdge, String>>,
+    /// The services of the last table.
+    seen: OrdMap<Arc<str>, Arc<Service>>,
+    /// Their frontends, each with its service.
+    wanted: BTreeMap<FrontendKey, Arc<str>>,
+    /// Whether an earlier daemon's is known to be gone.
+    is_tidy: bool,
+}
+
+#[derive(Debug)]
+struct LoadedEdge {
+    ebpf: Ebpf,
+    maps: EdgeMaps,
+    pinned: PinnedMaps,
+    /// The frontends in the map, each with the index of its service.
+    present: BTreeMap<FrontendKey, u32>,
+    attached: Vec<AttachedTo>,
+    handle: FilterHandle,
+    interfaces: Vec<EdgeInterface>,
+    problems: Vec<String>,
+    n_flows: u32,
+}
+
+#[derive(Debug)]
+struct AttachedTo {
+    interface: Interface,
+    /// In the order of [`PROGRAMS`].
+    programs: Vec<Attached>,
 }
 
 impl Edge {
-    /// Sets what it does; `None` for nothing.
-    pub fn configure(&mut self, options: Option<EdgeOptions>) {
-        self.options = options;
+    /// The unit of a datapath with maps of these sizes. `map_creator` is the program that creates maps, so
+    /// that they are charged to no memory cgroup. Nothing is loaded yet; an earlier daemon's programs go on.
+    pub fn new(
+        sizes: &Sizes,
+        map_creator: Option<PathBuf>,
+        counters: Counters,
+        records: EdgeRecords,
+    ) -> Edge {
+        Edge {
+            sizes: *sizes,
+            map_creator,
+            counters,
+            records,
+            options: None,
+            loaded: None,
+            seen: OrdMap::new(),
+            wanted: BTreeMap::new(),
+            is_tidy: false,
+        }
     }
 
-    /// Sets the public addresses of services, which the next table applies.
-    pub fn set_public(&mut self, public: HashMap<Arc<str>, Vec<SocketAddr>>) {
-        self.public = public;
+    /// Sets what it does; `None` for nothing, which ends what an earlier daemon's did.
+    pub fn configure(&mut self, options: Option<EdgeOptions>, pins: &Pins) {
+        let Some(wanted) = options else {
+            if self.options.is_some() || !self.is_tidy {
+                self.detach(pins);
+                remove_pins(pins);
+            }
+            self.is_tidy = true;
+            return;
+        };
+        let has_ipv6 = wanted.sources.iter().any(IpAddr::is_ipv6);
+        let is_resized = |earlier: &EdgeOptions| {
+            earlier.max_flows != wanted.max_flows
+                || earlier.sources.iter().any(IpAddr::is_ipv6) != has_ipv6
+        };
+        let is_failed = self.loaded.as_ref().is_some_and(Result::is_err);
+        if is_failed || self.options.as_ref().is_some_and(is_resized) {
+            self.detach(pins);
+        }
+        let (sizes, creator) = (&self.sizes, &self.map_creator);
+        let records = &self.records;
+        let loaded = self.loaded.get_or_insert_with(|| {
+            let loaded = LoadedEdge::load(sizes, creator, wanted.max_flows, has_ipv6, pins);
+            match &loaded {
+                Ok(loaded) => records.set(Some(loaded.maps.records().clone())),
+                Err(reason) => tracing::error!("the unit {UNIT} doesn't run: {reason}"),
+            }
+            loaded
+        });
+        if let Ok(loaded) = loaded {
+            loaded.configure(&wanted);
+            loaded.attach(&wanted, pins);
+        }
+        self.options = Some(wanted);
+    }
+
+    /// Removes the frontends that don't lead to the same service in `table`: before that changes.
+    pub fn prepare(&mut self, table: &Table) {
+        let Diff { changed, gone } = self.seen.diff(&table.services);
+        let is_public = |service: &Arc<Service>| !service.public.is_empty();
+        let mut changed = changed.iter().map(|(name, service)| (*name, *service)).chain(gone);
+        let is_concerned = changed.any(|(name, service)| {
+            is_public(service) || self.seen.get(name).is_some_and(is_public)
+        });
+        let wanted = if is_concerned { frontends(table) } else { self.wanted.clone() };
+        self.seen = table.services.clone();
+        if let Some(Ok(loaded)) = &mut self.loaded {
+            let is_gone = |(key, service): &(&FrontendKey, &Arc<str>)| {
+                wanted.get(*key).is_none_or(|name| name != *service)
+            };
+            for (key, _) in self.wanted.iter().filter(is_gone) {
+                loaded.remove(key);
+            }
+        }
+        self.wanted = wanted;
+    }
+
+    /// Updates the frontends to the table that [`Edge::prepare`] was given. `index` is where the kernel has a
+    /// service.
+    pub fn apply(&mut self, index: impl Fn(&str) -> Option<u32>) {
+        let Some(Ok(loaded)) = &mut self.loaded else { return };
+        let wanted = self.wanted.iter();
+        let wanted = wanted.filter_map(|(key, name)| Some((*key, index(name)?))).collect();
+        loaded.apply(&wanted);
+    }
+
+    /// Attaches and pins again what isn't, and ends the flows whose time is over.
+    pub fn fix(&mut self, pins: &Pins, index: impl Fn(&str) -> Option<u32>) {
+        let (Some(Ok(loaded)), Some(options)) = (&mut self.loaded, &self.options) else { return };
+        if let Err(error) = loaded.pinned.fix() {
+            tracing::debug!("the maps of the unit {UNIT} can't be pinned again: {error}");
+        }
+        loaded.attach(options, pins);
+        let counters = &self.counters;
+        loaded.n_flows = loaded.maps.sweep(now_ms(), |record| ended(record, counters));
+        self.apply(index);
+    }
+
+    /// Ends the flows whose time is over, as if it were so much later.
+    pub fn sweep_after(&mut self, time: Duration) {
+        if let Some(Ok(loaded)) = &mut self.loaded {
+            let now_ms = now_ms().wrapping_add(time.as_millis() as u32);
+            let counters = &self.counters;
+            loaded.n_flows = loaded.maps.sweep(now_ms, |record| ended(record, counters));
+        }
+    }
+
+    /// Detaches the programs. The flows stay.
+    pub fn detach(&mut self, pins: &Pins) {
+        if let Some(Ok(loaded)) = self.loaded.take() {
+            for attached in loaded.attached {
+                attached.detach(loaded.handle, pins);
+            }
+        }
+        self.records.set(None);
+        self.options = None;
+        // An earlier daemon's, too.
+        end_links(pins, |_| true);
+        detach_filters(pins);
     }
 
     /// How it does; `None` where it isn't configured.
     pub fn status(&self) -> Option<EdgeStatus> {
         let options = self.options.as_ref()?;
-        let interface = |name: &String| EdgeInterface {
-            name: name.clone(),
-            mode: None,
-            message: Some("this version attaches nothing yet".to_owned()),
-        };
-        Some(EdgeStatus {
-            interfaces: options.interfaces.iter().map(interface).collect(),
-            n_flows: 0,
-            max_flows: options.max_flows,
-            problems: Vec::new(),
+        let max_flows = options.max_flows;
+        Some(match self.loaded.as_ref()? {
+            Ok(LoadedEdge { interfaces, problems, n_flows, .. }) => {
+                let (interfaces, problems) = (interfaces.clone(), problems.clone());
+                EdgeStatus { interfaces, n_flows: *n_flows, max_flows, problems }
+            }
+            Err(reason) => {
+                let interface = |name: &String| EdgeInterface {
+                    name: name.clone(),
+                    mode: None,
+                    message: Some(reason.clone()),
+                };
+                let interfaces = options.interfaces.iter().map(interface).collect();
+                EdgeStatus { interfaces, n_flows: 0, max_flows, problems: vec![reason.clone()] }
+            }
         })
     }
 
     /// The flows, in no order.
     pub fn flows(&self) -> Vec<EdgeFlow> {
-        Vec::new()
+        let Some(Ok(loaded)) = &self.loaded else { return Vec::new() };
+        let now_ms = now_ms();
+        let since = |ms: u32| {
+            // Another processor's clock may be ahead.
+            Duration::from_millis(u64::try_from(now_ms.wrapping_sub(ms) as i32).unwrap_or(0))
+        };
+        let flow = |raw: kernel::RawFlow| {
+            let FlowRecord { protocol, packets, bytes, begun_ms, last_ms, state, .. } = raw.record;
+            let (address, port) = (raw.vip.ip(), raw.vip.port());
+            let service = self.wanted.get(&FrontendKey { address, port, protocol }).cloned();
+            Some(EdgeFlow {
+                service,
+                client: raw.client,
+                vip: raw.vip,
+                backend: raw.backend,
+                source: raw.source,
+                protocol,
+                state: match FlowState::from_number(state) {
+                    FlowState::None => return None,
+                    FlowState::SynSent => EdgeFlowState::SynSent,
+                    FlowState::SynReceived => EdgeFlowState::SynReceived,
+                    FlowState::Established => EdgeFlowState::Established,
+                    FlowState::HalfClosed => EdgeFlowState::HalfClosed,
+                    FlowState::Closed => EdgeFlowState::Closed,
+                    FlowState::Udp => EdgeFlowState::Udp,
+                },
+                packets,
+                bytes,
+                age: since(begun_ms),
+                idle: since(last_ms),
+            })
+        };
+        loaded.maps.flows().filter_map(flow).collect()
     }
 
-    /// What was decided on packets, by name.
+    /// What was decided on packets, by name; none where it isn't loaded.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
-        Vec::new()
+        let Some(Ok(loaded)) = &self.loaded else { return Vec::new() };
+        let words = loaded.maps.counters().words;
+        let count = |(name, counter): (&'static str, EdgeCounter)| (name, words[counter as usize]);
+        EdgeCounter::ALL.into_iter().map(count).collect()
     }
 
     /// The unit's state; `None` where it isn't configured.
     pub fn health(&self) -> Option<UnitHealth> {
-        let reason = self.status()?.interfaces.into_iter().find_map(|one| one.message);
-        Some(UnitHealth { name: UNIT, is_required: false, state: UnitState::Failed, reason })
+        let EdgeStatus { interfaces, problems, .. } = self.status()?;
+        let detached = interfaces.into_iter().find(|interface| interface.mode.is_none());
+        let (state, reason) = match (detached, problems.into_iter().next()) {
+            (Some(EdgeInterface { name, message, .. }), _) => {
+                let why = message.unwrap_or_default();
+                (UnitState::Failed, Some(format!("it isn't attached to {name}: {why}")))
+            }
+            (None, problem) => (UnitState::Attached, problem),
+        };
+        Some(UnitHealth { name: UNIT, is_required: false, state, reason })
     }
+
+    /// How many instructions the verifier processed for each program, by its log.
+    ///
+    /// # Errors
+    /// When the object can't be opened.
+    pub fn processed_instructions(
+        &self,
+        pins: &Pins,
+    ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
+        let shapes = edge_shapes(DEFAULT_MAX_FLOWS, true);
+        let mut loader = loader(&shapes, &self.sizes, pins);
+        loader.verifier_log_level(VerifierLogLevel::STATS);
+        let mut ebpf = loader.load(EDGE).map_err(DatapathError::Load)?;
+        let counts = PROGRAMS.iter().map(|(name, _)| processed(&mut ebpf, name)).collect();
+        if self.loaded.is_none() {
+            remove_pins(pins);
+        }
+        counts
+    }
+}
+
+/// The public frontends of a table, each with its service.
+fn frontends(table: &Table) -> BTreeMap<FrontendKey, Arc<str>> {
+    let mut all = BTreeMap::new();
+    for (name, service) in table.services.iter() {
+        for address in &service.public {
+            let (address, port) = (address.ip(), address.port());
+            let protocols =
+                [(IPPROTO_TCP, service.protocols.tcp()), (IPPROTO_UDP, service.protocols.udp())];
+            for (protocol, _) in protocols.into_iter().filter(|(_, has_it)| *has_it) {
+                let key = FrontendKey { address, port, protocol };
+                all.entry(key).or_insert_with(|| name.clone());
+            }
+        }
+    }
+    all
+}
+
+/// Takes a flow that ended off its backend's connections.
+fn ended(record: &FlowRecord, counters: &Counters) {
+    let one = |flag: u8| if record.flags & flag != 0 { -1 } else { 0 };
+    let (n, n_pending) = (one(FlowRecord::IN_FLIGHT), one(FlowRecord::PENDING));
+    let is_same = counters.generation(record.backend_idx) == record.generation;
+    if is_same && (n, n_pending) != (0, 0) {
+        counters.add_in_flight(record.backend_idx, n, n_pending);
+    }
+}
+
+/// The low 32 bits of CLOCK_MONOTONIC in milliseconds.
+fn now_ms() -> u32 {
+    (monotonic_ns() / 1_000_000) as u32
+}
+
+impl LoadedEdge {
+    fn load(
+        sizes: &Sizes,
+        map_creator: &Option<PathBuf>,
+        max_flows: u32,
+        has_ipv6: bool,
+        pins: &Pins,
+    ) -> Result<LoadedEdge, String> {
+        let failed = |error: DatapathError| error.to_string();
+        let shapes = edge_shapes(max_flows, has_ipv6);
+        // Of another size they are replaced by empty ones. Keys without records, or the other way round, are of no use.
+        pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
+        let is_there = |name: &str| pins.maps().join(name).exists();
+        if is_there("EDGE_FLOWS") != is_there("EDGE_RECORDS") {
+            remove_pins(pins);
+        }
+        if let Some(program) = map_creator {
+            // With those of the first unit, which are there: the mark is about all of them.
+            let all = sizes.shapes().into_iter().chain(shapes.iter().copied());
+            let all: Vec<_> =
+                all.map(|shape| (pins.maps().join(shape.name), shape.max_entries)).collect();
+            if let Err(reason) = memcg::create_uncharged(program, &all, &pins.charged()) {
+                tracing::debug!("the maps of the unit {UNIT} are charged: {reason}");
+            }
+        }
+        let mut ebpf =
+            loader(&shapes, sizes, pins).load(EDGE).map_err(|error| error.to_string())?;
+        for (name, _) in PROGRAMS {
+            load_program(&mut ebpf, name).map_err(failed)?;
+        }
+        let maps = EdgeMaps::take(&mut ebpf).map_err(failed)?;
+        let present = maps
+            .frontends()
+            .map_err(|error| format!("the map EDGE_FRONTENDS can't be read: {error}"))?;
+        let pinned = PinnedMaps::open(shapes.iter().map(|shape| pins.maps().join(shape.name)))
+            .map_err(|error| error.to_string())?;
+        Ok(LoadedEdge {
+            ebpf,
+            maps,
+            pinned,
+            present,
+            attached: Vec::new(),
+            handle: FilterHandle::of_unit(pins.dir(), UNIT),
+            interfaces: Vec::new(),
+            problems: Vec::new(),
+            n_flows: 0,
+        })
+    }
+
+    /// Writes what the programs read.
+    fn configure(&mut self, options: &EdgeOptions) {
+        let EdgeOptions { sources, timeouts, .. } = options;
+        let ms = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(i32::MAX as u32);
+        let mut control = EdgeControl {
+            timeouts_ms: [ms(timeouts.closed); N_FLOW_STATES],
+            n_records: self.maps.records().len(),
+            sources: [0; MAX_EDGE_SOURCES],
+            sources6: [Address::default(); MAX_EDGE_SOURCES],
+            n_sources: 0,
+            n_sources6: 0,
+            ..self.maps.control()
+        };
+        let longer = [
+            (FlowState::Established, timeouts.established),
+            (FlowState::HalfClosed, timeouts.half_closed),
+            (FlowState::Udp, timeouts.udp),
+        ];
+        for (state, timeout) in longer {
+            control.timeouts_ms[state as usize] = ms(timeout);
+        }
+        for source in sources {
+            match source {
+                IpAddr::V4(ip) => {
+                    if let Some(place) = control.sources.get_mut(control.n_sources as usize) {
+                        *place = u32::from_ne_bytes(ip.octets());
+                        control.n_sources += 1;
+                    }
+                }
+                IpAddr::V6(ip) => {
+                    if let Some(place) = control.sources6.get_mut(control.n_sources6 as usize) {
+                        *place = Address { octets: ip.octets() };
+                        control.n_sources6 += 1;
+                    }
+                }
+            }
+        }
+        networks::set(&mut control, self.present.keys().map(|key| key.address));
+        self.maps.set_control(&control);
+    }
+
+    fn remove(&mut self, key: &FrontendKey) {
+        match self.maps.remove(key) {
+            Ok(()) => {
+                self.present.remove(key);
+            }
+            Err(error) => tracing::error!("EDGE_FRONTENDS: {error}"),
+        }
+    }
+
+    /// Updates the map of frontends.
+    fn apply(&mut self, wanted: &BTreeMap<FrontendKey, u32>) {
+        if *wanted == self.present {
+            return;
+        }
+        let is_same = |(key, service): &(&FrontendKey, &u32)| wanted.get(*key) == Some(*service);
+        let gone: Vec<_> =
+            self.present.iter().filter(|one| !is_same(one)).map(|(key, _)| *key).collect();
+        gone.iter().for_each(|key| self.remove(key));
+        self.set_networks(wanted.keys().chain(self.present.keys()).map(|key| key.address));
+        for (key, service) in wanted {
+            if self.present.get(key) == Some(service) {
+                continue;
+            }
+            match self.maps.insert(*key, *service) {
+                Ok(()) => {
+                    self.present.insert(*key, *service);
+                }
+                Err(error) => tracing::error!("EDGE_FRONTENDS: {error}"),
+            }
+        }
+        self.set_networks(self.present.keys().map(|key| key.address));
+    }
+
+    fn set_networks(&self, addresses: impl Iterator<Item = IpAddr>) {
+        let before = self.maps.control();
+        let mut control = before;
+        networks::set(&mut control, addresses);
+        if control != before {
+            self.maps.set_control(&control);
+        }
+    }
+
+    /// Attaches the programs where they aren't, and detaches them from interfaces that aren't wanted.
+    fn attach(&mut self, options: &EdgeOptions, pins: &Pins) {
+        let indices = interface_indices();
+        let wanted: Vec<(&String, Option<Interface>)> = options
+            .interfaces
+            .iter()
+            .map(|name| {
+                let index = indices.get(name).copied();
+                (name, index.map(|index| Interface { name: name.clone(), index }))
+            })
+            .collect();
+        let is_wanted = |attached: &AttachedTo| {
+            wanted.iter().any(|(_, interface)| interface.as_ref() == Some(&attached.interface))
+        };
+        let (kept, gone): (Vec<_>, Vec<_>) = self.attached.drain(..).partition(is_wanted);
+        self.attached = kept;
+        for attached in gone {
+            attached.detach(self.handle, pins);
+        }
+        let is_own = |name: &str| {
+            let interfaces = wanted.iter().filter_map(|(_, interface)| interface.as_ref());
+            let mut names = interfaces
+                .flat_map(|interface| PROGRAMS.map(|(program, _)| pin_name(program, interface)));
+            names.any(|own| own == name)
+        };
+        end_links(pins, |name| !is_own(name));
+        let mut interfaces = Vec::new();
+        for (name, interface) in &wanted {
+            let result = match interface {
+                None => Err(format!("there is no interface {name}")),
+                Some(interface) => {
+                    self.attach_to(interface, pins).map_err(|error| error.to_string())
+                }
+            };
+            let (mode, message) = match result {
+                Ok(mode) => (Some(mode), None),
+                Err(message) => (None, Some(message)),
+            };
+            let interface = EdgeInterface { name: (*name).clone(), mode, message };
+            let is_new = !self.interfaces.contains(&interface);
+            match (&interface, is_new) {
+                (EdgeInterface { mode: Some(mode), .. }, true) => {
+                    tracing::info!("edge: attached to {name} by {}", mode.name());
+                }
+                (EdgeInterface { message: Some(message), .. }, true) => {
+                    tracing::warn!("edge: not attached to {name}: {message}");
+                }
+                _ => {}
+            }
+            interfaces.push(interface);
+        }
+        self.interfaces = interfaces;
+        self.problems = problems(options);
+    }
+
+    fn attach_to(&mut self, interface: &Interface, pins: &Pins) -> io::Result<EdgeMode> {
+        let nth = self.attached.iter().position(|attached| attached.interface == *interface);
+        let nth = nth.unwrap_or_else(|| {
+            let programs = Vec::new();
+            self.attached.push(AttachedTo { interface: interface.clone(), programs });
+            self.attached.len() - 1
+        });
+        let mut mode = EdgeMode::Tcx;
+        for (idx, (name, direction)) in PROGRAMS.into_iter().enumerate() {
+            let program = self.ebpf.program_mut(name).ok_or(io::ErrorKind::NotFound)?;
+            let program: &mut SchedClassifier = program.try_into().map_err(io::Error::other)?;
+            let pin = pins.link(&pin_name(name, interface));
+            let place = Place { pin: &pin, handle: self.handle, direction };
+            let Some(AttachedTo { programs, .. }) = self.attached.get_mut(nth) else { continue };
+            match programs.get_mut(idx) {
+                Some(attached) => attached.fix(program, interface, place)?,
+                None => programs.push(Attached::attach(program, interface, place)?),
+            }
+            if matches!(programs.get(idx), Some(Attached::Clsact)) {
+                mode = EdgeMode::Clsact;
+            }
+        }
+        Ok(mode)
+    }
+}
+
+impl AttachedTo {
+    fn detach(self, handle: FilterHandle, pins: &Pins) {
+        for ((name, direction), attached) in PROGRAMS.into_iter().zip(self.programs).rev() {
+            let pin = pins.link(&pin_name(name, &self.interface));
+            attached.detach(&self.interface, Place { pin: &pin, handle, direction });
+        }
+    }
+}
+
+/// What keeps packets from being sent on.
+fn problems(options: &EdgeOptions) -> Vec<String> {
+    let family = |is_ipv6| if is_ipv6 { "ipv6" } else { "ipv4" };
+    let mut problems = Vec::new();
+    for is_ipv6 in [false, true] {
+        if !options.sources.iter().any(|source| source.is_ipv6() == is_ipv6) {
+            continue;
+        }
+        for name in &options.interfaces {
+            let setting = format!("net/{}/conf/{name}/forwarding", family(is_ipv6));
+            let value = std::fs::read_to_string(format!("/proc/sys/{setting}"));
+            if value.is_ok_and(|value| value.trim() == "0") {
+                let setting = setting.replace('/', ".");
+                problems.push(format!(
+                    "{setting} is 0, so no packet that comes by {name} is sent on: `sysctl -w {setting}=1`"
+                ));
+            }
+        }
+    }
+    problems
+}
+
+/// Loads the object over its pinned maps.
+fn loader(shapes: &[MapShape], sizes: &Sizes, pins: &Pins) -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    let shared = sizes.shapes();
+    for MapShape { name, max_entries, .. } in shapes.iter().chain(&shared) {
+        loader.map_max_entries(name, *max_entries).map_pin_path(name, pins.maps().join(name));
+    }
+    loader
+}
+
+/// Removes the pins of the unit's maps.
+fn remove_pins(pins: &Pins) {
+    for shape in edge_shapes(DEFAULT_MAX_FLOWS, true) {
+        if let Err(error) = unpin(&pins.maps().join(shape.name)) {
+            tracing::debug!("{error}");
+        }
+    }
+}
+
+/// Ends the links whose pins have such names.
+fn end_links(pins: &Pins, is_one: impl Fn(&str) -> bool) {
+    for pinned in pins.all_links().unwrap_or_default() {
+        let name = pinned.name.to_string_lossy();
+        if name.starts_with(PIN_PREFIX) && is_one(&name) {
+            let detached = pinned.link.detach();
+            if let Err(error) = unpin(&pinned.path).map_err(io::Error::other).and(detached) {
+                tracing::debug!("{} couldn't be detached: {error}", pinned.path.display());
+            }
+        }
+    }
+}
+
+/// Removes the filters that no link holds. Returns how many there were.
+pub fn detach_filters(pins: &Pins) -> usize {
+    let handle = FilterHandle::of_unit(pins.dir(), UNIT);
+    let detach = |name: &String| {
+        let directions = [Direction::Ingress, Direction::Egress].into_iter();
+        directions.filter(|direction| detach_filter(name, handle, *direction).is_ok()).count()
+    };
+    interface_names().map(|name| detach(&name)).sum()
+}
+
+/// The interfaces of this network namespace, by name.
+fn interface_indices() -> HashMap<String, u32> {
+    let index = |name: String| Some((name.clone(), nix::net::if_::if_nametoindex(&*name).ok()?));
+    interface_names().filter_map(index).collect()
+}
+
+/// Names of pins have no dots, so it has the interface's number.
+fn pin_name(program: &str, interface: &Interface) -> String {
+    let direction = if program.ends_with("_out") { "out" } else { "in" };
+    format!("{PIN_PREFIX}{direction}_{}", interface.index)
 }

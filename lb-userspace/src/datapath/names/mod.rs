@@ -4,7 +4,6 @@
 //! Its maps follow the table in the same step as those of the unit `connect`. What else the answers
 //! depend on is in one record, [`NamesControl`].
 
-mod ingress;
 mod kernel;
 mod probe;
 mod table;
@@ -29,11 +28,12 @@ use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
 use super::memcg;
 use super::object::{load_program, processed};
 use super::pins::{PinnedMaps, Pins, unpin};
+use super::tc::{
+    Attached, Direction, FilterHandle, Interface, Place, detach_filter, interface_names,
+};
 use super::units::{UnitHealth, UnitState};
 use crate::config::KernelMode;
 use crate::table::Table;
-pub use ingress::Interface;
-use ingress::{FilterHandle, Ingress, Place};
 use kernel::{ClientNetworks, ControlWord, KernelNames, Listeners};
 use probe::ProbeState;
 pub use probe::{NamesProber, ProbedAnswer};
@@ -100,7 +100,7 @@ struct LoadedNames {
     /// The index of the probe's record.
     probe_record: u32,
     probe_state: ProbeState,
-    attached: Vec<(Interface, Ingress)>,
+    attached: Vec<(Interface, Attached)>,
     /// What tells our filters from those of others.
     handle: FilterHandle,
     /// Whether what an earlier daemon attached to other interfaces is detached.
@@ -275,7 +275,7 @@ impl Names {
         let handle = loaded.handle;
         for (interface, ingress) in loaded.attached.drain(..) {
             let pin = pins.link(&pin_name(&interface));
-            ingress.detach(&interface, Place { pin: &pin, handle });
+            ingress.detach(&interface, Place { pin: &pin, handle, direction: Direction::Ingress });
         }
         loaded.settings = None;
         // An earlier daemon's, too.
@@ -464,7 +464,7 @@ impl LoadedNames {
         let handle = self.handle;
         for (interface, ingress) in gone {
             let pin = pins.link(&pin_name(&interface));
-            ingress.detach(&interface, Place { pin: &pin, handle });
+            ingress.detach(&interface, Place { pin: &pin, handle, direction: Direction::Ingress });
         }
         if self.is_filled && !std::mem::replace(&mut self.is_tidy, true) {
             end_elsewhere(&wanted, pins, handle);
@@ -474,13 +474,13 @@ impl LoadedNames {
         self.turn = self.turn.wrapping_add(1);
         for (idx, interface) in wanted.into_iter().enumerate() {
             let pin = pins.link(&pin_name(&interface));
-            let place = Place { pin: &pin, handle };
+            let place = Place { pin: &pin, handle, direction: Direction::Ingress };
             let program = program(&mut self.ebpf)?;
             let present = self.attached.iter_mut().find(|(attached, _)| *attached == interface);
             let attached = match present {
-                Some((_, Ingress::Clsact)) if !is_due(idx, n_interfaces, self.turn) => Ok(()),
+                Some((_, Attached::Clsact)) if !is_due(idx, n_interfaces, self.turn) => Ok(()),
                 Some((_, ingress)) => ingress.fix(program, &interface, place),
-                None => Ingress::attach(program, &interface, place)
+                None => Attached::attach(program, &interface, place)
                     .map(|ingress| self.attached.push((interface.clone(), ingress))),
             };
             // An interface may be gone before that is known here.
@@ -581,7 +581,7 @@ fn end_elsewhere(wanted: &[Interface], pins: &Pins, handle: FilterHandle) {
     let is_wanted = |name: &String| wanted.iter().any(|interface| interface.name == *name);
     interface_names().filter(|name| !is_wanted(name)).for_each(|name| {
         // Mostly there is none.
-        let _ = ingress::detach_filter(&name, handle);
+        let _ = detach_filter(&name, handle, Direction::Ingress);
     });
 }
 
@@ -601,17 +601,7 @@ fn end_links(pins: &Pins, is_one: impl Fn(&str) -> bool) {
 /// Removes the filters that no link holds. Returns how many there were.
 pub fn detach_filters(pins: &Pins) -> usize {
     let handle = FilterHandle::of(pins.dir());
-    interface_names().filter(|name| ingress::detach_filter(name, handle).is_ok()).count()
-}
-
-/// The interfaces of this network namespace; loopback alone where they can't be listed.
-fn interface_names() -> impl Iterator<Item = String> {
-    let listed = nix::net::if_::if_nameindex();
-    let names: Vec<String> = match &listed {
-        Ok(listed) => listed.iter().map(|one| one.name().to_string_lossy().into_owned()).collect(),
-        Err(_) => vec!["lo".to_owned()],
-    };
-    names.into_iter()
+    interface_names().filter(|name| detach_filter(name, handle, Direction::Ingress).is_ok()).count()
 }
 
 /// Names of pins have no dots, so it is the interface's number.

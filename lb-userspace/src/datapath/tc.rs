@@ -1,5 +1,5 @@
-//! The program at the ingress of an interface: by tcx from Linux 6.6 on, whose link is pinned, by a
-//! filter of clsact before, which stays by itself.
+//! Programs at interfaces: by tcx from Linux 6.6 on, whose link is pinned, by a filter of clsact
+//! before, which stays by itself.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
@@ -8,8 +8,8 @@ use std::path::Path;
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError, tc};
 
-use super::super::bpf::{Link, PinnedObject};
-use super::super::pins::unpin;
+use super::bpf::{Link, PinnedObject, TcxHook};
+use super::pins::unpin;
 
 /// The place of our filter among those of clsact: the first.
 const PRIORITY: u16 = 1;
@@ -30,6 +30,33 @@ pub struct Place<'a> {
     pub pin: &'a Path,
     /// What tells a filter from those of others.
     pub handle: FilterHandle,
+    /// Which packets it is for.
+    pub direction: Direction,
+}
+
+/// Which packets of an interface a program is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Those that come by it.
+    Ingress,
+    /// Those that leave by it.
+    Egress,
+}
+
+impl Direction {
+    fn attach_type(self) -> TcAttachType {
+        match self {
+            Direction::Ingress => TcAttachType::Ingress,
+            Direction::Egress => TcAttachType::Egress,
+        }
+    }
+
+    fn tcx(self) -> TcxHook {
+        match self {
+            Direction::Ingress => TcxHook::INGRESS,
+            Direction::Egress => TcxHook::EGRESS,
+        }
+    }
 }
 
 /// A filter's number, which follows from the directory of the pins: daemons with different ones may share
@@ -40,8 +67,14 @@ pub struct FilterHandle(u32);
 impl FilterHandle {
     /// That of a daemon that has its pins in `dir`.
     pub fn of(dir: &Path) -> FilterHandle {
+        FilterHandle::of_unit(dir, "")
+    }
+
+    /// That of a unit that shares its directory with others.
+    pub fn of_unit(dir: &Path, unit: &str) -> FilterHandle {
         // FNV-1a (RFC 9923), because it has to be the same for each version.
-        let hash = dir.as_os_str().as_bytes().iter().fold(0x811c_9dc5u32, |hash, &octet| {
+        let octets = dir.as_os_str().as_bytes().iter().chain(unit.as_bytes());
+        let hash = octets.fold(0x811c_9dc5u32, |hash, &octet| {
             (hash ^ u32::from(octet)).wrapping_mul(0x0100_0193)
         });
         // Zero lets the kernel choose.
@@ -55,14 +88,14 @@ impl FilterHandle {
 
 /// The program's attachment to an interface.
 #[derive(Debug)]
-pub enum Ingress {
+pub enum Attached {
     /// A link.
     Tcx(Link),
     /// A filter.
     Clsact,
 }
 
-impl Ingress {
+impl Attached {
     /// Attaches the program, in the place of an earlier one: no packet meets neither, or both.
     ///
     /// # Errors
@@ -71,26 +104,26 @@ impl Ingress {
         program: &mut SchedClassifier,
         interface: &Interface,
         place: Place<'_>,
-    ) -> io::Result<Ingress> {
+    ) -> io::Result<Attached> {
         let pin = place.pin;
         let fd = program.fd().map_err(io::Error::other)?.try_clone().map_err(io::Error::other)?;
         let fd = std::os::fd::AsFd::as_fd(&fd);
         if let Ok(Some(PinnedObject::Link(link))) = Link::pinned(pin)
-            && link.ingress().is_ok_and(|index| index == Some(interface.index))
+            && link.tcx_interface().is_ok_and(|index| index == Some(interface.index))
             && link.replace(fd).is_ok()
         {
-            return Ok(Ingress::Tcx(link));
+            return Ok(Attached::Tcx(link));
         }
-        match Link::attach_ingress(fd, interface.index) {
+        match Link::attach_tcx(fd, interface.index, place.direction.tcx()) {
             Ok(link) => {
                 unpin(pin).map_err(io::Error::other)?;
                 link.pin(pin)?;
-                Ok(Ingress::Tcx(link))
+                Ok(Attached::Tcx(link))
             }
             // A kernel that doesn't know tcx.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                attach_filter(program, interface, place.handle)?;
-                Ok(Ingress::Clsact)
+                attach_filter(program, interface, place)?;
+                Ok(Attached::Clsact)
             }
             Err(error) => Err(error),
         }
@@ -107,29 +140,33 @@ impl Ingress {
         place: Place<'_>,
     ) -> io::Result<()> {
         match self {
-            Ingress::Tcx(link) if link.ingress()? == Some(interface.index) => {
+            Attached::Tcx(link) if link.tcx_interface()? == Some(interface.index) => {
                 if place.pin.exists() { Ok(()) } else { link.pin(place.pin) }
             }
-            Ingress::Tcx(_) => {
-                *self = Ingress::attach(program, interface, place)?;
+            Attached::Tcx(_) => {
+                *self = Attached::attach(program, interface, place)?;
                 Ok(())
             }
-            Ingress::Clsact => insert_filter(program, interface, place.handle).map(drop),
+            Attached::Clsact => insert_filter(program, interface, place).map(drop),
         }
     }
 
     /// Detaches the program. What is detached already is no error.
     pub fn detach(self, interface: &Interface, place: Place<'_>) {
         let detached = match self {
-            Ingress::Tcx(link) => {
+            Attached::Tcx(link) => {
                 // A link whose interface is gone can't be detached any more.
                 let detached = link.detach();
                 unpin(place.pin).map_err(io::Error::other).and(detached)
             }
-            Ingress::Clsact => detach_filter(&interface.name, place.handle),
+            Attached::Clsact => detach_filter(&interface.name, place.handle, place.direction),
         };
         if let Err(error) = detached {
-            tracing::debug!("nohop_names couldn't be detached from {}: {error}", interface.name);
+            tracing::debug!(
+                "{} couldn't be detached from {}: {error}",
+                place.pin.display(),
+                interface.name
+            );
         }
     }
 }
@@ -138,7 +175,7 @@ impl Ingress {
 fn insert_filter(
     program: &mut SchedClassifier,
     interface: &Interface,
-    handle: FilterHandle,
+    place: Place<'_>,
 ) -> io::Result<bool> {
     match tc::qdisc_add_clsact(&interface.name).map_err(of_tc) {
         Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
@@ -146,10 +183,10 @@ fn insert_filter(
     }
     let options = TcAttachOptions::Netlink(NlOptions {
         priority: PRIORITY,
-        handle: handle.number(),
+        handle: place.handle.number(),
         ..NlOptions::default()
     });
-    match program.attach_with_options(&interface.name, TcAttachType::Ingress, options) {
+    match program.attach_with_options(&interface.name, place.direction.attach_type(), options) {
         Ok(id) => {
             // Dropping it would remove the filter.
             std::mem::forget(program.take_link(id).map_err(io::Error::other)?);
@@ -165,27 +202,35 @@ fn insert_filter(
 fn attach_filter(
     program: &mut SchedClassifier,
     interface: &Interface,
-    handle: FilterHandle,
+    place: Place<'_>,
 ) -> io::Result<()> {
-    if !insert_filter(program, interface, handle)? {
-        let earlier = filter(&interface.name, handle)?;
+    if !insert_filter(program, interface, place)? {
+        let earlier = filter(&interface.name, place.handle, place.direction)?;
         let id = program.attach_to_link(earlier).map_err(of_program)?;
         std::mem::forget(program.take_link(id).map_err(io::Error::other)?);
     }
     Ok(())
 }
 
-fn filter(interface: &str, handle: FilterHandle) -> io::Result<SchedClassifierLink> {
-    let ingress = TcAttachType::Ingress;
-    SchedClassifierLink::attached(interface, ingress, PRIORITY, handle.number(), None)
+fn filter(
+    interface: &str,
+    handle: FilterHandle,
+    direction: Direction,
+) -> io::Result<SchedClassifierLink> {
+    let attach_type = direction.attach_type();
+    SchedClassifierLink::attached(interface, attach_type, PRIORITY, handle.number(), None)
 }
 
 /// Removes a filter of ours from the interface of this name.
 ///
 /// # Errors
 /// When there is none, or the kernel refuses.
-pub fn detach_filter(interface: &str, handle: FilterHandle) -> io::Result<()> {
-    aya::programs::links::Link::detach(filter(interface, handle)?).map_err(of_program)
+pub fn detach_filter(
+    interface: &str,
+    handle: FilterHandle,
+    direction: Direction,
+) -> io::Result<()> {
+    aya::programs::links::Link::detach(filter(interface, handle, direction)?).map_err(of_program)
 }
 
 fn of_program(error: ProgramError) -> io::Error {
@@ -205,4 +250,14 @@ fn of_tc(error: TcError) -> io::Error {
         TcError::IoError(error) => error,
         other => io::Error::other(other),
     }
+}
+
+/// The interfaces of this network namespace; loopback alone where they can't be listed.
+pub fn interface_names() -> impl Iterator<Item = String> {
+    let listed = nix::net::if_::if_nameindex();
+    let names: Vec<String> = match &listed {
+        Ok(listed) => listed.iter().map(|one| one.name().to_string_lossy().into_owned()).collect(),
+        Err(_) => vec!["lo".to_owned()],
+    };
+    names.into_iter()
 }

@@ -1,0 +1,383 @@
+//! The flows: how one is found, followed and ended.
+
+use lb_common::{
+    Address, EdgeCounter, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, IPPROTO_TCP, Packet,
+    Target, next_state,
+};
+
+use crate::maps::{self, RecordPtr, count};
+use crate::{forward, outcomes};
+
+/// Whose packet one may be, by where it goes to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// No flow's.
+    None,
+    /// A client's, to a VIP.
+    Vip,
+    /// A backend's, to a source address.
+    Source,
+}
+
+/// A flow and the side that a packet is of, as a number, because functions that the verifier follows once
+/// return numbers: the record's index and one more, and bits. Zero for none.
+#[derive(Clone, Copy)]
+pub struct Found(pub u64);
+
+impl Found {
+    const BACK: u64 = 1 << 32;
+    const LOCAL: u64 = 1 << 33;
+    const OVER: u64 = 1 << 34;
+
+    #[inline(always)]
+    pub fn of(record: u32, is_back: bool, is_local: bool) -> Found {
+        let back = if is_back { Found::BACK } else { 0 };
+        let local = if is_local { Found::LOCAL } else { 0 };
+        Found((u64::from(record) + 1) | back | local)
+    }
+
+    /// The same, of a flow that ends with this packet.
+    #[inline(always)]
+    pub fn over(self) -> Found {
+        Found(self.0 | Found::OVER)
+    }
+
+    #[inline(always)]
+    pub fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    #[inline(always)]
+    pub fn is_over(self) -> bool {
+        self.0 & Found::OVER != 0
+    }
+
+    /// Whether the packet is the backend's.
+    #[inline(always)]
+    pub fn is_back(self) -> bool {
+        self.0 & Found::BACK != 0
+    }
+
+    /// Whether the backend is on this host.
+    #[inline(always)]
+    pub fn is_local(self) -> bool {
+        self.0 & Found::LOCAL != 0
+    }
+
+    #[inline(always)]
+    pub fn record(self) -> u32 {
+        (self.0 as u32).wrapping_sub(1)
+    }
+}
+
+/// The record of a packet's flow, and whether it is the backend's side.
+#[inline(always)]
+pub fn find(packet: &Packet) -> Option<(u32, bool)> {
+    let found = if packet.is_ipv6 != 0 {
+        maps::flow6(&FlowKey6::of_packet(packet))
+    } else {
+        maps::flow4(&key4(packet))
+    };
+    let FlowRef { record, is_back } = found?;
+    Some((record, is_back != 0))
+}
+
+/// A packet's key.
+#[inline(always)]
+pub fn key4(packet: &Packet) -> FlowKey4 {
+    let from = (low(&packet.source).to_ne_bytes(), packet.source_port);
+    let to = (low(&packet.destination).to_ne_bytes(), packet.destination_port);
+    FlowKey4::of(from, to, packet.protocol)
+}
+
+/// The key of a flow's packets, by its record.
+#[inline(always)]
+fn key4_of(record: RecordPtr, is_back: bool) -> FlowKey4 {
+    let protocol = record.protocol();
+    if is_back {
+        let from = (record.backend().to_ne_bytes(), record.backend_port());
+        FlowKey4::of(from, (record.source().to_ne_bytes(), record.source_port()), protocol)
+    } else {
+        let from = (record.client().to_ne_bytes(), record.client_port());
+        FlowKey4::of(from, (record.vip().to_ne_bytes(), record.vip_port()), protocol)
+    }
+}
+
+/// The same of IPv6.
+#[inline(always)]
+fn key6_of(record: RecordPtr, idx: u32, is_back: bool) -> Option<FlowKey6> {
+    let addresses = maps::addresses6(idx)?;
+    // SAFETY: an array's element stays; its record is claimed.
+    let read = |address: *const Address| -> Address {
+        // By words, as an array of octets would be copied one by one.
+        zerocopy::transmute!(unsafe { address.cast::<[u64; 2]>().read_volatile() })
+    };
+    let protocol = record.protocol();
+    // SAFETY: as above.
+    let (from, to) = unsafe {
+        if is_back {
+            (&raw const (*addresses).backend, &raw const (*addresses).source)
+        } else {
+            (&raw const (*addresses).client, &raw const (*addresses).vip)
+        }
+    };
+    let ports = if is_back {
+        (record.backend_port(), record.source_port())
+    } else {
+        (record.client_port(), record.vip_port())
+    };
+    Some(FlowKey6::of((read(from), ports.0), (read(to), ports.1), protocol))
+}
+
+/// An IPv4 address as it lies in memory.
+#[inline(always)]
+pub fn low(address: &Address) -> u32 {
+    let [_, low] = address.words();
+    (low >> 32) as u32
+}
+
+/// Whether a record is of a packet's flow: it may have become another one's since it was found.
+#[inline(always)]
+pub fn is_of(record: RecordPtr, idx: u32, packet: &Packet, is_back: bool) -> bool {
+    if record.state() == FlowState::None as u8 || record.protocol() != packet.protocol {
+        return false;
+    }
+    let ports = if is_back {
+        [record.backend_port(), record.source_port()]
+    } else {
+        [record.client_port(), record.vip_port()]
+    };
+    if ports != [packet.source_port, packet.destination_port] {
+        return false;
+    }
+    if packet.is_ipv6 != 0 {
+        let Some(addresses) = maps::addresses6(idx) else { return false };
+        // SAFETY: an array's element stays; what is half-written isn't equal.
+        let (from, to) = unsafe {
+            if is_back {
+                (&raw const (*addresses).backend, &raw const (*addresses).source)
+            } else {
+                (&raw const (*addresses).client, &raw const (*addresses).vip)
+            }
+        };
+        // SAFETY: as above.
+        return unsafe { from.read_volatile() == packet.source }
+            && unsafe { to.read_volatile() == packet.destination };
+    }
+    let (from, to) =
+        if is_back { (record.backend(), record.source()) } else { (record.client(), record.vip()) };
+    from == low(&packet.source) && to == low(&packet.destination)
+}
+
+/// Follows a flow by the packet that was read, and sets where it goes to. Returns 1, or 0 where there is no
+/// such flow any more.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
+    let found = Found(found);
+    let (Some(record), Some(scratch)) = (maps::record(found.record()), maps::scratch()) else {
+        return 0;
+    };
+    let packet = &scratch.packet;
+    if packet.is_error == 0 {
+        record.set_last_ms(forward::now_ms());
+        record.add_packet(packet.len);
+        let (state, flags) = (record.state(), record.flags());
+        if packet.protocol == IPPROTO_TCP {
+            let (next, next_flags) = next_state(state, flags, packet.tcp_flags, found.is_back());
+            if next != state || next_flags != flags {
+                let how = u64::from(state)
+                    | u64::from(next) << 8
+                    | u64::from(next_flags) << 16
+                    | u64::from(found.is_back()) << 24;
+                outcomes::nohop_edge_change(found.record().into(), how);
+            }
+        }
+    }
+    set_target(&mut scratch.target, record, found);
+    1
+}
+
+#[inline(always)]
+fn set_target(target: &mut Target, record: RecordPtr, found: Found) {
+    if found.is_back() {
+        (target.source_port, target.destination_port) = (record.vip_port(), record.client_port());
+    } else {
+        (target.source_port, target.destination_port) =
+            (record.source_port(), record.backend_port());
+    }
+    if record.flags() & FlowRecord::IPV6 != 0 {
+        if let Some(addresses) = maps::addresses6(found.record()) {
+            // SAFETY: an array's element stays, and it is written before a key leads to the record.
+            unsafe {
+                if found.is_back() {
+                    target.source = (&raw const (*addresses).vip).read_volatile();
+                    target.destination = (&raw const (*addresses).client).read_volatile();
+                } else {
+                    target.source = (&raw const (*addresses).source).read_volatile();
+                    target.destination = (&raw const (*addresses).backend).read_volatile();
+                }
+            }
+        }
+        return;
+    }
+    let (source, destination) = if found.is_back() {
+        (record.vip(), record.client())
+    } else {
+        (record.source(), record.backend())
+    };
+    (target.source, target.destination) =
+        (Address::v4(source.to_ne_bytes()), Address::v4(destination.to_ne_bytes()));
+}
+
+/// Ends a flow, if no other processor does: removes its keys and frees its record. Returns 1 if it did.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_end(record_idx: u64) -> u64 {
+    let idx = record_idx as u32;
+    let Some(record) = maps::record(idx) else { return 0 };
+    record.add_claims(1);
+    // Its own, and this one.
+    if record.claims() != 2 || record.state() == FlowState::None as u8 {
+        record.add_claims(-1);
+        return 0;
+    }
+    nohop_edge_remove_key(record_idx, 0);
+    nohop_edge_remove_key(record_idx, 1);
+    outcomes::nohop_edge_ended(record_idx);
+    record.set_state(FlowState::None as u8);
+    record.add_claims(-2);
+    1
+}
+
+/// Inserts a key of a record's flow, the backend's or the client's. Returns 1, or 0 where it is another's.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_insert_key(record_idx: u64, is_back: u64) -> u64 {
+    let (idx, is_back) = (record_idx as u32, is_back != 0);
+    let Some(record) = maps::record(idx) else { return 0 };
+    let flow = FlowRef { record: idx, is_back: is_back.into() };
+    let is_inserted = if record.flags() & FlowRecord::IPV6 != 0 {
+        key6_of(record, idx, is_back).is_some_and(|key| maps::insert6(&key, flow))
+    } else {
+        maps::insert4(&key4_of(record, is_back), flow)
+    };
+    is_inserted.into()
+}
+
+/// Removes one. Returns nothing of use.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_remove_key(record_idx: u64, is_back: u64) -> u64 {
+    let (idx, is_back) = (record_idx as u32, is_back != 0);
+    let Some(record) = maps::record(idx) else { return 0 };
+    if record.flags() & FlowRecord::IPV6 == 0 {
+        maps::remove4(&key4_of(record, is_back));
+    } else if let Some(key) = key6_of(record, idx, is_back) {
+        maps::remove6(&key);
+    }
+    0
+}
+
+/// Claims a record that is free, or whose flow's time is over. Where there is none, and `may_take` says so,
+/// one of a connection that isn't established. Returns one more than its index; 0 for none, or
+/// [`ONLY_PENDING`] where such a one is all that there was.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
+    /// How many records are looked at, from where the last search ended.
+    const N_LOOKED_AT: u64 = 64;
+    let Some(cursors) = maps::cursors() else { return 0 };
+    let (first, now) = (u64::from(cursors.record), now_ms);
+    // What a round finds is kept in memory, and the place is brought back to the first record where it is
+    // looked at: the verifier would follow each round once for each case of the rounds before.
+    cursors.pending = 0;
+    let mut nth = 0;
+    while nth < N_LOOKED_AT {
+        let seen = nohop_edge_look_at(first + nth, now);
+        if seen == CLAIMED {
+            cursors.record = within(first + nth + 1);
+            return u64::from(within(first + nth)) + 1;
+        }
+        nth += 1;
+        if seen == PENDING {
+            cursors.pending = nth;
+        }
+    }
+    cursors.record = within(first + nth);
+    let pending = cursors.pending;
+    if pending == 0 {
+        return 0;
+    }
+    if may_take == 0 {
+        return ONLY_PENDING;
+    }
+    let idx = within(first + pending - 1);
+    let Some(record) = maps::record(idx) else { return 0 };
+    if nohop_edge_end(idx.into()) != 0 && claim(record) {
+        count(EdgeCounter::Expired);
+        return u64::from(idx) + 1;
+    }
+    0
+}
+
+/// The index of a record, counted on from the last one to the first.
+#[inline(always)]
+fn within(place: u64) -> u32 {
+    let n_records = maps::n_records();
+    let place = place as u32;
+    if place >= n_records { place.wrapping_sub(n_records) } else { place }
+}
+
+/// See [`nohop_edge_claim`].
+pub const ONLY_PENDING: u64 = u64::MAX;
+
+/// The record was claimed.
+const CLAIMED: u64 = 1;
+/// It is that of a connection which isn't established, for a while.
+const PENDING: u64 = 2;
+
+/// Claims a record if it is free or its flow's time is over. Returns [`CLAIMED`], [`PENDING`] or 0.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
+    /// For how long a connection that isn't established keeps its record in any case, in milliseconds.
+    const GRACE_MS: u32 = 1_000;
+    let idx = within(place);
+    let Some(record) = maps::record(idx) else { return 0 };
+    if record.claims() != 0 {
+        let state = record.state();
+        let waited_ms = (now_ms as u32).wrapping_sub(record.last_ms());
+        // Another processor's clock may be ahead.
+        let waited_ms = if waited_ms > i32::MAX as u32 { 0 } else { waited_ms };
+        if waited_ms < maps::timeout_ms(state) {
+            let is_old = is_pending(state) && waited_ms >= GRACE_MS;
+            return if is_old { PENDING } else { 0 };
+        }
+        if nohop_edge_end(idx.into()) == 0 {
+            return 0;
+        }
+        count(EdgeCounter::Expired);
+    }
+    if claim(record) { CLAIMED } else { 0 }
+}
+
+#[inline(always)]
+fn is_pending(state: u8) -> bool {
+    state == FlowState::SynSent as u8 || state == FlowState::SynReceived as u8
+}
+
+/// Claims a record if it is free.
+#[inline(always)]
+fn claim(record: RecordPtr) -> bool {
+    if record.claims() != 0 {
+        return false;
+    }
+    record.add_claims(1);
+    if record.claims() == 1 {
+        return true;
+    }
+    // Two processors may both find the other one here.
+    record.add_claims(-1);
+    false
+}

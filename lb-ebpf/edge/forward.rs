@@ -1,0 +1,191 @@
+//! The way of a packet: the route, the translation, the interface that it leaves by.
+//!
+//! Checksums: the kernel's helpers know whether a packet has one already, or only the pseudo-header's part
+//! of it, which the network card completes (CHECKSUM_PARTIAL). So they are given what differs.
+
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+    BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup,
+};
+use aya_ebpf::helpers::generated::{
+    bpf_fib_lookup, bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+};
+use lb_common::{
+    Address, EdgeCounter, IPPROTO_UDP, Packet, checksum_offset, hop_limit, translate,
+    translate_error,
+};
+use zerocopy::IntoBytes as _;
+
+use crate::maps::{self, Scratch, count};
+use crate::skb::{IP, Skb};
+
+/// The low 32 bits of CLOCK_MONOTONIC in milliseconds.
+#[inline(always)]
+pub fn now_ms() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    (unsafe { bpf_ktime_get_ns() } / 1_000_000) as u32
+}
+
+/// What the kernel's routes say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// The interface and the hardware addresses are known.
+    Found,
+    /// The next hop's hardware address isn't.
+    Unresolved,
+    /// It is an address of this host.
+    Local,
+    /// The packet is too long for it.
+    TooLong,
+    /// There is none, or forwarding is off.
+    None,
+}
+
+/// Looks up the route from one address to another, into a struct bpf_fib_lookup.
+#[inline(always)]
+pub fn route(
+    ctx: *mut __sk_buff,
+    fib: &mut [u32; 16],
+    packet: &Packet,
+    from: &Address,
+    to: &Address,
+) -> Route {
+    const AF_INET: u8 = 2;
+    const AF_INET6: u8 = 10;
+    let skb = Skb(ctx);
+    let [from, to]: [[u32; 4]; 2] = [zerocopy::transmute!(*from), zerocopy::transmute!(*to)];
+    // Of several packets in one the kernel compares each.
+    let len = if skb.is_batch() || packet.len > 0xffff { 0 } else { packet.len };
+    fib[1] = len << 16;
+    fib[2] = skb.ifindex();
+    fib[3] = 0;
+    if packet.is_ipv6 != 0 {
+        fib[0] = u32::from_ne_bytes([AF_INET6, packet.protocol, 0, 0]);
+        let mut idx = 0;
+        while idx < 4 {
+            (fib[4 + idx], fib[8 + idx]) = (from[idx], to[idx]);
+            idx += 1;
+        }
+    } else {
+        fib[0] = u32::from_ne_bytes([AF_INET, packet.protocol, 0, 0]);
+        (fib[4], fib[8]) = (from[3], to[3]);
+    }
+    const { assert!(size_of::<FibLookup>() == 64) };
+    // SAFETY: the helper takes the context, and a structure of that length.
+    let found = unsafe { bpf_fib_lookup(ctx.cast(), fib.as_mut_ptr().cast(), 64, 0) } as u32;
+    match found {
+        BPF_FIB_LKUP_RET_SUCCESS => Route::Found,
+        BPF_FIB_LKUP_RET_NO_NEIGH => Route::Unresolved,
+        BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooLong,
+        _ => Route::None,
+    }
+}
+
+/// The packet stays on this host.
+const STAYS: u64 = 0;
+/// It leaves by a hop whose hardware address is known.
+const LEAVES: u64 = 1;
+/// It leaves by one whose hardware address isn't.
+const UNRESOLVED: u64 = 2;
+/// It can't go anywhere.
+const DROPPED: u64 = 3;
+
+/// Sends the packet that was read on, to the target that was set. Returns a TC_ACT_*.
+///
+/// One step after the other, not one within the other, as all their stacks together have 512 bytes.
+#[inline(always)]
+pub fn send(skb: &Skb, is_local: bool) -> i32 {
+    let way = if is_local { STAYS } else { nohop_edge_route(skb.0) };
+    if way == DROPPED {
+        return TC_ACT_SHOT;
+    }
+    if nohop_edge_write(skb.0, (way != STAYS).into()) == 0 {
+        count(EdgeCounter::Broken);
+        return TC_ACT_SHOT;
+    }
+    if way == STAYS { TC_ACT_UNSPEC } else { nohop_edge_leave(skb.0, way) as i32 }
+}
+
+/// Finds the way of the packet that was read, to the target that was set.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
+    let Some(scratch) = maps::scratch() else { return DROPPED };
+    let Scratch { window, packet, target, fib, .. } = scratch;
+    if hop_limit(window, packet.is_ipv6 != 0) <= 1 {
+        count(EdgeCounter::HopLimit);
+        return DROPPED;
+    }
+    match route(ctx, fib, packet, &target.source, &target.destination) {
+        Route::Found => LEAVES,
+        Route::Unresolved => UNRESOLVED,
+        Route::TooLong => {
+            count(EdgeCounter::TooLong);
+            DROPPED
+        }
+        Route::Local | Route::None => {
+            count(EdgeCounter::NoRoute);
+            DROPPED
+        }
+    }
+}
+
+/// Has the packet leave by the way that was found. Returns a TC_ACT_*.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_leave(ctx: *mut __sk_buff, way: u64) -> u64 {
+    let (skb, Some(scratch)) = (Skb(ctx), maps::scratch()) else { return TC_ACT_SHOT as u64 };
+    let fib = &scratch.fib;
+    if way == UNRESOLVED {
+        // SAFETY: the helper has no preconditions.
+        return unsafe { bpf_redirect_neigh(fib[2], core::ptr::null_mut(), 0, 0) } as u64;
+    }
+    // The source's six octets come first there, in Ethernet the destination's.
+    let [a, b, c, d] = fib[13].to_ne_bytes();
+    let [e, f, g, h] = fib[14].to_ne_bytes();
+    let [i, j, k, l] = fib[15].to_ne_bytes();
+    let addresses = [[g, h, i, j], [k, l, a, b], [c, d, e, f]].map(u32::from_ne_bytes);
+    if !skb.store(0, addresses.as_bytes()) {
+        count(EdgeCounter::Broken);
+        return TC_ACT_SHOT as u64;
+    }
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_redirect(fib[2], 0) as u64 }
+}
+
+/// Writes the translated headers. Returns whether it did.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_write(ctx: *mut __sk_buff, is_forwarded: u64) -> u64 {
+    let (skb, Some(scratch)) = (Skb(ctx), maps::scratch()) else { return 0 };
+    let is_forwarded = is_forwarded != 0;
+    let is_error = scratch.packet.is_error != 0;
+    count(if is_error { EdgeCounter::Errors } else { EdgeCounter::Forwarded });
+    let Scratch { window, packet, target, .. } = scratch;
+    if packet.is_error != 0 {
+        let end = translate_error(window, packet, target, is_forwarded);
+        return skb.store_window(window, 0, end, BPF_F_RECOMPUTE_CSUM.into()).into();
+    }
+    let difference = translate(window, packet, target, is_forwarded);
+    let checksum = IP + packet.l4 + checksum_offset(packet.protocol);
+    let mangled = if packet.protocol == IPPROTO_UDP { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+    let pseudo = mangled | u64::from(BPF_F_PSEUDO_HDR);
+    let (addresses, ports) = (u64::from(difference.addresses), u64::from(difference.ports));
+    // SAFETY: the helper takes the context.
+    let is_summed = unsafe {
+        bpf_l4_csum_replace(ctx, checksum, 0, addresses, pseudo) == 0
+            && bpf_l4_csum_replace(ctx, checksum, 0, ports, mangled) == 0
+    };
+    let (l4, is_ipv6) = (packet.l4, packet.is_ipv6 != 0);
+    // What the network card summed up of IPv4 stays the same, as its header's checksum makes up for what
+    // differs. In IPv6 that of the addresses is made up for by the checksum of TCP or UDP, which the helper
+    // has taken off already.
+    let is_stored = if is_ipv6 {
+        skb.store_window(window, 7, 33, BPF_F_RECOMPUTE_CSUM.into())
+    } else {
+        skb.store_window(window, 8, 12, 0)
+    };
+    (is_summed && is_stored && skb.store_window(window, l4, 4, 0)).into()
+}

@@ -1,0 +1,481 @@
+//! The maps of this unit. The tables are the unit `connect`'s, by their pins.
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use lb_common::{
+    Address, BackendEntry, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, EdgeControl, EdgeCounter,
+    EdgeCounters, EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, Frontend,
+    Frontend6, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, N_EDGE_ACCOUNTS, N_FLOW_STATES, Packet,
+    ServiceRef, ServiceStats, Target, Window,
+};
+
+use crate::flows::Side;
+pub use crate::tables::add_one;
+use crate::tables::{BACKENDS, control as table_control};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
+const N_RECORDS: usize = DEFAULT_MAX_FLOWS as usize;
+/// How many public addresses, ports and protocols there are at most.
+const N_FRONTENDS: usize = 16_384;
+
+#[btf_map]
+static EDGE_FRONTENDS: HashMap<Frontend, ServiceRef, N_FRONTENDS> = HashMap::new();
+#[btf_map]
+static EDGE_FRONTENDS6: HashMap<Frontend6, ServiceRef, N_FRONTENDS> = HashMap::new();
+#[btf_map]
+static EDGE_FLOWS: HashMap<FlowKey4, FlowRef, { 2 * N_RECORDS }> = HashMap::new();
+#[btf_map]
+static EDGE_FLOWS6: HashMap<FlowKey6, FlowRef, { 2 * N_RECORDS }> = HashMap::new();
+#[btf_map]
+static EDGE_RECORDS: Array<FlowRecord, N_RECORDS, MMAPABLE> = Array::new();
+#[btf_map]
+static EDGE_ADDRESSES6: Array<FlowAddresses6, N_RECORDS, MMAPABLE> = Array::new();
+#[btf_map]
+static EDGE_CONTROL: Array<EdgeControl, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static EDGE_COUNTERS: Array<EdgeCounters, 1, MMAPABLE> = Array::new();
+/// When each account of first packets is full again, in nanoseconds of CLOCK_MONOTONIC.
+#[btf_map]
+static EDGE_ACCOUNTS: Array<u64, { N_EDGE_ACCOUNTS as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+static SERVICE_STATS: Array<ServiceStats, N_SERVICES, MMAPABLE> = Array::new();
+
+/// Where each processor looked last.
+#[btf_map]
+static EDGE_CURSORS: PerCpuArray<Cursors, 1> = PerCpuArray::new();
+/// Room that the stack lacks.
+#[btf_map]
+static EDGE_SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// See [`EDGE_CURSORS`].
+#[repr(C, align(8))]
+pub struct Cursors {
+    /// The record that is looked at next.
+    pub record: u32,
+    /// The number of the source port that is tried next.
+    pub port: u32,
+    /// In a search, one more than the place of a connection that isn't established; 0 for none.
+    pub pending: u64,
+}
+
+/// What a program works on. It runs with bottom halves disabled, so the processor's is its own. The
+/// verifier doesn't know what it keeps here, and so tells no cases apart by that afterwards.
+#[repr(C, align(8))]
+pub struct Scratch {
+    pub window: Window,
+    pub packet: Packet,
+    pub target: Target,
+    /// struct bpf_fib_lookup.
+    pub fib: [u32; 16],
+    /// What a flow showed of its backend, which is to be applied: one more than the number of a `Sign`, and
+    /// the record; 0 for nothing.
+    pub sign: u32,
+    pub sign_record: u32,
+}
+
+/// See [`Scratch`].
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: the element stays, and nothing else has the processor's meanwhile.
+    EDGE_SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+}
+
+/// See [`Cursors`].
+#[inline(always)]
+pub fn cursors() -> Option<&'static mut Cursors> {
+    // SAFETY: as above.
+    EDGE_CURSORS.get_ptr_mut(0).map(|cursors| unsafe { &mut *cursors })
+}
+
+macro_rules! control_word {
+    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because the daemon
+    // writes it.
+    ($control:ident . $($field:tt)+) => {
+        unsafe { (&raw const (*$control).$($field)+).read_volatile() }
+    };
+}
+
+/// Whose packet it may be that goes to this address, as it lies in memory.
+#[inline(always)]
+pub fn side4(address: u32) -> Side {
+    let Some(control) = EDGE_CONTROL.get_ptr(0) else { return Side::None };
+    let mut idx = 0;
+    while idx < MAX_EDGE_NETWORKS {
+        let [network, mask] = control_word!(control.networks[idx]);
+        if address & mask == network {
+            return Side::Vip;
+        }
+        idx += 1;
+    }
+    let mut idx = 0;
+    while idx < MAX_EDGE_SOURCES {
+        if address == control_word!(control.sources[idx]) {
+            return Side::Source;
+        }
+        idx += 1;
+    }
+    Side::None
+}
+
+/// The same of an IPv6 address, by its halves.
+#[inline(always)]
+pub fn side6(high: u64, low: u64) -> Side {
+    let Some(control) = EDGE_CONTROL.get_ptr(0) else { return Side::None };
+    let mut idx = 0;
+    while idx < MAX_EDGE_NETWORKS {
+        let [network, mask] = control_word!(control.networks6[idx]);
+        if high & mask == network {
+            return Side::Vip;
+        }
+        idx += 1;
+    }
+    let mut idx = 0;
+    while idx < MAX_EDGE_SOURCES {
+        if [high, low] == control_word!(control.sources6[idx]).words() {
+            return Side::Source;
+        }
+        idx += 1;
+    }
+    Side::None
+}
+
+/// Whether flows go to backends on this host.
+#[inline(always)]
+pub fn has_local() -> bool {
+    EDGE_CONTROL.get_ptr(0).is_some_and(|control| control_word!(control.has_local) != 0)
+}
+
+/// See [`has_local`].
+#[inline(always)]
+pub fn set_local() {
+    if let Some(control) = EDGE_CONTROL.get_ptr_mut(0) {
+        // SAFETY: an array's element stays, and this is an aligned word of it, which is only ever set to 1.
+        unsafe { (&raw mut (*control).has_local).write_volatile(1) };
+    }
+}
+
+/// The number of records.
+#[inline(always)]
+pub fn n_records() -> u32 {
+    EDGE_CONTROL.get_ptr(0).map_or(0, |control| control_word!(control.n_records))
+}
+
+/// See [`EdgeControl::timeouts_ms`].
+#[inline(always)]
+pub fn timeout_ms(state: u8) -> u32 {
+    let state = state as usize & (N_FLOW_STATES - 1);
+    EDGE_CONTROL.get_ptr(0).map_or(u32::MAX, |control| control_word!(control.timeouts_ms[state]))
+}
+
+/// A source address.
+pub enum Source {
+    /// As it lies in memory.
+    V4(u32),
+    /// Where it is.
+    V6(*const Address),
+}
+
+/// The nth source address of a family.
+#[inline(always)]
+pub fn source(is_ipv6: bool, nth: u32) -> Option<Source> {
+    let control = EDGE_CONTROL.get_ptr(0)?;
+    let nth = (nth & (MAX_EDGE_SOURCES as u32 - 1)) as usize;
+    Some(match is_ipv6 {
+        // SAFETY: an array's element stays, and the index is within the field.
+        true => Source::V6(unsafe { &raw const (*control).sources6[nth] }),
+        false => Source::V4(control_word!(control.sources[nth])),
+    })
+}
+
+/// How many source addresses of a family there are.
+#[inline(always)]
+pub fn n_sources(is_ipv6: bool) -> u32 {
+    let Some(control) = EDGE_CONTROL.get_ptr(0) else { return 0 };
+    if is_ipv6 { control_word!(control.n_sources6) } else { control_word!(control.n_sources) }
+}
+
+/// An account of first packets, by a hash.
+#[inline(always)]
+pub fn account(hash: u32) -> Option<*mut u64> {
+    EDGE_ACCOUNTS.get_ptr_mut(hash % N_EDGE_ACCOUNTS)
+}
+
+/// The service of the frontend that a packet goes to.
+#[inline(always)]
+pub fn service_of(packet: &Packet) -> Option<u32> {
+    service_at(&packet.destination, packet.destination_port, packet.protocol, packet.is_ipv6 != 0)
+}
+
+/// The service at a public address.
+#[inline(always)]
+pub fn service_at(address: &Address, port: u16, protocol: u8, is_ipv6: bool) -> Option<u32> {
+    let found = if is_ipv6 {
+        let address = address.octets;
+        EDGE_FRONTENDS6.get_ptr(Frontend6 { address, port, protocol, padding: 0 })
+    } else {
+        let [.., a, b, c, d] = address.octets;
+        EDGE_FRONTENDS.get_ptr(Frontend { address: [a, b, c, d], port, protocol, padding: 0 })
+    };
+    // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as
+    // the one word that it is. The daemon inserts nothing between a deletion and the end of the
+    // readers that may have seen the element, so the word is this frontend's.
+    let found: ServiceRef = zerocopy::transmute!(unsafe { found?.cast::<u64>().read_volatile() });
+    Some(found.service)
+}
+
+/// For the choice: frontends of the hooks, of which there are none here.
+#[inline(always)]
+pub fn frontend(_: &Frontend) -> Option<ServiceRef> {
+    None
+}
+
+/// See [`frontend`].
+#[inline(always)]
+pub fn indexed_frontend(_: &Frontend) -> Option<ServiceRef> {
+    None
+}
+
+/// See [`frontend`].
+#[inline(always)]
+pub fn frontend6(_: &Frontend6) -> Option<ServiceRef> {
+    None
+}
+
+/// Counts an ejection. The daemon looks through the backends for those that it has no event of.
+#[inline(always)]
+pub fn emit_ejection(kind: EventKind, service: u32, _backend: u32, _generation: u32) {
+    if kind == EventKind::Ejected
+        && let Some(stats) = SERVICE_STATS.get_ptr_mut(service)
+    {
+        // SAFETY: an array's element stays; this word of it is written by atomic addition only.
+        add_one(unsafe { &raw mut (*stats).ejections });
+    }
+}
+
+/// Counts a connection of a service that failed.
+#[inline(always)]
+pub fn count_failure(service: u32) {
+    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+        // SAFETY: as above.
+        add_one(unsafe { &raw mut (*stats).failed });
+    }
+}
+
+/// Counts a connection of a service without a backend.
+#[inline(always)]
+pub fn count_no_backend(service: u32) {
+    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+        // SAFETY: as above.
+        add_one(unsafe { &raw mut (*stats).no_backend });
+    }
+}
+
+/// Whether a backend that a flow remembers is still in the table.
+#[inline(always)]
+pub fn is_in_table(backend_idx: u32, generation: u32) -> bool {
+    // SAFETY: the pointer is to an aligned word of an array's element, which stays.
+    let now = |entry: *const BackendEntry| unsafe {
+        (&raw const (*entry).backend.generation).read_volatile()
+    };
+    BACKENDS.get_ptr(backend_idx).is_some_and(|entry| now(entry) == generation)
+}
+
+/// Counts a decision.
+#[inline(always)]
+pub fn count(counter: EdgeCounter) {
+    if let Some(counters) = EDGE_COUNTERS.get_ptr_mut(0) {
+        // SAFETY: the counter is a word within the element, which stays.
+        add_one(unsafe { counters.cast::<u64>().add(counter as usize) });
+    }
+}
+
+/// A flow's record.
+#[derive(Clone, Copy)]
+pub struct RecordPtr(*mut FlowRecord);
+
+macro_rules! field {
+    ($(#[$doc:meta])* $name:ident, $kind:ty $(, $set:ident)?) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name(self) -> $kind {
+            // SAFETY: an array's element stays, and this is an aligned field of it; volatile, because other
+            // processors write it.
+            unsafe { (&raw const (*self.0).$name).read_volatile() }
+        }
+        $(
+            /// Sets it.
+            #[inline(always)]
+            pub fn $set(self, value: $kind) {
+                // SAFETY: as above.
+                unsafe { (&raw mut (*self.0).$name).write_volatile(value) }
+            }
+        )?
+    };
+}
+
+macro_rules! address {
+    ($name:ident) => {
+        /// The address as it lies in memory: as a word, since four octets would be loaded one by one.
+        #[inline(always)]
+        pub fn $name(self) -> u32 {
+            // SAFETY: an array's element stays, and this is four octets of it at a multiple of four.
+            unsafe { (&raw const (*self.0).$name).cast::<u32>().read_volatile() }
+        }
+    };
+}
+
+/// See the fields of [`FlowRecord`].
+impl RecordPtr {
+    field!(claims, u32);
+    field!(state, u8, set_state);
+    field!(protocol, u8);
+    field!(flags, u8, set_flags);
+    field!(backend_idx, u32);
+    field!(generation, u32);
+    field!(last_ms, u32, set_last_ms);
+    field!(client_port, u16);
+    field!(vip_port, u16);
+    field!(backend_port, u16);
+    field!(source_port, u16);
+    address!(client);
+    address!(vip);
+    address!(backend);
+    address!(source);
+
+    /// Adds to the claims.
+    #[inline(always)]
+    pub fn add_claims(self, n: i32) {
+        // SAFETY: an array's element stays; this word of it is written by atomic addition only. The result
+        // is unused, which makes this XADD: the verifier of 5.10 rejects a fetching addition.
+        unsafe {
+            let claims = &raw mut (*self.0).claims;
+            atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(claims, n.cast_unsigned());
+        }
+    }
+
+    /// Adds a packet.
+    #[inline(always)]
+    pub fn add_packet(self, bytes: u32) {
+        // SAFETY: as above.
+        unsafe {
+            add_one(&raw mut (*self.0).packets);
+            let all = &raw mut (*self.0).bytes;
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(all, bytes.into());
+        }
+    }
+
+    /// Sets the backend.
+    #[inline(always)]
+    pub fn set_backend(self, backend_idx: u32, generation: u32) {
+        // SAFETY: an array's element stays, and these are aligned fields of it. Who claimed it alone
+        // writes them.
+        unsafe {
+            (&raw mut (*self.0).backend_idx).write_volatile(backend_idx);
+            (&raw mut (*self.0).generation).write_volatile(generation);
+        }
+    }
+
+    /// Sets the ports: the client's, the VIP's, the backend's, and the source's.
+    #[inline(always)]
+    pub fn set_ports(self, [client, vip, backend, source]: [u16; 4]) {
+        // SAFETY: as above.
+        unsafe {
+            (&raw mut (*self.0).client_port).write_volatile(client);
+            (&raw mut (*self.0).vip_port).write_volatile(vip);
+            (&raw mut (*self.0).backend_port).write_volatile(backend);
+            (&raw mut (*self.0).source_port).write_volatile(source);
+        }
+    }
+
+    /// Sets the addresses, likewise.
+    #[inline(always)]
+    pub fn set_addresses(self, [client, vip, backend, source]: [u32; 4]) {
+        // SAFETY: as above.
+        unsafe {
+            (&raw mut (*self.0).client).cast::<u32>().write_volatile(client);
+            (&raw mut (*self.0).vip).cast::<u32>().write_volatile(vip);
+            (&raw mut (*self.0).backend).cast::<u32>().write_volatile(backend);
+            (&raw mut (*self.0).source).cast::<u32>().write_volatile(source);
+        }
+    }
+
+    /// Sets that it begins now.
+    #[inline(always)]
+    pub fn set_begun(self, protocol: u8, flags: u8, now_ms: u32) {
+        // SAFETY: as above.
+        unsafe {
+            (&raw mut (*self.0).protocol).write_volatile(protocol);
+            (&raw mut (*self.0).flags).write_volatile(flags);
+            (&raw mut (*self.0).begun_ms).write_volatile(now_ms);
+            (&raw mut (*self.0).last_ms).write_volatile(now_ms);
+            (&raw mut (*self.0).packets).write_volatile(0);
+            (&raw mut (*self.0).bytes).write_volatile(0);
+        }
+    }
+}
+
+/// The record with this index.
+#[inline(always)]
+pub fn record(idx: u32) -> Option<RecordPtr> {
+    EDGE_RECORDS.get_ptr_mut(idx).map(RecordPtr)
+}
+
+/// The addresses of an IPv6 flow.
+#[inline(always)]
+pub fn addresses6(idx: u32) -> Option<*mut FlowAddresses6> {
+    EDGE_ADDRESSES6.get_ptr_mut(idx)
+}
+
+/// Where the packets with this key belong to.
+#[inline(always)]
+pub fn flow4(key: &FlowKey4) -> Option<FlowRef> {
+    EDGE_FLOWS.get_ptr(key).map(copy_ref)
+}
+
+/// The same of IPv6.
+#[inline(always)]
+pub fn flow6(key: &FlowKey6) -> Option<FlowRef> {
+    EDGE_FLOWS6.get_ptr(key).map(copy_ref)
+}
+
+#[inline(always)]
+fn copy_ref(found: *const FlowRef) -> FlowRef {
+    // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as the one
+    // word that it is. Whether it is that of the packet's flow is compared with the record.
+    zerocopy::transmute!(unsafe { found.cast::<u64>().read_volatile() })
+}
+
+/// Inserts a key; returns whether it wasn't there.
+#[inline(always)]
+pub fn insert4(key: &FlowKey4, flow: FlowRef) -> bool {
+    EDGE_FLOWS.insert(key, flow, BPF_NOEXIST.into()).is_ok()
+}
+
+/// The same of IPv6.
+#[inline(always)]
+pub fn insert6(key: &FlowKey6, flow: FlowRef) -> bool {
+    EDGE_FLOWS6.insert(key, flow, BPF_NOEXIST.into()).is_ok()
+}
+
+/// Removes a key.
+#[inline(always)]
+pub fn remove4(key: &FlowKey4) {
+    // It may be gone.
+    let _ = EDGE_FLOWS.remove(key);
+}
+
+/// The same of IPv6.
+#[inline(always)]
+pub fn remove6(key: &FlowKey6) {
+    let _ = EDGE_FLOWS6.remove(key);
+}
+
+/// What ejects; none while nothing does.
+#[inline(always)]
+pub fn limits() -> Option<lb_common::EjectionLimits> {
+    use lb_common::ControlWords as _;
+    table_control().map(|control| control.balance().limits())
+}

@@ -1,0 +1,331 @@
+//! The unit `edge`: a client, an edge and a backend, each in a network namespace of its own, joined by veth.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions, EdgeTimeouts};
+use lb_userspace::table::{Protocols, Service};
+
+use crate::fixture::{Place, VIP, service, table};
+use crate::names::Container;
+use crate::netns::{inside, ip};
+
+/// For what must come.
+const LONG: Duration = Duration::from_secs(20);
+
+const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+const EDGE_OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
+const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
+const PORT: u16 = 8_080;
+
+/// The network of a trial. This thread's namespace is the edge's.
+struct Network {
+    client: Container,
+    backend: Container,
+}
+
+impl Network {
+    fn new() -> Network {
+        let network = Network { client: Container::start(), backend: Container::start() };
+        let Network { client, backend } = &network;
+        ip(&format!("link add out type veth peer name v1 netns {}", client.tid));
+        ip(&format!("link add in type veth peer name v1 netns {}", backend.tid));
+        for (device, address) in [
+            ("out", "198.51.100.1/24"),
+            ("out", "fd51::1/64"),
+            ("in", "10.7.0.1/24"),
+            ("in", "fd07::1/64"),
+        ] {
+            let nodad = if address.contains(':') { " nodad" } else { "" };
+            ip(&format!("addr add {address} dev {device}{nodad}"));
+        }
+        for device in ["out", "in"] {
+            ip(&format!("link set {device} up"));
+            for family in ["ipv4", "ipv6"] {
+                let forwarding = format!("/proc/sys/net/{family}/conf/{device}/forwarding");
+                std::fs::write(forwarding, "1").unwrap();
+            }
+        }
+        client.run(|| {
+            ip("addr add 198.51.100.2/24 dev v1");
+            ip("addr add fd51::2/64 dev v1 nodad");
+            ip("link set v1 up");
+            ip("route add 203.0.113.0/24 via 198.51.100.1");
+            ip("route add fd99::/64 via fd51::1");
+        });
+        // It has no way to the client but by the edge's own address.
+        backend.run(|| {
+            ip("addr add 10.7.0.2/24 dev v1");
+            ip("addr add fd07::2/64 dev v1 nodad");
+            ip("link set v1 up");
+        });
+        network
+    }
+}
+
+fn options() -> EdgeOptions {
+    EdgeOptions {
+        interfaces: vec!["out".to_owned(), "in".to_owned()],
+        sources: vec![SOURCE.into(), "fd07::1".parse().unwrap()],
+        max_flows: 1_024,
+        timeouts: EdgeTimeouts::default(),
+    }
+}
+
+fn public(name: &str, backends: &[SocketAddr], public: &[SocketAddr]) -> Service {
+    let backends: Vec<_> = backends.iter().map(|&address| (address, 1)).collect();
+    let public = public.to_vec();
+    Service { public, protocols: Protocols::Both, ..service(name, VIP, &backends) }
+}
+
+fn web() -> Service {
+    let ipv6 = |ip: &str, port| SocketAddr::new(ip.parse().unwrap(), port);
+    public(
+        "web",
+        &[(BACKEND, PORT).into(), ipv6("fd07::2", PORT)],
+        &[(PUBLIC, 80).into(), ipv6("fd99::10", 80)],
+    )
+}
+
+fn place() -> Place {
+    let mut place = Place::new();
+    // The hooks have room for IPv6 frontends then.
+    place.options.vip.pool6 = Some("fd77::/64".parse().unwrap());
+    place
+}
+
+/// A datapath whose edge serves `services`.
+fn serve(place: &Place, services: Vec<Service>) -> Datapath {
+    let mut datapath = place.start();
+    datapath.configure_edge(Some(options()));
+    apply(&mut datapath, services);
+    datapath
+}
+
+fn apply(datapath: &mut Datapath, services: Vec<Service>) {
+    let errors = datapath.apply(&table(services)).unwrap();
+    assert!(errors.is_empty(), "{errors:?}");
+    let status = datapath.edge_status().unwrap();
+    assert!(status.interfaces.iter().all(|interface| interface.mode.is_some()), "{status:?}");
+    assert_eq!(status.problems, Vec::<String>::new());
+}
+
+fn count(datapath: &Datapath, name: &str) -> u64 {
+    let counts = datapath.edge_counts();
+    counts.iter().find(|(named, _)| *named == name).unwrap_or_else(|| panic!("no {name}")).1
+}
+
+/// What a backend sends: its letter, who it saw, and what it got. It serves one connection after the other, until one
+/// without data.
+fn start_server(container: &Container, address: IpAddr, letter: char) {
+    container.run(move || {
+        let listener = TcpListener::bind((address, PORT)).unwrap();
+        let socket = UdpSocket::bind((address, PORT)).unwrap();
+        std::thread::spawn(move || {
+            loop {
+                let (mut stream, peer) = listener.accept().unwrap();
+                let mut request = Vec::new();
+                stream.read_to_end(&mut request).unwrap();
+                if request.is_empty() {
+                    break;
+                }
+                let answer = format!("{letter} {} {}", peer.ip(), request.len());
+                stream.write_all(answer.as_bytes()).unwrap();
+                stream.write_all(&request).unwrap();
+            }
+        });
+        std::thread::spawn(move || {
+            let mut message = [0; 2_048];
+            loop {
+                let (len, peer) = socket.recv_from(&mut message).unwrap();
+                if len == 0 {
+                    break;
+                }
+                let answer = format!("{letter} {} {len}", peer.ip());
+                socket.send_to(answer.as_bytes(), peer).unwrap();
+            }
+        });
+    });
+}
+
+/// Ends the server's threads.
+fn stop_server(container: &Container, address: IpAddr) {
+    container.run(move || {
+        drop(TcpStream::connect((address, PORT)).unwrap());
+        let socket = UdpSocket::bind((address, 0)).unwrap();
+        socket.send_to(b"", (address, PORT)).unwrap();
+    });
+}
+
+/// Sends a request and reads the answer.
+fn request(to: SocketAddr, request: &[u8]) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&to, LONG)?;
+    stream.set_read_timeout(Some(LONG))?;
+    assert_eq!(stream.peer_addr()?, to);
+    stream.write_all(request)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let head = answer.strip_suffix(request).unwrap_or_else(|| panic!("other data came back"));
+    Ok(String::from_utf8_lossy(head).into_owned())
+}
+
+fn ask(from: IpAddr, to: SocketAddr, message: &[u8]) -> std::io::Result<String> {
+    let socket = UdpSocket::bind((from, 0))?;
+    socket.set_read_timeout(Some(LONG))?;
+    // Others' replies aren't received.
+    socket.connect(to)?;
+    socket.send(message)?;
+    let mut answer = [0; 2_048];
+    let len = socket.recv(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer[..len]).into_owned())
+}
+
+/// TCP and UDP, of both families, short and long.
+pub fn clients_reach_backends() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let datapath = serve(&place, vec![web()]);
+        let families: [(IpAddr, IpAddr, IpAddr, IpAddr); 2] = [
+            (CLIENT.into(), PUBLIC.into(), BACKEND.into(), SOURCE.into()),
+            (
+                "fd51::2".parse().unwrap(),
+                "fd99::10".parse().unwrap(),
+                "fd07::2".parse().unwrap(),
+                "fd07::1".parse().unwrap(),
+            ),
+        ];
+        for (client, vip, backend, source) in families {
+            start_server(&network.backend, backend, 'A');
+            let vip = SocketAddr::new(vip, 80);
+            for len in [1usize, 1_000, 300_000] {
+                let answer = network.client.run(move || request(vip, &vec![7; len]));
+                assert_eq!(answer.unwrap(), format!("A {source} {len}"));
+            }
+            for len in [1usize, 1_001] {
+                let answer = network.client.run(move || ask(client, vip, &vec![7; len]));
+                assert_eq!(answer.unwrap(), format!("A {source} {len}"));
+            }
+            let flows: Vec<_> =
+                datapath.edge_flows().into_iter().filter(|flow| flow.vip == vip).collect();
+            assert_eq!(flows.len(), 5, "{flows:?}");
+            for flow in &flows {
+                assert_eq!(flow.service.as_deref(), Some("web"));
+                assert_eq!((flow.client.ip(), flow.vip), (client, vip));
+                assert_eq!(flow.backend, SocketAddr::new(backend, PORT));
+                assert_eq!(flow.source.ip(), source);
+                let state = match flow.protocol {
+                    6 => EdgeFlowState::Closed,
+                    _ => EdgeFlowState::Udp,
+                };
+                assert_eq!(flow.state, state, "{flow:?}");
+                assert!(flow.packets >= 2 && flow.bytes > 0, "{flow:?}");
+            }
+            stop_server(&network.backend, backend);
+        }
+        assert_eq!(count(&datapath, "flows_begun"), 10);
+        let counters = datapath.counters();
+        let indices = datapath.indices("web").unwrap();
+        assert_eq!(counters.service(indices.service).connects, 10);
+        let in_flight: Vec<_> =
+            indices.backends.values().map(|&idx| counters.outcomes(idx).in_flight).collect();
+        assert_eq!(in_flight, [0, 0]);
+    });
+}
+
+/// What is of no flow: a segment in the middle, a closed port, no backend, what is no VIP.
+pub fn what_is_of_no_flow() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let mut datapath = serve(&place, vec![web()]);
+        let vip = SocketAddr::from((PUBLIC, 80));
+        // The backend's host answers with a RST.
+        let kind = |network: &Network| {
+            network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap_err().kind())
+        };
+        assert_eq!(kind(&network), ErrorKind::ConnectionRefused);
+        let indices = datapath.indices("web").unwrap();
+        let idx = indices.backends[&SocketAddr::from((BACKEND, PORT))];
+        let outcomes = datapath.counters().outcomes(idx);
+        assert_eq!((outcomes.in_flight, outcomes.pending), (0, 0));
+        assert_eq!(datapath.counters().service(indices.service).failed, 1);
+
+        // The edge answers with one.
+        apply(&mut datapath, vec![public("web", &[], &[vip])]);
+        assert_eq!(kind(&network), ErrorKind::ConnectionRefused);
+        assert_eq!(count(&datapath, "no_backend"), 1);
+
+        // No service has this port, and no host here the address.
+        let other = SocketAddr::from((PUBLIC, 81));
+        let unreachable = network.client.run(move || {
+            TcpStream::connect_timeout(&other, Duration::from_millis(200)).unwrap_err()
+        });
+        assert_ne!(unreachable.kind(), ErrorKind::ConnectionRefused);
+
+        // An edge without the flow.
+        start_server(&network.backend, BACKEND.into(), 'A');
+        apply(&mut datapath, vec![web()]);
+        let stream = network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
+        datapath.sweep_edge_after(Duration::from_secs(7_200));
+        assert_eq!(
+            datapath
+                .edge_flows()
+                .iter()
+                .filter(|flow| flow.state == EdgeFlowState::Established)
+                .count(),
+            0
+        );
+        let reset = network.client.run(move || {
+            let mut stream = stream;
+            stream.set_read_timeout(Some(LONG)).unwrap();
+            stream.write_all(b"more").unwrap();
+            stream.read(&mut [0]).unwrap_err().kind()
+        });
+        assert_eq!(reset, ErrorKind::ConnectionReset);
+        assert!(count(&datapath, "unknown_flow") >= 1);
+        let outside = SocketAddr::from((EDGE_OUTSIDE, 99));
+        let refused = network
+            .client
+            .run(move || TcpStream::connect_timeout(&outside, LONG).unwrap_err().kind());
+        assert_eq!(refused, ErrorKind::ConnectionRefused, "by the host itself");
+    });
+}
+
+/// A daemon that restarts, and one that is gone: connections go on, and new ones begin.
+pub fn flows_outlive_the_daemon() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let datapath = serve(&place, vec![web()]);
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let stream = network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
+        drop(datapath);
+        let answer = network.client.run(move || ask(CLIENT.into(), vip, b"a"));
+        assert_eq!(answer.unwrap(), format!("A {SOURCE} 1"), "without a daemon");
+        let mut datapath = place.start();
+        datapath.configure_edge(Some(options()));
+        apply(&mut datapath, vec![web()]);
+        assert_eq!(datapath.edge_flows().len(), 2);
+        let answer = network.client.run(move || {
+            let mut stream = stream;
+            stream.write_all(b"late").unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).map(|_| answer)
+        });
+        assert_eq!(answer.unwrap(), format!("A {SOURCE} 4late"));
+        // One that has no edge ends it.
+        drop(datapath);
+        let mut datapath = place.start();
+        datapath.configure_edge(None);
+        let gone = network.client.run(move || {
+            TcpStream::connect_timeout(&vip, Duration::from_millis(200)).unwrap_err().kind()
+        });
+        assert_ne!(gone, ErrorKind::ConnectionRefused);
+        assert!(!place.pin("v3/maps/EDGE_FLOWS").exists());
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
