@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use lb_tests::fixture::full_or_quarter;
 use testbed::consul::instance;
 use testbed::load::{Load, Outcome};
@@ -11,8 +11,9 @@ use testbed::nohop::Nohop;
 
 use crate::cluster::{Cluster, Nodes, unit};
 
-/// Lookups and connections a second.
+/// Lookups and connections a second; [`RATE_VARIABLE`] has another number, for measurements.
 const RATE: u32 = 1_000;
+const RATE_VARIABLE: &str = "NOHOP_LOOKUPS_PER_SECOND";
 
 /// How long no daemon runs when Nomad updates a system job: the old one is stopped, and the new one is
 /// started after the next evaluation.
@@ -27,7 +28,13 @@ fn restart_gap_s() -> u32 {
 const N_KILLS: u32 = 20;
 
 fn by_name(nodes: &Nodes) -> Result<Load> {
-    Load::start_by_name(nodes.inside(), "helloworld.service", RATE)
+    let rate = match std::env::var(RATE_VARIABLE) {
+        Ok(rate) => {
+            rate.parse().with_context(|| format!("{RATE_VARIABLE} isn't a number: {rate}"))?
+        }
+        Err(_) => RATE,
+    };
+    Load::start_by_name(nodes.inside(), "helloworld.service", rate)
 }
 
 /// None of the requests failed.

@@ -3,6 +3,7 @@
 
 mod compared;
 mod figures;
+mod loopback;
 mod traffic;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -13,7 +14,9 @@ use compared::Compared;
 use figures::{Figures, Goal};
 use lb_tests::fixture::{self, Bed, Server, service};
 use lb_userspace::config::KernelMode;
-use lb_userspace::datapath::{Cost, IngressInterface, Measuring, NamesSettings, Options, UNITS};
+use lb_userspace::datapath::{
+    Cost, IngressInterface, Measuring, NamesSettings, Options, UNITS, UnitState,
+};
 use lb_userspace::table::{Protocols, Service};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -59,10 +62,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     // Programs at the ingress of `lo` meet this benchmark's packets alone.
-    // SAFETY: the flag shares and unshares no file descriptors.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace");
-    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip runs");
-    assert!(up.success(), "lo isn't up");
+    unshare();
     let quick = std::env::args().any(|argument| argument == "--quick");
     // Cases by parts of their names; all, where none is named.
     let wanted: Vec<String> =
@@ -74,7 +74,22 @@ fn main() -> ExitCode {
         rustix::system::uname().release().to_string_lossy()
     );
     measure(Path::new(&object), &wanted, n_rounds, n_calls).print(&GOALS);
+    if wanted.is_empty() || wanted.iter().any(|part| "loopback".contains(part)) {
+        println!("\nA megabyte by TCP, and a datagram, on `lo`, in ns:\n");
+        let mut bed = Bed::new();
+        bed.apply(Vec::new());
+        serve_names(&mut bed);
+        loopback::measure(10 * n_rounds, n_calls / 10, unshare).print(&loopback::GOALS);
+    }
     ExitCode::SUCCESS
+}
+
+/// Moves this thread to a new network namespace, whose `lo` is up.
+fn unshare() {
+    // SAFETY: the flag shares and unshares no file descriptors.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace");
+    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip runs");
+    assert!(up.success(), "lo isn't up");
 }
 
 /// A program at work.
@@ -120,17 +135,7 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
     let compared = &Compared::load(object);
     let few = table(FEW, &backends);
     let mut many = table(MANY, &backends);
-    many.datapath.configure_names(NamesSettings {
-        mode: Some(KernelMode::Always),
-        domain: "service".into(),
-        ttl: 30,
-        listen: vec![DNS.into()],
-        listen_shared: Vec::new(),
-        allowed: Vec::new(),
-        client_rate: 0,
-        interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
-        missing_forwarding: Vec::new(),
-    });
+    serve_names(&mut many);
     let (few, many) = (&few, &many);
     // Whose backends stay eligible, although they refuse.
     let never = |options: &mut Options| {
@@ -249,6 +254,24 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
         figures.add(cases.iter().map(Case::mean_ns));
     }
     figures
+}
+
+/// Attaches the unit `names` to this network namespace's `lo`.
+fn serve_names(bed: &mut Bed) {
+    bed.datapath.configure_names(NamesSettings {
+        mode: Some(KernelMode::Always),
+        domain: "service".into(),
+        ttl: 30,
+        listen: vec![DNS.into()],
+        listen_shared: Vec::new(),
+        allowed: Vec::new(),
+        client_rate: 0,
+        interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
+        missing_forwarding: Vec::new(),
+    });
+    let unit = bed.datapath.unit_status().into_iter().find(|unit| unit.name == "names");
+    let is_attached = unit.as_ref().is_some_and(|unit| unit.state == UnitState::Attached);
+    assert!(is_attached, "{unit:?}");
 }
 
 /// All VIPs whose backends refuse, each as often as any other and in so many connections at least: far from one
