@@ -68,10 +68,16 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
 extern "C" fn nohop_edge_admit() -> u64 {
     let Some(scratch) = maps::scratch() else { return PASS };
     let packet = &scratch.packet;
-    let Some(service) = maps::service_of(packet) else { return PASS };
     if packet.is_error != 0 {
         return PASS;
     }
+    let Some(service) = maps::service_of(packet) else {
+        if !maps::is_vip(packet) {
+            return PASS;
+        }
+        count(EdgeCounter::NoFrontend);
+        return DROP;
+    };
     if packet.protocol == IPPROTO_TCP && !is_first_syn(packet.tcp_flags) {
         if packet.tcp_flags & TCP_RST != 0 {
             return DROP;

@@ -5,10 +5,10 @@ use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Address, BackendEntry, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, EdgeControl, EdgeCounter,
-    EdgeCounters, EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, Frontend,
-    Frontend6, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, N_EDGE_ACCOUNTS, N_FLOW_STATES, Packet,
-    ServiceRef, ServiceStats, Target, Window,
+    ANY_PORT, Address, BackendEntry, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, EdgeControl,
+    EdgeCounter, EdgeCounters, EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef,
+    Frontend, Frontend6, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, N_EDGE_ACCOUNTS, N_FLOW_STATES,
+    Packet, ServiceRef, ServiceStats, Target, Window,
 };
 
 use crate::flows::Side;
@@ -207,6 +207,13 @@ pub fn account(hash: u32) -> Option<*mut u64> {
 #[inline(always)]
 pub fn service_of(packet: &Packet) -> Option<u32> {
     service_at(&packet.destination, packet.destination_port, packet.protocol, packet.is_ipv6 != 0)
+}
+
+/// Whether a packet goes to the address of some frontend: the daemon inserts one of any port for each.
+#[inline(always)]
+pub fn is_vip(packet: &Packet) -> bool {
+    let is_ipv6 = packet.is_ipv6 != 0;
+    service_at(&packet.destination, ANY_PORT, packet.protocol, is_ipv6).is_some()
 }
 
 /// The service at a public address.

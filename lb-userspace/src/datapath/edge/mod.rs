@@ -9,7 +9,7 @@ mod kernel;
 mod networks;
 mod status;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -19,8 +19,8 @@ use std::time::Duration;
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use lb_common::{
-    Address, DEFAULT_MAX_FLOWS, EdgeControl, EdgeCounter, FlowRecord, FlowState, IPPROTO_TCP,
-    IPPROTO_UDP, MAX_EDGE_SOURCES, N_FLOW_STATES,
+    ANY_PORT, Address, DEFAULT_MAX_FLOWS, EdgeControl, EdgeCounter, FlowRecord, FlowState,
+    IPPROTO_TCP, IPPROTO_UDP, MAX_EDGE_SOURCES, N_FLOW_STATES,
 };
 
 use super::error::DatapathError;
@@ -42,6 +42,8 @@ pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
 
 /// The unit's name.
 const UNIT: &str = "edge";
+/// The index of no service.
+const NO_SERVICE: u32 = u32::MAX;
 /// What pins of its links begin with.
 pub const PIN_PREFIX: &str = "nohop_edge_";
 
@@ -209,7 +211,15 @@ impl Edge {
     pub fn apply(&mut self, index: impl Fn(&str) -> Option<u32>) {
         let Some(Ok(loaded)) = &mut self.loaded else { return };
         let wanted = self.wanted.iter();
-        let wanted = wanted.filter_map(|(key, name)| Some((*key, index(name)?))).collect();
+        let mut wanted: BTreeMap<_, _> =
+            wanted.filter_map(|(key, name)| Some((*key, index(name)?))).collect();
+        // What no service has of a VIP is dropped: one of any port shows that an address is a VIP.
+        let addresses: BTreeSet<IpAddr> = wanted.keys().map(|key| key.address).collect();
+        for address in addresses {
+            for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+                wanted.insert(FrontendKey { address, port: ANY_PORT, protocol }, NO_SERVICE);
+            }
+        }
         loaded.apply(&wanted);
     }
 
