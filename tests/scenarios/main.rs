@@ -21,6 +21,7 @@ mod curl_by_name;
 mod disk;
 mod dns_over_tls;
 mod drain;
+mod edge;
 mod ejected_is_shown;
 mod explained;
 mod external_detach;
@@ -115,6 +116,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("drain_by_hand", drain::by_hand),
     ("drain_deadline", drain::deadline),
     ("drain_on_a_slow_disk", drain::on_a_slow_disk),
+    ("edge", edge::run),
     ("ejected_is_shown", ejected_is_shown::run),
     ("explained", explained::run),
     ("external_detach", external_detach::run),
