@@ -3,8 +3,8 @@
 use aya_ebpf::bindings::__sk_buff;
 use lb_common::{
     Address, Algorithm, BackendWords as _, EdgeCounter, Family, FlowRecord, FlowState, IPPROTO_TCP,
-    Netns, Question, Reach, ServiceWords as _, TCP_RST, Tables as _, first_group, is_expired,
-    is_first_syn, unpack,
+    Netns, Question, Reach, ServiceWords as _, TCP_RST, Tables as _, first_group, hop_limit,
+    is_expired, is_first_syn, unpack,
 };
 
 use crate::choice::Kernel;
@@ -84,6 +84,11 @@ extern "C" fn nohop_edge_admit() -> u64 {
         }
         count(EdgeCounter::UnknownFlow);
         return RESET;
+    }
+    // Before it is a connection without an answer, by which anyone could have a backend ejected.
+    if hop_limit(&scratch.window, packet.is_ipv6 != 0) <= 1 {
+        count(EdgeCounter::HopLimit);
+        return DROP;
     }
     u64::from(service) + 1
 }

@@ -55,7 +55,10 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
     }
     let read = nohop_edge_read(skb.0);
     if read != 0 {
-        return refuse(read);
+        // The host's own packets too go to a source address, or to one between VIPs.
+        let is_ipv6 = skb.family() == Some(true);
+        let is_ours = side == Side::Vip && maps::nohop_edge_goes_to_vip(is_ipv6.into()) != 0;
+        return if is_ours { refuse(read) } else { TC_ACT_UNSPEC };
     }
     let mut found = Found(nohop_edge_find());
     if found.is_none() || found.is_over() {

@@ -7,8 +7,8 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     ANY_PORT, Address, BackendEntry, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, EdgeControl,
     EdgeCounter, EdgeCounters, EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef,
-    Frontend, Frontend6, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, N_EDGE_ACCOUNTS, N_FLOW_STATES,
-    Packet, ServiceRef, ServiceStats, Target, Window,
+    Frontend, Frontend6, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES,
+    N_EDGE_ACCOUNTS, N_FLOW_STATES, Packet, ServiceRef, ServiceStats, Target, Window,
 };
 
 use crate::flows::Side;
@@ -214,6 +214,20 @@ pub fn service_of(packet: &Packet) -> Option<u32> {
 pub fn is_vip(packet: &Packet) -> bool {
     let is_ipv6 = packet.is_ipv6 != 0;
     service_at(&packet.destination, ANY_PORT, packet.protocol, is_ipv6).is_some()
+}
+
+/// Whether the packet in the window goes to a VIP, if its headers have an address at all. Neighbour discovery is the
+/// host's, from and to any address.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_goes_to_vip(is_ipv6: u64) -> u64 {
+    let Some(Scratch { window, .. }) = scratch() else { return 0 };
+    let is_ipv6 = is_ipv6 != 0;
+    if is_ipv6 && window.octet(6) == IPPROTO_ICMPV6 {
+        return 0;
+    }
+    let destination = if is_ipv6 { window.ipv6(24) } else { Address::v4(window.ipv4(16)) };
+    service_at(&destination, ANY_PORT, IPPROTO_TCP, is_ipv6).is_some().into()
 }
 
 /// The service at a public address.

@@ -12,6 +12,8 @@ use crate::maps;
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
+/// The address in the Ethernet header is the interface's (linux/if_packet.h).
+const PACKET_HOST: u32 = 0;
 /// The length of an Ethernet header, where that of IP begins.
 pub const IP: u32 = 14;
 
@@ -55,15 +57,20 @@ impl Skb {
         read!(self.ifindex)
     }
 
-    /// Whether it stands for several packets (GRO, TSO).
+    /// Whether it stands for several packets (GRO, TSO). Those of a virtual machine's host have a size alone,
+    /// and no count (SKB_GSO_DODGY).
     #[inline(always)]
     pub fn is_batch(&self) -> bool {
-        read!(self.gso_segs) > 1
+        read!(self.gso_size) != 0
     }
 
-    /// Whose packet it may be, by where it goes to.
+    /// Whose packet it may be, by where it goes to. What isn't sent to this interface, such as another edge's
+    /// packets in promiscuous mode, and what is a VLAN device's, is left to others.
     #[inline(always)]
     pub fn side(&self) -> Side {
+        if read!(self.pkt_type) != PACKET_HOST || read!(self.vlan_present) != 0 {
+            return Side::None;
+        }
         const DESTINATION4: usize = IP as usize + 16;
         const DESTINATION6: usize = IP as usize + 24;
         let Some(is_ipv6) = self.family() else { return Side::None };

@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions, EdgeTimeouts};
 use lb_userspace::table::{Protocols, Service};
@@ -295,6 +295,36 @@ pub fn what_is_of_no_flow() {
     });
 }
 
+/// Fragments to a source address are the host's, those to a VIP are dropped; a packet whose hops end here begins no
+/// flow, so a backend waits for no answer to it.
+pub fn what_is_the_hosts() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let datapath = serve(&place, vec![web()]);
+        let own = UdpSocket::bind((SOURCE, 9_999)).unwrap();
+        own.set_read_timeout(Some(LONG)).unwrap();
+        network.backend.run(|| {
+            let socket = UdpSocket::bind((BACKEND, 0)).unwrap();
+            socket.send_to(&[7; 4_000], (SOURCE, 9_999)).unwrap();
+        });
+        assert_eq!(own.recv(&mut [0; 8_192]).unwrap(), 4_000);
+
+        network.client.run(|| {
+            let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+            socket.send_to(&[7; 4_000], (PUBLIC, 80)).unwrap();
+            socket.set_ttl(1).unwrap();
+            socket.send_to(b"?", (PUBLIC, 80)).unwrap();
+        });
+        let start = Instant::now();
+        while count(&datapath, "hop_limit") == 0 {
+            assert!(start.elapsed() < LONG, "{:?}", datapath.edge_counts());
+            std::thread::yield_now();
+        }
+        assert_eq!(count(&datapath, "fragment"), 3);
+        assert_eq!(datapath.edge_flows(), []);
+    });
+}
+
 /// A daemon that restarts, and one that is gone: connections go on, and new ones begin.
 pub fn flows_outlive_the_daemon() {
     inside(|| {
@@ -308,8 +338,11 @@ pub fn flows_outlive_the_daemon() {
         assert_eq!(answer.unwrap(), format!("A {SOURCE} 1"), "without a daemon");
         let mut datapath = place.start();
         datapath.configure_edge(Some(options()));
+        datapath.fix();
+        let answer = network.client.run(move || ask(CLIENT.into(), vip, b"b"));
+        assert_eq!(answer.unwrap(), format!("A {SOURCE} 1"), "before its first table");
         apply(&mut datapath, vec![web()]);
-        assert_eq!(datapath.edge_flows().len(), 2);
+        assert_eq!(datapath.edge_flows().len(), 3);
         let answer = network.client.run(move || {
             let mut stream = stream;
             stream.write_all(b"late").unwrap();

@@ -87,6 +87,7 @@ const fn once(name: &'static str, run: fn()) -> KernelTrial {
 const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_clients_reach_backends", edge::clients_reach_backends),
     since((5, 10), "edge_what_is_of_no_flow", edge::what_is_of_no_flow),
+    since((5, 10), "edge_what_is_the_hosts", edge::what_is_the_hosts),
     since((5, 10), "edge_flows_outlive_the_daemon", edge::flows_outlive_the_daemon),
     since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),
     once("weights_are_shares", translation::weights_are_shares),

@@ -162,7 +162,7 @@ fn target(query: Option<&str>) -> Result<String, EndpointError> {
     let query = query.unwrap_or_default();
     let is_target = |target: &&str| target.len() <= MAX_TARGET && !target.contains('&');
     query.strip_prefix("target=").filter(is_target).map(decode).ok_or_else(|| {
-        let fix = "write target=TARGET: a node, an address, an instance or an allocation";
+        let fix = "write target=TARGET: a node, an address, an instance, an allocation or `edge`";
         EndpointError::Query { name: "query".into(), value: query.into(), fix }
     })
 }

@@ -98,7 +98,7 @@ pub enum Command {
         /// Name of a node, address with or without a port, id of an instance (NODE/ID where several
         /// nodes have it), or id of an allocation (8 digits suffice); where one means several things,
         /// `node:NAME`, `address:ADDRESS`, `instance:ID` or `allocation:ID`. Or `edge`: this edge
-        /// announces its public VIPs no more, and open flows go on
+        /// no longer announces its public VIPs, and open flows continue
         target: Option<String>,
         /// The daemon.
         #[command(flatten)]

@@ -56,9 +56,11 @@ fn sentence(change: &DrainChange) -> String {
     let since = change.since.as_deref().unwrap_or_default();
     if change.kind.as_deref() == Some("edge") {
         return match (change.drained, change.changed) {
-            (true, true) => "this edge announces its public VIPs no more; open flows go on, see \
+            (true, true) => {
+                "this edge no longer announces its public VIPs; open flows continue, see \
                              `nohop flows`"
-                .to_owned(),
+                    .to_owned()
+            }
             (true, false) => format!("this edge is drained already, since {since}"),
             (false, true) => "this edge announces its public VIPs again".to_owned(),
             (false, false) => "this edge isn't drained".to_owned(),

@@ -11,7 +11,8 @@ use super::timers::ticks;
 use crate::admin::api;
 use crate::config::EdgeConfig;
 use crate::datapath::{
-    EdgeFlow, EdgeInterface, EdgeOptions, EdgeStatus, EdgeTimeouts, SharedDatapath, public_routes,
+    EdgeFlow, EdgeInterface, EdgeOptions, EdgeStatus, EdgeTimeouts, Mode, SharedDatapath,
+    public_routes,
 };
 use crate::table::{DrainTarget, Drains, Table};
 
@@ -43,24 +44,30 @@ pub enum Announcement {
 }
 
 impl Announcement {
-    /// By the table, the unit's state and what is drained.
-    pub fn of(table: &Table, edge: &EdgeStatus, drains: &Drains) -> Announcement {
+    /// By the table, the unit's state, what is drained, and what connections get on this node.
+    pub fn of(table: &Table, edge: &EdgeStatus, drains: &Drains, mode: &Mode) -> Announcement {
         if let Some(drain) = drains.get(&DrainTarget::Edge) {
             return Announcement::Withdraw(format!(
                 "this edge is drained by hand since {}",
                 drain.since_text()
             ));
         }
-        if !edge.interfaces.iter().any(|interface| interface.mode.is_some()) {
-            let first = edge.interfaces.iter().find_map(|one| one.message.as_deref());
-            let why = first.map(|message| format!(": {message}")).unwrap_or_default();
-            return Announcement::Withdraw(format!("no interface of this edge is attached{why}"));
+        if let Mode::Shadow { why } = mode {
+            return Announcement::Withdraw(format!("this node is in shadow mode: {why}"));
+        }
+        if let Some(interface) = edge.interfaces.iter().find(|interface| interface.mode.is_none()) {
+            let why = interface.message.as_deref().unwrap_or("the reason isn't known");
+            return Announcement::Withdraw(format!(
+                "the programs aren't attached to {}: {why}",
+                interface.name
+            ));
         }
         if !table.is_synced() {
             return Announcement::Unknown("discovery has not reported in full yet".to_owned());
         }
         let public = table.services.values().flat_map(|service| &service.public);
-        Announcement::Announce(public.map(|address| address.ip()).collect())
+        let addresses = public.map(SocketAddr::ip).filter(|address| has_source(edge, address));
+        Announcement::Announce(addresses.collect())
     }
 
     /// Why clients aren't to come; `None` where they are.
@@ -70,6 +77,11 @@ impl Announcement {
             Announcement::Unknown(why) | Announcement::Withdraw(why) => Some(why),
         }
     }
+}
+
+/// Whether the edge has an address of the family of a VIP: flows aren't translated between families.
+fn has_source(edge: &EdgeStatus, vip: &IpAddr) -> bool {
+    edge.sources.iter().any(|source| source.is_ipv4() == vip.is_ipv4())
 }
 
 /// The routes of public VIPs as they are.
@@ -106,8 +118,8 @@ pub async fn follow(mut followed: FollowedEdge) {
             Ok(()) = followed.drains.changed() => {}
         }
         let datapath = followed.datapath.clone();
-        let edge = tokio::task::spawn_blocking(move || datapath.edge_status()).await;
-        let Ok(edge) = edge else { continue };
+        let read = move || (datapath.edge_status(), datapath.mode());
+        let Ok((edge, mode)) = tokio::task::spawn_blocking(read).await else { continue };
         let is_edge = edge.is_some();
         if !is_edge && !was_edge {
             continue;
@@ -117,7 +129,7 @@ pub async fn follow(mut followed: FollowedEdge) {
             Some(edge) => {
                 let table = followed.table.borrow_and_update().clone();
                 let drains = followed.drains.borrow_and_update().clone();
-                Announcement::of(&table, &edge, &drains)
+                Announcement::of(&table, &edge, &drains, &mode)
             }
         };
         let none = BTreeSet::new();
@@ -183,6 +195,19 @@ pub fn vips_of_none(vips: &BTreeMap<String, SocketAddr>, table: &Table) -> Vec<S
     if table.is_synced() { of_none.map(problem).collect() } else { Vec::new() }
 }
 
+/// The public VIPs that this edge doesn't announce because it has no source address of their family.
+pub fn vips_without_source(edge: &EdgeStatus, table: &Table) -> Option<String> {
+    let public = table.services.values().flat_map(|service| &service.public);
+    let vips: BTreeSet<IpAddr> =
+        public.map(SocketAddr::ip).filter(|vip| !has_source(edge, vip)).collect();
+    let first = vips.first()?;
+    let (n, family) = (vips.len(), if first.is_ipv4() { "IPv4" } else { "IPv6" });
+    Some(format!(
+        "edge.source has no {family} address, so {n} public VIPs, such as {first}, aren't announced: add \
+         one of this host"
+    ))
+}
+
 /// As the status shows it.
 pub fn document(
     edge: &EdgeStatus,
@@ -234,13 +259,20 @@ pub fn flows(mut all: Vec<EdgeFlow>, by_bytes: bool, limit: usize) -> api::Flows
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::BalanceAlgorithm;
     use crate::datapath::{EdgeFlowState, EdgeInterface, EdgeMode};
-    use crate::table::Drain;
+    use crate::table::{Drain, Ports, Protocols, Service};
 
     fn status(mode: Option<EdgeMode>) -> EdgeStatus {
         let message = mode.is_none().then(|| "no such interface".to_owned());
         let interface = EdgeInterface { name: "eth0".to_owned(), mode, message };
-        EdgeStatus { interfaces: vec![interface], n_flows: 0, max_flows: 8, problems: Vec::new() }
+        EdgeStatus {
+            interfaces: vec![interface],
+            sources: vec!["10.0.0.2".parse().unwrap()],
+            n_flows: 0,
+            max_flows: 8,
+            problems: Vec::new(),
+        }
     }
 
     #[test]
@@ -263,7 +295,7 @@ mod tests {
                 &detached,
                 &none,
                 Announcement::Withdraw(
-                    "no interface of this edge is attached: no such interface".to_owned(),
+                    "the programs aren't attached to eth0: no such interface".to_owned(),
                 ),
             ),
             (
@@ -276,8 +308,43 @@ mod tests {
             ),
         ];
         for (table, edge, drains, expected) in rows {
-            assert_eq!(Announcement::of(table, edge, drains), expected);
+            assert_eq!(Announcement::of(table, edge, drains, &Mode::Translate), expected);
         }
+        let shadow = Mode::Shadow { why: "nohop/off is set".to_owned() };
+        let expected = "this node is in shadow mode: nohop/off is set".to_owned();
+        let announcement = Announcement::of(&synced, &attached, &none, &shadow);
+        assert_eq!(announcement, Announcement::Withdraw(expected));
+    }
+
+    #[test]
+    fn vips_of_a_family_without_a_source_are_not_announced() {
+        let public = vec!["203.0.113.10:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap()];
+        let web = Service {
+            name: "web".into(),
+            vip: [127, 128, 0, 1].into(),
+            vip6: None,
+            ports: Ports::only([80]),
+            protocols: Protocols::Tcp,
+            algorithm: BalanceAlgorithm::Random,
+            pin: None,
+            public,
+            backends: Vec::new(),
+            excluded: Vec::new(),
+            notes: Vec::new(),
+            watch: Default::default(),
+            generation: 1,
+        };
+        let services = [("web".into(), Arc::new(web))].into_iter().collect();
+        let table = Table { generation: 1, services, ..Table::default() };
+        let edge = status(Some(EdgeMode::Tcx));
+        let announcement = Announcement::of(&table, &edge, &Drains::default(), &Mode::Translate);
+        let four = BTreeSet::from(["203.0.113.10".parse().unwrap()]);
+        assert_eq!(announcement, Announcement::Announce(four));
+        let problem = vips_without_source(&edge, &table).unwrap();
+        assert!(
+            problem.contains("no IPv6 address, so 1 public VIPs, such as 2001:db8::1"),
+            "{problem}"
+        );
     }
 
     #[test]

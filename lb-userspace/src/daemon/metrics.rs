@@ -409,6 +409,7 @@ mod tests {
             intercepted: vec![("intercepted", 3), ("no_daemon", 1)],
             edge: Some(EdgeReadings {
                 status: EdgeStatus {
+                    sources: Vec::new(),
                     interfaces: vec![
                         EdgeInterface {
                             name: "eth0".into(),

@@ -86,6 +86,7 @@ impl View for DaemonView {
         problems.extend(edge::vips_of_none(&self.edge_vips.borrow(), &table));
         let edge = self.datapath.edge_status();
         problems.extend(edge.iter().flat_map(|edge| edge.problems.clone()));
+        problems.extend(edge.iter().filter_map(|edge| edge::vips_without_source(edge, &table)));
         problems.extend(dropped(logging::n_dropped()));
         let errors = self.datapath.errors();
         problems.extend(refused(&errors));
@@ -252,7 +253,8 @@ impl View for DaemonView {
             dns_answers: self.dns_answers(),
             intercepted: self.datapath.intercept_counts(),
             edge: self.datapath.edge_status().map(|edge| EdgeReadings {
-                announces: self.announcement(&edge).obstacle().is_none(),
+                announces: self.announcement(&edge).obstacle().is_none()
+                    && self.public_routes.borrow().problem.is_none(),
                 status: edge,
                 counts: self.datapath.edge_counts(),
             }),
@@ -453,7 +455,8 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 impl DaemonView {
     /// Whether clients outside are to come to this edge.
     fn announcement(&self, edge: &EdgeStatus) -> Announcement {
-        Announcement::of(&self.table.borrow(), edge, &self.drains.drains())
+        let mode = self.datapath.mode();
+        Announcement::of(&self.table.borrow(), edge, &self.drains.drains(), &mode)
     }
 
     /// The answers to DNS queries by response code, the kernel's included.

@@ -56,9 +56,11 @@ async fn announced_by(handle: &Handle) -> Result<BTreeSet<IpAddr>, RouteError> {
         RouteMessageBuilder::<Ipv4Addr>::new().build(),
         RouteMessageBuilder::<Ipv6Addr>::new().build(),
     ] {
-        let routes: Vec<RouteMessage> =
-            handle.route().get(all).execute().try_collect().await.map_err(unreadable)?;
-        found.extend(routes.iter().filter_map(own_address));
+        // One by one: a router may have a million of them.
+        let mut routes = handle.route().get(all).execute();
+        while let Some(route) = routes.try_next().await.map_err(unreadable)? {
+            found.extend(own_address(&route));
+        }
     }
     Ok(found)
 }

@@ -102,6 +102,9 @@ pub struct Edge {
     seen: OrdMap<Arc<str>, Arc<Service>>,
     /// Their frontends, each with its service.
     wanted: BTreeMap<FrontendKey, Arc<str>>,
+    /// Whether there was a table. Until then an earlier daemon's frontends stay: its flows are looked up only
+    /// where they lead.
+    has_table: bool,
     /// Whether an earlier daemon's is known to be gone.
     is_tidy: bool,
 }
@@ -145,6 +148,7 @@ impl Edge {
             loaded: None,
             seen: OrdMap::new(),
             wanted: BTreeMap::new(),
+            has_table: false,
             is_tidy: false,
         }
     }
@@ -204,12 +208,13 @@ impl Edge {
             }
         }
         self.wanted = wanted;
+        self.has_table = true;
     }
 
     /// Updates the frontends to the table that [`Edge::prepare`] was given. `index` is where the kernel has a
     /// service.
     pub fn apply(&mut self, index: impl Fn(&str) -> Option<u32>) {
-        let Some(Ok(loaded)) = &mut self.loaded else { return };
+        let Some(Ok(loaded)) = self.loaded.as_mut().filter(|_| self.has_table) else { return };
         let wanted = self.wanted.iter();
         let mut wanted: BTreeMap<_, _> =
             wanted.filter_map(|(key, name)| Some((*key, index(name)?))).collect();
@@ -261,11 +266,11 @@ impl Edge {
     /// How it does; `None` where it isn't configured.
     pub fn status(&self) -> Option<EdgeStatus> {
         let options = self.options.as_ref()?;
-        let max_flows = options.max_flows;
+        let (max_flows, sources) = (options.max_flows, options.sources.clone());
         Some(match self.loaded.as_ref()? {
             Ok(LoadedEdge { interfaces, problems, n_flows, .. }) => {
                 let (interfaces, problems) = (interfaces.clone(), problems.clone());
-                EdgeStatus { interfaces, n_flows: *n_flows, max_flows, problems }
+                EdgeStatus { interfaces, sources, n_flows: *n_flows, max_flows, problems }
             }
             Err(reason) => {
                 let interface = |name: &String| EdgeInterface {
@@ -274,7 +279,8 @@ impl Edge {
                     message: Some(reason.clone()),
                 };
                 let interfaces = options.interfaces.iter().map(interface).collect();
-                EdgeStatus { interfaces, n_flows: 0, max_flows, problems: vec![reason.clone()] }
+                let problems = vec![reason.clone()];
+                EdgeStatus { interfaces, sources, n_flows: 0, max_flows, problems }
             }
         })
     }
@@ -552,6 +558,9 @@ impl LoadedEdge {
         for (name, interface) in &wanted {
             let result = match interface {
                 None => Err(format!("there is no interface {name}")),
+                Some(_) if !has_ethernet(name) => Err(format!(
+                    "packets of {name} have no Ethernet header; name the interface below it, or one of Ethernet"
+                )),
                 Some(interface) => {
                     self.attach_to(interface, pins).map_err(|error| error.to_string())
                 }
@@ -610,6 +619,14 @@ impl AttachedTo {
             attached.detach(&self.interface, Place { pin: &pin, handle, direction });
         }
     }
+}
+
+/// Whether an interface's packets begin with an Ethernet header, as those of WireGuard and PPP don't; also
+/// where that can't be read.
+fn has_ethernet(name: &str) -> bool {
+    // ARPHRD_ETHER and ARPHRD_LOOPBACK (linux/if_arp.h).
+    let kind = std::fs::read_to_string(format!("/sys/class/net/{name}/type"));
+    kind.map_or(true, |kind| matches!(kind.trim(), "1" | "772"))
 }
 
 /// What keeps packets from being sent on.

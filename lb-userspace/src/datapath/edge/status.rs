@@ -1,6 +1,6 @@
 //! What an edge reports of itself.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use std::time::Duration;
 pub struct EdgeStatus {
     /// The configured interfaces, in order.
     pub interfaces: Vec<EdgeInterface>,
+    /// The configured addresses that backends see: of a family without one there are no flows.
+    pub sources: Vec<IpAddr>,
     /// How many flows there are.
     pub n_flows: u32,
     /// How many there is room for.

@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_millis(300);
 const MAX_VERIFIED: usize = 8;
 /// After how long one that gets answers is verified again.
 const AGAIN: Duration = Duration::from_secs(30);
-/// After how long one that gets none is.
+/// After how long one is that got none once; after several failures in a row so many times longer, up to that.
 const RETRY: Duration = Duration::from_secs(1);
 /// The failures in a row after which it gets none: a single one may be for lack of processor time.
 const N_FAILURES: u32 = 2;
@@ -97,7 +97,9 @@ impl ReachState {
 impl NamespaceReach {
     fn record(&mut self, failure: Option<String>, now: Instant) {
         self.n_failures = if failure.is_some() { self.n_failures + 1 } else { 0 };
-        self.next = now + if failure.is_some() { RETRY } else { AGAIN };
+        // One that gets none time after time leaves others their turn.
+        self.next =
+            now + if failure.is_some() { (RETRY * self.n_failures).min(AGAIN) } else { AGAIN };
         self.failure = failure;
     }
 }
