@@ -93,7 +93,7 @@ extern "C" fn nohop_edge_admit() -> u64 {
     u64::from(service) + 1
 }
 
-/// What becomes of a packet that can't be sent on: by TCP its sender is told.
+/// What becomes of a packet that can't be sent on: by TCP a RST answers it.
 #[inline(always)]
 fn refused() -> u64 {
     let is_tcp = maps::scratch().is_some_and(|scratch| scratch.packet.protocol == IPPROTO_TCP);

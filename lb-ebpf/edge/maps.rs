@@ -62,7 +62,7 @@ pub struct Cursors {
 }
 
 /// What a program works on. It runs with bottom halves disabled, so the processor's is its own. The
-/// verifier doesn't know what it keeps here, and so tells no cases apart by that afterwards.
+/// verifier doesn't know what it keeps here, and so follows no cases of it afterwards.
 #[repr(C, align(8))]
 pub struct Scratch {
     pub window: Window,

@@ -64,7 +64,7 @@ pub fn others_in_their_networks_pass() {
             assert_eq!(connect(way).unwrap(), expected, "{way}");
         }
     }
-    // Another port of it is nobody's: nothing listens there.
+    // No service has another port of it, and nothing listens there.
     let refused = connect(SocketAddr::from((vip, PORT))).unwrap_err();
     assert_eq!(
         (refused.kind(), event(&bed, "refused_no_frontend")),

@@ -149,12 +149,12 @@ fn interface(
     let can = match driver(&directory) {
         Kind::Virtual(kind) => format!("{kind}, which has no native XDP: by TC"),
         Kind::Driver(driver) if NATIVE_XDP.contains(&&*driver) => {
-            format!("driver {driver}, which has native XDP; else by TC")
+            format!("driver {driver}, which has native XDP; that isn't used yet: by TC")
         }
         Kind::Driver(driver) => {
-            format!("driver {driver}, which isn't known to have native XDP: by TC then")
+            format!("driver {driver}, which isn't known to have native XDP: by TC")
         }
-        Kind::Unknown => "no driver is known: by TC where it has no native XDP".to_owned(),
+        Kind::Unknown => "no driver is known: by TC".to_owned(),
     };
     match fs::read_to_string(directory.join("operstate")) {
         Ok(state) if state.trim() == "down" => {

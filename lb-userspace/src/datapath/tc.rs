@@ -9,7 +9,7 @@ use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandl
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType, TcError, tc};
 
 use super::bpf::{Link, PinnedObject, TcxHook};
-use super::pins::unpin;
+use super::pins::{Pins, unpin};
 
 /// The place of our filter among those of clsact: the first.
 const PRIORITY: u16 = 1;
@@ -260,4 +260,17 @@ pub fn interface_names() -> impl Iterator<Item = String> {
         Err(_) => vec!["lo".to_owned()],
     };
     names.into_iter()
+}
+
+/// Ends a unit's links: those whose pins' names begin with its prefix and are such ones.
+pub fn end_links(pins: &Pins, prefix: &str, is_one: impl Fn(&str) -> bool) {
+    for pinned in pins.all_links().unwrap_or_default() {
+        let name = pinned.name.to_string_lossy();
+        if name.starts_with(prefix) && is_one(&name) {
+            let detached = pinned.link.detach();
+            if let Err(error) = unpin(&pinned.path).map_err(io::Error::other).and(detached) {
+                tracing::debug!("{} couldn't be detached: {error}", pinned.path.display());
+            }
+        }
+    }
 }

@@ -32,7 +32,7 @@ use super::memcg;
 use super::object::{load_program, processed};
 use super::pins::{PinnedMaps, Pins, monotonic_ns, unpin};
 use super::tc::{
-    Attached, Direction, FilterHandle, Interface, Place, detach_filter, interface_names,
+    Attached, Direction, FilterHandle, Interface, Place, detach_filter, end_links, interface_names,
 };
 use super::units::{UnitHealth, UnitState};
 use crate::ordmap::{Diff, OrdMap};
@@ -259,7 +259,7 @@ impl Edge {
         self.records.set(None);
         self.options = None;
         // An earlier daemon's, too.
-        end_links(pins, |_| true);
+        end_links(pins, PIN_PREFIX, |_| true);
         detach_filters(pins);
     }
 
@@ -553,7 +553,7 @@ impl LoadedEdge {
                 .flat_map(|interface| PROGRAMS.map(|(program, _)| pin_name(program, interface)));
             names.any(|own| own == name)
         };
-        end_links(pins, |name| !is_own(name));
+        end_links(pins, PIN_PREFIX, |name| !is_own(name));
         let mut interfaces = Vec::new();
         for (name, interface) in &wanted {
             let result = match interface {
@@ -666,19 +666,6 @@ fn remove_pins(pins: &Pins) {
     for shape in edge_shapes(DEFAULT_MAX_FLOWS, true) {
         if let Err(error) = unpin(&pins.maps().join(shape.name)) {
             tracing::debug!("{error}");
-        }
-    }
-}
-
-/// Ends the links whose pins have such names.
-fn end_links(pins: &Pins, is_one: impl Fn(&str) -> bool) {
-    for pinned in pins.all_links().unwrap_or_default() {
-        let name = pinned.name.to_string_lossy();
-        if name.starts_with(PIN_PREFIX) && is_one(&name) {
-            let detached = pinned.link.detach();
-            if let Err(error) = unpin(&pinned.path).map_err(io::Error::other).and(detached) {
-                tracing::debug!("{} couldn't be detached: {error}", pinned.path.display());
-            }
         }
     }
 }

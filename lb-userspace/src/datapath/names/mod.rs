@@ -27,9 +27,9 @@ use super::error::DatapathError;
 use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
 use super::memcg;
 use super::object::{load_program, processed};
-use super::pins::{PinnedMaps, Pins, unpin};
+use super::pins::{PinnedMaps, Pins};
 use super::tc::{
-    Attached, Direction, FilterHandle, Interface, Place, detach_filter, interface_names,
+    Attached, Direction, FilterHandle, Interface, Place, detach_filter, end_links, interface_names,
 };
 use super::units::{UnitHealth, UnitState};
 use crate::config::KernelMode;
@@ -571,31 +571,18 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
 
 /// Ends what an earlier daemon attached.
 fn end_earlier(pins: &Pins) {
-    end_links(pins, |_| true);
+    end_links(pins, PIN_PREFIX, |_| true);
     detach_filters(pins);
 }
 
 /// Ends what an earlier daemon attached to interfaces that aren't wanted.
 fn end_elsewhere(wanted: &[Interface], pins: &Pins, handle: FilterHandle) {
-    end_links(pins, |name| !wanted.iter().any(|interface| pin_name(interface) == name));
+    end_links(pins, PIN_PREFIX, |name| !wanted.iter().any(|interface| pin_name(interface) == name));
     let is_wanted = |name: &String| wanted.iter().any(|interface| interface.name == *name);
     interface_names().filter(|name| !is_wanted(name)).for_each(|name| {
         // Mostly there is none.
         let _ = detach_filter(&name, handle, Direction::Ingress);
     });
-}
-
-/// Ends the links whose pins have such names.
-fn end_links(pins: &Pins, is_one: impl Fn(&str) -> bool) {
-    for pinned in pins.all_links().unwrap_or_default() {
-        let name = pinned.name.to_string_lossy();
-        if name.starts_with(PIN_PREFIX) && is_one(&name) {
-            let detached = pinned.link.detach();
-            if let Err(error) = unpin(&pinned.path).map_err(io::Error::other).and(detached) {
-                tracing::debug!("{} couldn't be detached: {error}", pinned.path.display());
-            }
-        }
-    }
 }
 
 /// Removes the filters that no link holds. Returns how many there were.
