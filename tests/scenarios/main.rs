@@ -199,8 +199,8 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // Each runs a Consul or two; more at once would only make them wait for each other.
-    arguments.test_threads.get_or_insert(2);
+    // Most of their time is waiting for intervals of Consul and of the daemon: four use some 1.3 processors.
+    arguments.test_threads.get_or_insert(4);
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
         eprintln!("The scenarios are ignored: needs root: run `cargo xtask test`");
