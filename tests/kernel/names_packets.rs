@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use aya::maps::MapInfo;
 use aya::programs::{ProgramFd, loaded_programs};
+use lb_tests::prog_run::{ProgRun, prog_run};
 use lb_userspace::config::{Config, DnsConfig};
 use lb_userspace::datapath::{Datapath, NamesSettings};
 use lb_userspace::dns::fuzzing::response;
@@ -15,7 +16,6 @@ use crate::fixture::{Place, VIP, is_emulated, service};
 use crate::names::{self, A, AAAA, HTTPS, PORT, SRV, query};
 use crate::netns::inside;
 
-const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const TC_ACT_UNSPEC: u32 = u32::MAX;
 const TC_ACT_REDIRECT: u32 = 7;
 
@@ -115,25 +115,9 @@ fn test_run(program: &ProgramFd, packet: &[u8], gso_segs: u32, interface: u32) -
     // struct __sk_buff, up to gso_size.
     let mut context = [0u32; 45];
     (context[10], context[41]) = (interface, gso_segs);
-    let has_context = context != [0; 45];
-    let mut out = vec![0; packet.len() + 128];
-    let word = |low: usize, high: usize| (low as u64) | (high as u64) << 32;
-    // union bpf_attr, test.
-    let mut attributes = [0u64; 10];
-    attributes[0] = word(program.as_fd().as_raw_fd() as usize, 0);
-    attributes[1] = word(packet.len(), out.len());
-    (attributes[2], attributes[3]) = (packet.as_ptr() as u64, out.as_mut_ptr() as u64);
-    attributes[4] = word(1, 0);
-    attributes[5] = word(if has_context { size_of_val(&context) } else { 0 }, 0);
-    attributes[6] = if has_context { context.as_ptr() as u64 } else { 0 };
-    let size = size_of_val(&attributes);
-    // SAFETY: the attributes are as long as is named, and what they point to lives until the call ends.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, attributes.as_mut_ptr(), size) };
-    assert_eq!(result, 0, "{}: {packet:02x?}", std::io::Error::last_os_error());
-    let [verdict, len] = [attributes[0] >> 32, attributes[1] >> 32];
-    out.truncate(len as usize);
-    (verdict as u32, out)
+    let context = if context == [0; 45] { &[][..] } else { &context };
+    let ProgRun { verdict, packet, .. } = prog_run(program.as_fd(), packet, context, 1);
+    (verdict, packet)
 }
 
 /// A packet from Ethernet's header on.

@@ -1,5 +1,5 @@
 //! Shared by the tests of the kernel object and the benchmarks of nohop alone.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![expect(
     missing_docs,
     clippy::new_without_default,
@@ -8,3 +8,4 @@
 )]
 
 pub mod fixture;
+pub mod prog_run;

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::{
-    CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, SchedClassifier, SockOps, TcAttachType,
+    CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramFd, SchedClassifier, SockOps,
+    TcAttachType,
 };
 use lb_userspace::config::cgroup;
 use lb_userspace::datapath::Cost;
@@ -115,6 +116,12 @@ impl Compared {
     pub fn cgroup(&self, of: &'static str) -> &Path {
         let cgroup = self.cgroups.iter().find(|cgroup| cgroup.of == of);
         &cgroup.expect("each has one").path
+    }
+
+    /// A program at an interface.
+    pub fn program(&self, name: &'static str) -> ProgramFd {
+        let program = self.ebpf.program(name).expect("the object has it");
+        program.fd().and_then(|fd| Ok(fd.try_clone()?)).expect("it is loaded")
     }
 
     pub fn cost(&self, program: &'static str) -> Cost {

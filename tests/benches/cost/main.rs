@@ -4,6 +4,7 @@
 mod compared;
 mod figures;
 mod loopback;
+mod ring;
 mod traffic;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -18,6 +19,7 @@ use lb_userspace::datapath::{
     Cost, IngressInterface, Measuring, NamesSettings, Options, UNITS, UnitState,
 };
 use lb_userspace::table::{Protocols, Service};
+use ring::{Edge, Hook};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// The numbers of services.
@@ -34,7 +36,7 @@ const DEAD: u32 = 3;
 
 const STRIDE: u32 = 7_919;
 
-const GOALS: [Goal; 12] = [
+const GOALS: [Goal; 15] = [
     Goal::AtMost(150.0, "no VIP"),
     Goal::Over(200.0, "a VIP among 10,000", "storage alone"),
     Goal::Over(200.0, "VIPs of 10,000", "storage alone"),
@@ -47,6 +49,9 @@ const GOALS: [Goal; 12] = [
     Goal::AtMost(400.0, "UDP: a datagram received"),
     Goal::Over(200.0, "names: a name of 10,000", "names: empty"),
     Goal::Over(70.0, "names: another datagram", "names: empty"),
+    Goal::Over(250.0, "edge: TC, 1,000 flows", "edge: TC, empty"),
+    Goal::Over(350.0, "edge: TC, 100,000 flows", "edge: TC, empty"),
+    Goal::Over(1_500.0, "edge: a first packet", "edge: TC, empty"),
 ];
 
 /// Where names are answered.
@@ -244,6 +249,28 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
             n_connections: None,
         },
     ]);
+
+    let network = ring::Network::new();
+    let (filled, fresh) = (Edge::with_flows(network), Edge::start(network));
+    let empty = || compared.program(compared::AT_INGRESS);
+    let tc = || filled.program("nohop_edge");
+    let walks = [
+        ("edge: TC, empty", filled.established(Hook::Tc, empty(), 1_000), false),
+        ("edge: TC, one flow", filled.established(Hook::Tc, tc(), 1), true),
+        ("edge: TC, 1,000 flows", filled.established(Hook::Tc, tc(), 1_000), true),
+        ("edge: TC, 100,000 flows", filled.established(Hook::Tc, tc(), 100_000), true),
+        ("edge: a first packet", fresh.first_packets(Hook::Tc, fresh.program("nohop_edge")), true),
+    ];
+    cases.extend(walks.map(|(name, walk, is_forwarded)| Case {
+        name,
+        cgroup: many.cgroup.path.clone(),
+        cost: Box::new({
+            let walk = walk.clone();
+            move || walk.cost()
+        }),
+        work: Box::new(move || walk.run(10 * n_calls, is_forwarded)),
+        n_connections: None,
+    }));
 
     cases.retain(|case| {
         let is_wanted = |part: &String| case.name.contains(part);
