@@ -5,6 +5,9 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result, bail};
 
+/// Where `cargo xtask setup` puts the programs and libraries that it doesn't install.
+pub const UNPACKED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools");
+
 /// Runs a command to its end, whatever its exit code.
 ///
 /// # Errors
@@ -64,7 +67,7 @@ pub fn installed(name: &str) -> Result<PathBuf> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let found = std::env::split_paths(&path)
         .chain(versions.map(|version| version.path().join("bin")))
-        .chain([concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools").into()])
+        .chain([UNPACKED.into()])
         .map(|dir| dir.join(name))
         .find(|path| path.is_file());
     found.with_context(|| format!("{name} isn't installed: `cargo xtask setup` tries to"))

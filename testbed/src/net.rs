@@ -58,6 +58,20 @@ impl Host {
         Ok(Arc::new(host))
     }
 
+    /// Has this host forward packets, of IPv4 and IPv6.
+    ///
+    /// # Errors
+    /// When its namespace can't be entered.
+    pub fn forward(&self) -> Result<()> {
+        self.enter(|| {
+            // Those of this thread's network namespace.
+            for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                fs::write(format!("/proc/sys/net/{key}"), "1").with_context(|| key.to_owned())?;
+            }
+            Ok(())
+        })
+    }
+
     /// Joins two hosts by a cable, `addresses` (such as `10.99.0.1/24`) at its ends.
     ///
     /// # Errors
@@ -166,6 +180,17 @@ impl ExecContext<'_> {
         let mut command = Command::new("nsenter");
         command.args(self.entry()).arg(program.as_ref());
         command
+    }
+
+    /// The same of a program that [`cmd::installed`] finds, with the libraries that `cargo xtask setup`
+    /// unpacks with it.
+    ///
+    /// # Errors
+    /// When it isn't installed.
+    pub fn installed(&self, program: &str) -> Result<Command> {
+        let mut command = self.command(cmd::installed(program)?);
+        command.env("LD_LIBRARY_PATH", cmd::UNPACKED);
+        Ok(command)
     }
 
     /// Runs `program` here with arguments separated by spaces; it must succeed.

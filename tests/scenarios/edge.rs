@@ -48,17 +48,14 @@ impl Site {
         }
         // Of the edge alone, so that nothing else uses its ports.
         edge.ip("addr add 10.99.9.9/32 dev lo")?;
-        edge.enter(|| {
-            // The one of this thread's network namespace.
-            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("let the edge forward")
-        })?;
+        edge.forward()?;
         Ok(Site { client, edge, backends })
     }
 }
 
-/// Echoes what one client sends, until it closes.
-fn echo(host: &Host) -> Result<SocketAddrV4> {
-    let address: SocketAddrV4 = format!("{}:0", BACKENDS[1]).parse()?;
+/// Echoes what one client sends, until it closes, from this address of a host.
+pub fn echo(host: &Host, address: &str) -> Result<SocketAddrV4> {
+    let address: SocketAddrV4 = format!("{address}:0").parse()?;
     let listener = host.enter(|| Ok(TcpListener::bind(address)?))?;
     let port = listener.local_addr()?.port();
     std::thread::spawn(move || {
@@ -74,17 +71,18 @@ fn echo(host: &Host) -> Result<SocketAddrV4> {
 }
 
 /// A connection through the edge, for as long as the scenario lasts.
-struct Flow(TcpStream);
+pub struct Flow(TcpStream);
 
 impl Flow {
-    fn open(site: &Site) -> Result<Flow> {
-        let stream =
-            site.client.enter(|| Ok(TcpStream::connect_timeout(&ECHO.into(), TIMEOUT)?))?;
+    /// Connects to a server of [`echo`].
+    pub fn open(client: &Host, vip: SocketAddrV4) -> Result<Flow> {
+        let stream = client.enter(|| Ok(TcpStream::connect_timeout(&vip.into(), TIMEOUT)?))?;
         stream.set_read_timeout(Some(TIMEOUT))?;
         Ok(Flow(stream))
     }
 
-    fn goes_on(&mut self, when: &str) -> Result<()> {
+    /// Sends and receives.
+    pub fn goes_on(&mut self, when: &str) -> Result<()> {
         let mut answer = [0; 4];
         self.0.write_all(b"ping").with_context(|| when.to_owned())?;
         self.0.read_exact(&mut answer).with_context(|| when.to_owned())?;
@@ -108,7 +106,8 @@ fn is_announced(status: &Value) -> bool {
         && status["edge"]["announced"] == json!(["203.0.113.10", "203.0.113.11"])
 }
 
-fn cli(nohop: &Nohop, arguments: &str) -> Result<String> {
+/// What a command of `nohop` prints that succeeds.
+pub fn cli(nohop: &Nohop, arguments: &str) -> Result<String> {
     let output = nohop.cli(arguments)?;
     ensure!(output.status.success(), "nohop {arguments}: {output:?}");
     Ok(String::from_utf8(output.stdout)?)
@@ -129,7 +128,7 @@ pub fn run() -> Result<()> {
         server.register(&registration)?;
         helloworlds.push(helloworld);
     }
-    server.register(&instance("echo", "echo-0", echo(&site.backends[1])?))?;
+    server.register(&instance("echo", "echo-0", echo(&site.backends[1], BACKENDS[1])?))?;
 
     let cgroup = Cgroup::new()?;
     let mut nohop = Nohop::start(&site.edge, &cgroup, CONFIG)?;
@@ -147,7 +146,7 @@ pub fn run() -> Result<()> {
         let name = format!("hello from helloworld-{nth}");
         ensure!(!both.all_answered(|answer| answer != name), "{name} has none: {both:?}");
     }
-    let mut flow = Flow::open(&site)?;
+    let mut flow = Flow::open(&site.client, ECHO)?;
     flow.goes_on("at first")?;
     let flows: Value = serde_json::from_str(&cli(&nohop, "flows --json")?)?;
     let all = flows["flows"].as_array().context("flows")?;

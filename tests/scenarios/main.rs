@@ -22,6 +22,7 @@ mod disk;
 mod dns_over_tls;
 mod drain;
 mod edge;
+mod edge_clients;
 mod ejected_is_shown;
 mod explained;
 mod external_detach;
@@ -176,6 +177,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
 /// The scenarios of programs that not every machine has, each with those that it needs.
 const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("dns_over_tls", &["kdig"], dns_over_tls::run),
+    ("edge_clients", &["gtlsclient", "gtlsserver", "iperf3", "wrk"], edge_clients::run),
     ("drill_by_name", &["drill"], resolvers::drill),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
     ("java_by_name", &["java", "javac"], clients_by_name::java),

@@ -260,11 +260,19 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
                 .to_owned(),
         );
     } else if n_v6 > 0 {
-        let by = match service.vip6 {
-            Some(vip6) => format!("which only connections to {vip6} reach"),
-            None => "which get nothing while others are at IPv4 addresses: only connections to an \
-                     address of `vip.pool6` would reach both"
-                .to_owned(),
+        let public = service.public.iter().filter(|address| address.is_ipv6());
+        let vips: Vec<String> = service
+            .vip6
+            .iter()
+            .map(ToString::to_string)
+            .chain(public.map(ToString::to_string))
+            .collect();
+        let by = if vips.is_empty() {
+            "which get nothing while others are at IPv4 addresses: only connections to an address \
+             of `vip.pool6` would reach both"
+                .to_owned()
+        } else {
+            format!("which only connections to {} reach", vips.join(" or "))
         };
         clauses.push(format!("{n_v6} of them at IPv6 addresses, {by}"));
     }
@@ -578,6 +586,16 @@ mod tests {
             let expected = format!("a connection to web.service (127.128.0.1) {expected}");
             assert_eq!(sentence("web.service", &service), expected);
         }
+    }
+
+    #[test]
+    fn an_ipv6_backend_is_reached_by_a_public_address() {
+        let mut both = service(&["10.0.0.7:1", "[2001:db8::7]:1"]);
+        both.public = vec!["[2001:db8:1::10]:443".parse().unwrap()];
+        let text = sentence("w", &both);
+        let expected =
+            "1 of them at IPv6 addresses, which only connections to [2001:db8:1::10]:443 reach";
+        assert!(text.contains(expected), "{text}");
     }
 
     #[test]

@@ -68,6 +68,17 @@ impl Apt {
         Ok(names.lines().map(str::to_owned).collect())
     }
 
+    /// The libraries that a package needs, directly or not, and that aren't installed.
+    pub fn absent_libraries(&self, package: &str) -> Result<Vec<String>> {
+        let mut apt_get = self.command("apt-get");
+        apt_get.args(["-qq", "--simulate", "--no-install-recommends", "install", package]);
+        let plan = process::output(&mut apt_get)?;
+        // Such as `Inst libnl-3-200 (3.7.0 Debian:12 [amd64])`.
+        let installed = plan.lines().filter_map(|line| line.strip_prefix("Inst "));
+        let names = installed.filter_map(|rest| rest.split_whitespace().next());
+        Ok(names.filter(|name| name.starts_with("lib")).map(str::to_owned).collect())
+    }
+
     /// Downloads a package; the file goes when this does.
     pub fn download(&self, package: &str) -> Result<PathBuf> {
         let dir = &self.draft.path();

@@ -63,6 +63,7 @@ DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends
 const CLIENTS: &[(&str, &str)] = &[
     ("dnsperf", "dnsperf"),
     ("drill", "ldnsutils"),
+    ("iperf3", "iperf3"),
     ("javac", "default-jdk-headless"),
     ("kdig", "knot-dnsutils"),
     ("musl-gcc", "musl-tools"),
@@ -71,6 +72,7 @@ const CLIENTS: &[(&str, &str)] = &[
     ("postgres", "postgresql"),
     ("psql", "postgresql-client"),
     ("python3", "python3"),
+    ("wrk", "wrk"),
 ];
 
 pub fn provide(purpose: Purpose) -> Result<String> {

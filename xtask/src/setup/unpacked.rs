@@ -1,5 +1,6 @@
 //! Packages that are unpacked and never installed, because Debian makes services of the machine of them
-//! at once: systemd-resolved its resolver, Prometheus a server, Docker a daemon.
+//! at once: systemd-resolved its resolver, Prometheus a server, Docker a daemon, BIRD and FRR routers,
+//! ngtcp2 a server.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,7 +18,7 @@ pub struct Unpacked {
     files: &'static [&'static str],
 }
 
-pub const ALL: [Unpacked; 7] = [
+pub const ALL: [Unpacked; 12] = [
     Unpacked { package: "systemd-resolved", files: &["systemd-resolved"] },
     Unpacked { package: "prometheus", files: &["promtool"] },
     // Whose others are with this one.
@@ -27,11 +28,16 @@ pub const ALL: [Unpacked; 7] = [
     Unpacked { package: "runc", files: &["runc"] },
     // Of dockerd.
     Unpacked { package: "libdevmapper1.02.1", files: &["libdevmapper.so.1.02.1"] },
+    Unpacked { package: "bird2", files: &["bird", "birdc"] },
+    Unpacked { package: "frr", files: &["bgpd", "vtysh", "zebra"] },
+    Unpacked { package: "keepalived", files: &["keepalived"] },
+    Unpacked { package: "ngtcp2-client", files: &["gtlsclient"] },
+    Unpacked { package: "ngtcp2-server", files: &["gtlsserver"] },
 ];
 
 /// Where packages have them.
-const DIRECTORIES: [&str; 5] =
-    ["usr/bin", "usr/sbin", "usr/lib/systemd", "lib/systemd", "usr/lib/cni"];
+const DIRECTORIES: [&str; 6] =
+    ["usr/bin", "usr/sbin", "usr/lib/systemd", "lib/systemd", "usr/lib/cni", "usr/lib/frr"];
 
 impl Unpacked {
     /// Sees to it that the files are there, and returns where.
@@ -43,6 +49,13 @@ impl Unpacked {
         for (name, file) in self.files.iter().zip(&found) {
             link_tool(name, file)?;
         }
+        for library in libraries(&self.place()?) {
+            let name = library.file_name().and_then(|name| name.to_str());
+            let name = name.context("a library's name")?;
+            if ALL.iter().all(|one| !one.files.contains(&name)) {
+                link_tool(name, &library)?;
+            }
+        }
         Ok(found.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", "))
     }
 
@@ -50,32 +63,49 @@ impl Unpacked {
     fn files_in(&self, root: &Path) -> Option<Vec<PathBuf>> {
         let find = |name: &&str| {
             let places = DIRECTORIES.iter().map(|dir| root.join(dir));
-            // Debian's names of architectures, as multiarch has them.
-            let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
-            let libraries = ["lib", "usr/lib"].map(|dir| root.join(dir).join(&triplet));
-            let mut places = places.chain(libraries).map(|dir| dir.join(name));
+            let mut places = places.chain(library_dirs(root)).map(|dir| dir.join(name));
             places.find(|file| file.is_file())
         };
         self.files.iter().map(find).collect()
     }
 
     fn unpacked(&self) -> Result<Vec<PathBuf>> {
-        let package = self.package;
-        let place = cache_dir()?.join("unpacked").join(package);
+        let (package, place) = (self.package, self.place()?);
         if let Some(found) = self.files_in(&place) {
             return Ok(found);
         }
         announce(&format!("downloading {package} with apt-get"));
         // The package's file goes with its apt.
         let apt = Apt::of_system()?;
-        let deb = apt.download(package)?;
         let draft = Draft::beside(&place)?;
         let root = draft.path().join("root");
-        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&root))?;
+        for package in apt.absent_libraries(package)?.iter().map(String::as_str).chain([package]) {
+            let deb = apt.download(package)?;
+            process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&root))?;
+        }
         if self.files_in(&root).is_none() {
-            bail!("{} lacks one of {}", deb.display(), self.files.join(", "));
+            bail!("{package} lacks one of {}", self.files.join(", "));
         }
         draft.publish(&root, &place)?;
         self.files_in(&place).with_context(|| format!("{} is incomplete", place.display()))
     }
+
+    /// Where it is unpacked.
+    fn place(&self) -> Result<PathBuf> {
+        Ok(cache_dir()?.join("unpacked").join(self.package))
+    }
+}
+
+/// Where libraries are, by Debian's names of architectures, as multiarch has them.
+fn library_dirs(root: &Path) -> [PathBuf; 3] {
+    let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
+    let usr = root.join("usr/lib").join(&triplet);
+    [root.join("lib").join(&triplet), usr.join("frr"), usr]
+}
+
+/// The libraries that were unpacked, by the links that have their sonames.
+fn libraries(root: &Path) -> Vec<PathBuf> {
+    let files = library_dirs(root).into_iter().filter_map(|dir| dir.read_dir().ok()).flatten();
+    let files = files.filter_map(|entry| Some(entry.ok()?.path()));
+    files.filter(|path| path.is_symlink() && path.to_string_lossy().contains(".so.")).collect()
 }
