@@ -7,9 +7,11 @@ pub mod format;
 pub mod generators;
 pub mod machine;
 pub mod markdown;
+mod napi;
 pub mod node;
 pub mod output;
 pub mod peers;
+pub(crate) mod pin;
 pub mod progress;
 pub mod random;
 pub mod report;
@@ -18,6 +20,7 @@ pub mod simulate;
 pub mod stats;
 pub mod suites;
 pub mod svg;
+pub mod traffic;
 
 #[cfg(test)]
 mod tests {

@@ -29,8 +29,8 @@ use testbed::{cleanup, cmd, process};
 struct Arguments {
     #[command(subcommand)]
     task: Option<Task>,
-    /// What to measure: check, http, throughput, connect, udp, change, scale, dns, failure; all of
-    /// them where none is named
+    /// What to measure: check, http, throughput, connect, udp, change, scale, dns, failure, edge; all
+    /// of them where none is named
     #[arg(value_parser = suite)]
     suites: Vec<Suite>,
     /// Fewer and shorter rounds, fewer conditions
@@ -63,7 +63,8 @@ fn suite(name: &str) -> Result<Suite, String> {
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(done) = lb_bench::suites::change::helper(&words) {
+    let helper = lb_bench::suites::change::helper(&words);
+    if let Some(done) = helper.or_else(|| lb_bench::traffic::helper(&words)) {
         return match done {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {

@@ -12,6 +12,8 @@ use testbed::cgroup::Cgroup;
 use testbed::net::{ExecContext, Host};
 use testbed::process::Process;
 
+use crate::{napi, pin};
+
 /// Where the backends are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
@@ -19,6 +21,9 @@ pub enum Layout {
     OneHost,
     /// On another host, at the other end of a cable (veth).
     TwoHosts,
+    /// On another host, with one between, which forwards: an edge, with what stands between on it, which has a
+    /// processor for itself. Clients and backends share another one.
+    Edge,
 }
 
 impl Layout {
@@ -27,6 +32,7 @@ impl Layout {
         match self {
             Layout::OneHost => "one host",
             Layout::TwoHosts => "two hosts",
+            Layout::Edge => "an edge with one processor",
         }
     }
 }
@@ -34,6 +40,12 @@ impl Layout {
 /// The client's address, from which it connects to.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 2);
+
+/// The addresses of an edge and of the backends' host, on the cable between them.
+const INSIDE: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 99, 0, 1), Ipv4Addr::new(10, 99, 0, 2)];
+
+/// The network of a second cable between client and edge, by which a flood comes.
+const FLOOD: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 95, 0, 2), Ipv4Addr::new(10, 95, 0, 1)];
 
 /// All of this is local to where the backends are: as many addresses as anybody needs.
 const BACKENDS: [u8; 2] = [10, 98];
@@ -60,8 +72,13 @@ pub struct Node {
     pub hop: Cgroup,
     /// Those who answer.
     pub backend: Cgroup,
+    layout: Layout,
     client_host: Arc<Host>,
+    hop_host: Arc<Host>,
     backend_host: Arc<Host>,
+    /// The threads that receive for the client, for what stands between, and for the backends; none where they
+    /// receive in whoever's time the packets come.
+    receivers: [Vec<Pid>; 3],
 }
 
 /// The processor time that each part of a node has had so far.
@@ -82,10 +99,10 @@ impl Node {
     /// Without root rights, or when a namespace, an address or a cgroup can't be made.
     pub fn new(layout: Layout) -> Result<Node> {
         let client_host = Host::new("client")?;
-        let backend_host = match layout {
+        let [hop_host, backend_host] = match layout {
             Layout::OneHost => {
                 client_host.ip(&format!("addr add {CLIENT}/32 dev lo"))?;
-                Arc::clone(&client_host)
+                [Arc::clone(&client_host), Arc::clone(&client_host)]
             }
             Layout::TwoHosts => {
                 let backend_host = Host::new("backends")?;
@@ -93,22 +110,42 @@ impl Node {
                 client_host.connect_veth(&backend_host, [&ends[0], &ends[1]])?;
                 let [a, b] = BACKENDS;
                 client_host.ip(&format!("route add {a}.{b}.0.0/16 via {SERVER} src {CLIENT}"))?;
-                backend_host
+                [Arc::clone(&client_host), backend_host]
+            }
+            Layout::Edge => {
+                let [edge, backend_host] = [Host::new("edge")?, Host::new("backends")?];
+                connect_edge(&client_host, &edge, &backend_host)?;
+                [edge, backend_host]
             }
         };
         let [a, b] = BACKENDS;
         // An address of lo makes its whole network local.
         backend_host.ip(&format!("addr add {a}.{b}.0.1/16 dev lo"))?;
-        let node = Node {
+        let mut node = Node {
             client: Cgroup::new()?,
             hop: Cgroup::new()?,
             backend: Cgroup::new()?,
+            layout,
             client_host,
+            hop_host,
             backend_host,
+            receivers: Default::default(),
         };
         set_all(node.client_place())?;
-        if layout == Layout::TwoHosts {
+        if layout != Layout::OneHost {
             set_all(node.backend_place())?;
+        }
+        if layout == Layout::Edge {
+            set_all(node.hop_place())?;
+            node.receivers = [
+                napi::receive_in_threads(&node.client_host, &["eth0", "eth1"])?,
+                napi::receive_in_threads(&node.hop_host, &["eth0", "eth1", "eth2"])?,
+                napi::receive_in_threads(&node.backend_host, &["eth0"])?,
+            ];
+            let cores = [pin::CLIENT, pin::SERVER, pin::CLIENT];
+            for (threads, core) in node.receivers.iter().zip(cores) {
+                pin::move_to(core, threads)?;
+            }
         }
         Ok(node)
     }
@@ -116,6 +153,11 @@ impl Node {
     /// The client's host, for setting up its network.
     pub fn client_host(&self) -> &Arc<Host> {
         &self.client_host
+    }
+
+    /// The host of what stands between: the client's, unless there is an edge.
+    pub fn hop_host(&self) -> &Arc<Host> {
+        &self.hop_host
     }
 
     /// The host of the backends: the same one, where all is on one.
@@ -128,9 +170,9 @@ impl Node {
         self.client_host.inside(&self.client)
     }
 
-    /// Where what stands between runs: on the client's host.
+    /// Where what stands between runs: on the client's host, or on the edge.
     pub fn hop_place(&self) -> ExecContext<'_> {
-        self.client_host.inside(&self.hop)
+        self.hop_host.inside(&self.hop)
     }
 
     /// Where a backend runs.
@@ -161,8 +203,51 @@ impl Node {
     /// When the kernel doesn't report it.
     pub fn cpu_times(&self) -> Result<CpuTimes> {
         let [client, hop, backend] = [&self.client, &self.hop, &self.backend].map(cpu_time);
-        Ok(CpuTimes { client: client?, hop: hop?, backend: backend? })
+        let [client_rx, hop_rx, backend_rx] =
+            self.receivers.each_ref().map(|threads| napi::cpu_time(threads));
+        Ok(CpuTimes {
+            client: client? + client_rx?,
+            hop: hop? + hop_rx?,
+            backend: backend? + backend_rx?,
+        })
     }
+
+    /// Has all that `act` starts run on one processor, where the layout has one for each side.
+    ///
+    /// # Errors
+    /// When `act` fails, or there is no such processor.
+    pub fn pinned<T>(&self, core: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.layout == Layout::Edge { pin::on(core, act) } else { act() }
+    }
+
+    /// Has an edge's backends receive in the time of who sends to them, and so without waiting for a thread's
+    /// turn.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn receive_at_once(&mut self) -> Result<()> {
+        self.receivers[2].clear();
+        napi::receive_at_once(&self.backend_host, "eth0")
+    }
+}
+
+/// Joins a client, an edge and its backends' host by cables, with the offloads of network cards that veth has
+/// and XDP can live with: receive offload on both ends of each cable, none of checksums where packets come from.
+fn connect_edge(client: &Host, edge: &Host, backends: &Host) -> Result<()> {
+    let [inside, backend] = INSIDE.map(|address| format!("{address}/24"));
+    let [flood, flooded] = FLOOD.map(|address| format!("{address}/24"));
+    client.connect_veth(edge, [&format!("{CLIENT}/24"), &format!("{SERVER}/24")])?;
+    edge.connect_veth(backends, [&inside, &backend])?;
+    client.connect_veth(edge, [&flood, &flooded])?;
+    client.ip(&format!("route add default via {SERVER} src {CLIENT}"))?;
+    backends.ip(&format!("route add default via {}", INSIDE[0]))?;
+    let [a, b] = BACKENDS;
+    edge.ip(&format!("route add {a}.{b}.0.0/16 via {}", INSIDE[1]))?;
+    for (host, interface) in [(client, "eth0"), (client, "eth1"), (backends, "eth0")] {
+        host.outside().run("ethtool", &format!("-K {interface} tx off"))?;
+    }
+    // /proc/sys/net shows the reading thread's namespace.
+    edge.enter(|| fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("let the edge forward"))
 }
 
 impl CpuTimes {

@@ -51,6 +51,8 @@ pub enum Suite {
     Dns,
     /// How a fault reaches clients: backends that refuse, are silent, reset, are slow, come and go
     Failure,
+    /// An edge: packets a second of one processor, HTTP, restarts and floods
+    Edge,
     /// nohop alone: where the nanoseconds of a connection and a datagram go
     Cost,
     /// nohop alone: how long a table takes into the kernel, and how much memory it has there
@@ -80,7 +82,11 @@ pub fn run(suites: &[Suite], quick: bool, force: bool, seed: Option<u64>) -> Res
     arguments.extend(quick.then(|| "--quick".to_owned()));
     arguments.extend(force.then(|| "--force".to_owned()));
     arguments.extend(seed.map(|seed| format!("--seed={seed}")));
-    become_harness(&arguments)
+    let mut harness = Command::new(compile::harness()?);
+    if compared.is_empty() || compared.contains(&Suite::Edge) {
+        harness.env("NOHOP_TRAFFIC", compile::bench_object("nohop-traffic")?);
+    }
+    become_harness(harness, &arguments)
 }
 
 /// Runs setup, then has the harness compare two binaries.
@@ -96,7 +102,8 @@ pub fn compare(arguments: &[String]) -> Result<()> {
         Err(_) => argument.clone(),
     };
     let arguments = arguments.iter().map(whole);
-    become_harness(&iter::once("compare".to_owned()).chain(arguments).collect::<Vec<_>>())
+    let arguments: Vec<_> = iter::once("compare".to_owned()).chain(arguments).collect();
+    become_harness(Command::new(compile::harness()?), &arguments)
 }
 
 /// Becomes the harness's simulation.
@@ -111,8 +118,7 @@ pub fn simulate(arguments: &[String]) -> Result<()> {
 }
 
 /// Becomes the harness, so that an interrupt reaches it and waits for its cleanup.
-fn become_harness(arguments: &[String]) -> Result<()> {
-    let mut harness = Command::new(compile::harness()?);
+fn become_harness(mut harness: Command, arguments: &[String]) -> Result<()> {
     Err(harness.args(arguments).current_dir(crate::repository::root()).exec())
         .context("start the harness")
 }
@@ -136,7 +142,7 @@ fn run_alone(suite: Suite, quick: bool) -> Result<()> {
     cargo.args(["bench", "--package", "lb-tests", "--bench", bench, "--"]);
     cargo.args(quick.then_some("--quick"));
     if suite == Suite::Cost {
-        cargo.env("NOHOP_MEASURE", compile::measured_object()?);
+        cargo.env("NOHOP_MEASURE", compile::bench_object("nohop-measure")?);
     }
     if suite == Suite::Discovery {
         // The daemon as it ships, and the backends, which it finds next to itself.

@@ -72,16 +72,16 @@ pub fn harness() -> Result<PathBuf> {
     harness.context("cargo reported no binary nohop-bench")
 }
 
-/// Builds the programs that benchmarks compare nohop's with.
+/// Builds an object of lb-ebpf that benchmarks alone load, such as `nohop-measure`.
 ///
 /// # Errors
 /// When the build fails.
-pub fn measured_object() -> Result<PathBuf> {
+pub fn bench_object(name: &str) -> Result<PathBuf> {
     let target = crate::repository::root().join("target/measure");
     let mut cargo = toolchain::command("cargo");
-    cargo.args(["build", "--release", "--locked", "--bin", "nohop-measure", "--target-dir"]);
+    cargo.args(["build", "--release", "--locked", "--bin", name, "--target-dir"]);
     process::stream(cargo.arg(&target).current_dir(crate::repository::root().join("lb-ebpf")))?;
-    Ok(target.join("bpfel-unknown-none/release/nohop-measure"))
+    Ok(target.join("bpfel-unknown-none/release").join(name))
 }
 
 /// Builds the in-kernel tests, a program of its own.

@@ -19,7 +19,8 @@ use crate::bpf;
 use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{Protocol, Service, Services, rendered};
-use crate::suites::dns::{dnsperf, pin, site as dns};
+use crate::pin;
+use crate::suites::dns::{dnsperf, site as dns};
 use crate::suites::scale;
 
 /// The services of the smaller of the two daemons.

@@ -105,13 +105,13 @@ pub fn frontend(idx: usize) -> SocketAddrV4 {
     SocketAddrV4::new(Ipv4Addr::new(10, 96, c, d), 80)
 }
 
-/// Makes the addresses of [`frontend`] local to the client's host, once.
+/// Makes the addresses of [`frontend`] local to where what stands between runs, once.
 pub(super) fn add_frontends(node: &Node) -> Result<()> {
-    let there = node.client_host().ip("addr show dev lo")?;
+    let there = node.hop_host().ip("addr show dev lo")?;
     if there.contains(" 10.96.0.1/16 ") {
         return Ok(());
     }
-    node.client_host().ip("addr add 10.96.0.1/16 dev lo").map(drop)
+    node.hop_host().ip("addr add 10.96.0.1/16 dev lo").map(drop)
 }
 
 /// Waits until a process has bound an address, for which there is no event.

@@ -23,7 +23,7 @@ pub use haproxy::{
 };
 pub use nft_ipvs::{Conntrack, route_frontends};
 pub use nginx::start_backend;
-pub use nohop::{Served, serve as serve_nohop};
+pub use nohop::{Served, edge_modes, serve as serve_nohop};
 pub use template::{render, rendered};
 
 /// One who is compared.
@@ -54,6 +54,39 @@ pub const ENVOY: &str = "Envoy";
 pub const NGINX: &str = "nginx stream";
 /// Destination NAT by nftables.
 pub const NFTABLES: &str = "nftables";
+
+/// An edge of this project, by TC.
+pub const NOHOP_TC: &str = "nohop, TC";
+/// An edge of this project, by XDP.
+pub const NOHOP_XDP: &str = "nohop, XDP";
+
+/// All that can be compared on an edge: whether one can balance packets of any protocol, or connections only, is in
+/// its protocols.
+pub const EDGE_PEERS: [Peer; 7] = [
+    PEERS[0],
+    Peer {
+        name: NOHOP_TC,
+        protocols: &[Protocol::Http, Protocol::Udp],
+        start: nohop::start_on_edge_by_tc,
+        ..PEERS[1]
+    },
+    Peer {
+        name: NOHOP_XDP,
+        protocols: &[Protocol::Http, Protocol::Udp],
+        start: nohop::start_on_edge_by_xdp,
+        ..PEERS[1]
+    },
+    PEERS[2],
+    // Of datagrams they make copies, which no packet rate is a measure of.
+    Peer { protocols: &[Protocol::Http], ..PEERS[4] },
+    Peer { protocols: &[Protocol::Http], ..PEERS[5] },
+    Peer {
+        config: "bench/peers/nftables-edge.nft",
+        protocols: &[Protocol::Http, Protocol::Udp],
+        start: nft_ipvs::start_nftables_on_edge,
+        ..PEERS[7]
+    },
+];
 
 /// All that can be compared, in the order in which rounds go through them.
 pub const PEERS: [Peer; 9] = [
@@ -145,9 +178,14 @@ impl Peer {
 
 /// Those who can serve this protocol, and the contenders' list, which says why others can't.
 pub fn able(protocol: Protocol) -> (Vec<Peer>, Vec<Contender>) {
+    able_of(&PEERS, protocol)
+}
+
+/// The same of these peers.
+pub fn able_of(peers: &[Peer], protocol: Protocol) -> (Vec<Peer>, Vec<Contender>) {
     let mut able = Vec::new();
     let mut contenders = Vec::new();
-    for peer in PEERS {
+    for &peer in peers {
         let mut contender = peer.contender();
         if contender.absent.is_none() && !peer.protocols.contains(&protocol) {
             contender.absent = Some("doesn't do what this suite measures".into());

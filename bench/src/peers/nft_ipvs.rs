@@ -29,6 +29,16 @@ pub fn start_nftables(node: &Node, services: &Services) -> Result<Running> {
     Ok(Running::new(addresses, vec![]))
 }
 
+/// The same on an edge, for packets that it forwards.
+pub fn start_nftables_on_edge(node: &Node, services: &Services) -> Result<Running> {
+    let tempdir = TempDir::new("nftables")?;
+    let rules = render("nftables-edge.nft", services, tempdir.path())?;
+    let mut nft = node.hop_place().command(find("nft")?);
+    nft.arg("-f").arg(rules);
+    cmd::stdout(nft)?;
+    Ok(Running::new((0..services.services.len()).map(frontend).collect(), vec![]))
+}
+
 /// A cluster's addresses belong to no host: they need a route, and the client's own address as source.
 pub fn route_frontends(node: &Node) -> Result<()> {
     let host = node.client_host();

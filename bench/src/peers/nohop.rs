@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use testbed::cmd;
 use testbed::nohop::Nohop;
 use testbed::tempdir::TempDir;
 
-use super::common::{Guard, Running, Services};
+use super::common::{Guard, Running, Services, frontend};
 use super::template::render;
 use crate::node::Node;
 
@@ -53,4 +54,70 @@ pub fn serve(node: &Node, services: &Services, more: &str) -> Result<Served> {
     let address = |name: &String| vips.get(name).copied().context("nohop lacks a service");
     let addresses = services.services.iter().map(|s| address(&s.name)).collect::<Result<_>>()?;
     Ok(Served { nohop, addresses, files })
+}
+
+/// As `nohop status` names the program at the driver.
+const XDP: &str = "xdp-native";
+
+/// An edge by XDP.
+pub fn start_on_edge_by_xdp(node: &Node, services: &Services) -> Result<Running> {
+    start_on_edge(node, services, true)
+}
+
+/// An edge by TC: veth takes no XDP program where its peer's MTU is more than a page.
+pub fn start_on_edge_by_tc(node: &Node, services: &Services) -> Result<Running> {
+    for (host, interfaces) in [
+        (node.client_host(), &["eth0", "eth1"][..]),
+        (node.hop_host(), &["eth0", "eth1", "eth2"]),
+        (node.backend_host(), &["eth0"]),
+    ] {
+        for interface in interfaces {
+            host.ip(&format!("link set {interface} mtu 9000"))?;
+        }
+    }
+    start_on_edge(node, services, false)
+}
+
+fn start_on_edge(node: &Node, services: &Services, is_xdp: bool) -> Result<Running> {
+    // Four addresses, so that no contender runs out of ports.
+    let sources: Vec<String> = (1..=4).map(|nth| format!("10.99.9.{nth}")).collect();
+    for source in &sources {
+        node.hop_host().ip(&format!("addr add {source}/32 dev lo"))?;
+    }
+    let files = TempDir::new("catalog")?;
+    let catalog = render("nohop.toml", services, files.path())?;
+    let addresses: Vec<SocketAddrV4> = (0..services.services.len()).map(frontend).collect();
+    let named = services.services.iter().zip(&addresses);
+    let vips: Vec<String> =
+        named.map(|(service, vip)| format!("{} = \"{vip}\"", service.name)).collect();
+    let config = format!(
+        "catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\nvip.public = [\"10.96.0.0/16\"]\n\
+         edge.interfaces = [\"eth0\", \"eth1\", \"eth2\"]\nedge.source = {sources:?}\n\
+         edge.vips = {{ {} }}\n",
+        vips.join(", ")
+    );
+    // Its cgroup is nobody's: what comes from other hosts is what is measured.
+    let nohop = Nohop::start(node.hop_host(), &node.hop, &config)?;
+    nohop.wait_for_status(|status| {
+        edge_modes(status).iter().all(|mode| !mode.is_empty())
+            && status["edge"]["announced"]
+                .as_array()
+                .is_some_and(|all| all.len() == addresses.len())
+    })?;
+    let status = nohop.status()?;
+    let modes = edge_modes(&status);
+    ensure!(
+        modes.iter().all(|mode| (mode == XDP) == is_xdp),
+        "its modes are {modes:?}: {}",
+        status["edge"]["interfaces"]
+    );
+    node.adopt_hop(&nohop.process)?;
+    Ok(Running::new(addresses, vec![Guard::Nohop(Box::new(nohop)), Guard::Files(files)]))
+}
+
+/// How the program of an edge is attached to each of its interfaces; empty where it isn't.
+pub fn edge_modes(status: &Value) -> Vec<String> {
+    let interfaces = status["edge"]["interfaces"].as_array().map_or(&[][..], Vec::as_slice);
+    let mode = |interface: &Value| interface["mode"].as_str().unwrap_or_default().to_owned();
+    interfaces.iter().map(mode).collect()
 }

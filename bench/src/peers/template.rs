@@ -10,7 +10,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::common::{Protocol, Services, frontend, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 16] = [
+const FILES: [(&str, &str); 17] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
     ("envoy-client.yaml", include_str!("../../peers/envoy-client.yaml")),
@@ -23,6 +23,7 @@ const FILES: [(&str, &str); 16] = [
     ("haproxy-srv.cfg", include_str!("../../peers/haproxy-srv.cfg")),
     ("haproxy-tcp.cfg", include_str!("../../peers/haproxy-tcp.cfg")),
     ("ipvs.rules", include_str!("../../peers/ipvs.rules")),
+    ("nftables-edge.nft", include_str!("../../peers/nftables-edge.nft")),
     ("nftables.nft", include_str!("../../peers/nftables.nft")),
     ("nginx-stream.conf", include_str!("../../peers/nginx-stream.conf")),
     ("nohop.toml", include_str!("../../peers/nohop.toml")),

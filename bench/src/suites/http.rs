@@ -9,17 +9,21 @@ use testbed::tempdir::TempDir;
 
 use crate::generators;
 use crate::node::{Layout, Node};
-use crate::peers::{self, DIRECT, HAPROXY_TCP, NOHOP, Protocol, Services, start_backend};
+use crate::peers::{self, DIRECT, HAPROXY_TCP, NOHOP, Peer, Protocol, Services, start_backend};
 use crate::progress::Progress;
 use crate::report_builder::{Draft, Limit, Quantity};
 use crate::suites::site::{self, AtRate, P50, P99};
 
-const RATE: Quantity =
+/// What [`measure`] adds: how much each can do.
+pub(super) const RATE: Quantity =
     Quantity::higher("requests a second, as many as can be", "requests/s").over(DIRECT);
 const CPU: Quantity =
     Quantity::lower("processor time for a million requests, both sides and what is between", "s")
         .over(DIRECT);
 const HOP_CPU: Quantity = Quantity::lower("of that the hop's own processes", "s");
+/// With an edge the receiving of its interfaces as well, in threads of the kernel's own.
+const EDGE_CPU: Quantity =
+    Quantity::lower("processor time of the edge for a million requests", "s").over(HAPROXY_TCP);
 const P999: Quantity =
     Quantity { name: "latency, 99.9th percentile, at 60% of the slowest's rate", ..P50 };
 const KEPT_UP: Quantity = Quantity::higher(
@@ -38,7 +42,7 @@ const N_AT_RATE: usize = 32;
 
 /// How connections are used.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Use {
+pub(super) enum Use {
     Kept,
     OneRequest,
 }
@@ -71,26 +75,36 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let n_conditions: usize = plan.layouts.iter().map(|(_, each)| 2 * (each.len() + 1)).sum();
     let mut progress = Progress::new("http", n_conditions * able.len() * (plan.n_rounds + 1));
     for &(layout, n_connections) in plan.layouts {
-        progress.preparing(layout.name());
-        let sites = Site::start_all(&able, layout, &mut draft, backends);
-        for uses in [Use::Kept, Use::OneRequest] {
-            for &n_connections in n_connections {
-                let condition = uses.condition(layout, n_connections);
-                saturate(
-                    &mut draft,
-                    &sites,
-                    &condition,
-                    (uses, n_connections),
-                    plan.n_rounds,
-                    &mut progress,
-                );
-            }
-            at_rate(&mut draft, &sites, (layout, uses, n_connections), &plan, &mut progress)?;
-        }
+        let how = (plan.n_rounds, plan.rate_seconds);
+        measure(&mut draft, &able, (layout, n_connections), how, &mut progress)?;
     }
     draft.finish();
     judge(&mut draft);
     Ok(draft)
+}
+
+/// Measures these peers on nodes of one layout with each of these numbers of connections: so many rounds, and so
+/// many seconds at a rate.
+///
+/// # Errors
+/// When a plan is without connections.
+pub(super) fn measure(
+    draft: &mut Draft,
+    able: &[Peer],
+    (layout, n_connections): (Layout, &[usize]),
+    (n_rounds, rate_seconds): (usize, f64),
+    progress: &mut Progress,
+) -> Result<()> {
+    progress.preparing(layout.name());
+    let sites = Site::start_all(able, layout, draft, backends);
+    for uses in [Use::Kept, Use::OneRequest] {
+        for &n_connections in n_connections {
+            saturate(draft, &sites, (layout, uses, n_connections), n_rounds, progress);
+        }
+        let how = (n_rounds, rate_seconds);
+        at_rate(draft, &sites, (layout, uses, n_connections), how, progress)?;
+    }
+    Ok(())
 }
 
 /// The backends of a node, each at an address of its own.
@@ -102,11 +116,12 @@ fn backends(node: &Node) -> Result<((Process, TempDir), Services)> {
 fn saturate(
     draft: &mut Draft,
     sites: &[Site],
-    condition: &str,
-    (uses, n_connections): (Use, usize),
+    (layout, uses, n_connections): (Layout, Use, usize),
     n_rounds: usize,
     progress: &mut Progress,
 ) {
+    let condition = &uses.condition(layout, n_connections);
+    let hop_cpu = if layout == Layout::Edge { EDGE_CPU } else { HOP_CPU };
     // The first round warms up, and isn't counted.
     for round in 0..=n_rounds {
         for site in draft.shuffled(sites) {
@@ -134,7 +149,7 @@ fn saturate(
                 found.map(|found| time.as_secs_f64() / found.n_answered as f64 * 1e6)
             };
             draft.add(RATE, condition, name, round, found.map(|found| found.rate));
-            site.add_cpu(draft, [CPU, HOP_CPU], (condition, round), cpu, per_million);
+            site.add_cpu(draft, [CPU, hop_cpu], (condition, round), cpu, per_million);
         }
     }
 }
@@ -143,7 +158,7 @@ fn at_rate(
     draft: &mut Draft,
     sites: &[Site],
     (layout, uses, n_connections): (Layout, Use, &[usize]),
-    plan: &Plan,
+    (n_rounds, seconds): (usize, f64),
     progress: &mut Progress,
 ) -> Result<()> {
     // Saturation as it was with as many connections as come closest.
@@ -158,11 +173,11 @@ fn at_rate(
             (P999, "/latency_us/p999"),
             (KEPT_UP, "/rate"),
         ],
-        n_rounds: plan.n_rounds,
+        n_rounds,
     };
     let close = if uses == Use::Kept { "" } else { " --close" };
     let (condition, all) = at_rate.run(draft, sites, progress, |site, round, rate| {
-        let (address, seconds) = (site.running.address(round), plan.rate_seconds);
+        let address = site.running.address(round);
         let arguments = format!(
             "http {address} --rate {rate} --seconds {seconds} --connections {N_AT_RATE} \
              --warmup-ms 100{close}"
@@ -179,7 +194,8 @@ fn at_rate(
 }
 
 impl Use {
-    fn condition(self, layout: Layout, n_connections: usize) -> String {
+    /// The condition of what [`measure`] adds.
+    pub(super) fn condition(self, layout: Layout, n_connections: usize) -> String {
         let how = match self {
             Use::Kept => "kept alive",
             Use::OneRequest => "a connection a request",

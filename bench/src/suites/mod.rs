@@ -4,6 +4,7 @@ pub mod change;
 pub mod check;
 pub mod connect;
 pub mod dns;
+pub mod edge;
 pub mod failure;
 pub mod http;
 pub mod scale;
@@ -27,7 +28,7 @@ pub struct Suite {
 }
 
 /// All of them, in the order in which they run.
-pub const SUITES: [Suite; 9] = [
+pub const SUITES: [Suite; 10] = [
     Suite { name: "check", programs: &["wrk", "nginx"], run: check::run },
     Suite { name: "http", programs: &["wrk", "nginx"], run: http::run },
     Suite { name: "throughput", programs: &["iperf3"], run: throughput::run },
@@ -41,4 +42,9 @@ pub const SUITES: [Suite; 9] = [
         run: dns::run,
     },
     Suite { name: "failure", programs: &["nft"], run: failure::run },
+    Suite {
+        name: "edge",
+        programs: &["ethtool", "haproxy", "nft", "nginx", "wrk"],
+        run: edge::run,
+    },
 ];

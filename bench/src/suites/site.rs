@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::generators;
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{DIRECT, Peer, Running, Services};
+use crate::pin;
 use crate::progress::Progress;
 use crate::report_builder::{Draft, FixedRate, Quantity};
 
@@ -42,8 +43,8 @@ impl<B> Site<B> {
     ) -> Vec<Site<B>> {
         let start = |peer: Peer| -> Result<Site<B>> {
             let node = Node::new(layout)?;
-            let (backends, services) = backends(&node)?;
-            let running = peer.start(&node, &services)?;
+            let (backends, services) = node.pinned(pin::CLIENT, || backends(&node))?;
+            let running = node.pinned(pin::SERVER, || peer.start(&node, &services))?;
             Ok(Site { peer, running, _backends: backends, node })
         };
         let mut sites = Vec::new();
@@ -65,7 +66,7 @@ impl<B> Site<B> {
     ) -> (Option<T>, CpuTimes) {
         let measured = || -> Result<(T, CpuTimes)> {
             let before = self.node.cpu_times()?;
-            let found = act()?;
+            let found = self.node.pinned(pin::CLIENT, act)?;
             Ok((found, self.node.cpu_times()?.since(before)))
         };
         match measured() {
@@ -77,7 +78,7 @@ impl<B> Site<B> {
         }
     }
 
-    /// Adds the processor time of a round: that of all, and the hop's own, which `direct` doesn't have.
+    /// Adds the processor time of a round: that of all, and the hop's own, which `direct` has on an edge alone.
     pub fn add_cpu(
         &self,
         draft: &mut Draft,
@@ -87,7 +88,7 @@ impl<B> Site<B> {
         per: impl Fn(Duration) -> Option<f64>,
     ) {
         draft.add(all, condition, self.peer.name, round, per(cpu.all()));
-        if self.peer.name != DIRECT {
+        if !cpu.hop.is_zero() {
             draft.add(hop, condition, self.peer.name, round, per(cpu.hop));
         }
     }

@@ -37,6 +37,7 @@ const VM_TOOLS: &[(&str, &str)] = &[
 
 /// What the benchmarks need in addition: load generators and peers.
 const BENCH_TOOLS: &[(&str, &str)] = &[
+    ("ethtool", "ethtool"),
     ("haproxy", "haproxy"),
     ("iperf3", "iperf3"),
     ("nft", "nftables"),

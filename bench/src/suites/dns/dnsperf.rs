@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use testbed::cmd;
 use testbed::net::ExecContext;
 
-use super::pin;
+use crate::pin;
 use crate::stats::quantile;
 
 /// Where dnsperf runs, and the server.

@@ -3,7 +3,6 @@
 //! from another.
 
 pub(crate) mod dnsperf;
-pub(crate) mod pin;
 pub(crate) mod site;
 
 use std::path::{Path, PathBuf};

@@ -16,9 +16,10 @@ use testbed::net::ExecContext;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::{dnsperf, pin};
+use super::dnsperf;
 use crate::node::{self, Layout, Node};
 use crate::peers::{self, NOHOP, Protocol, Service, Services, frontend};
+use crate::pin;
 
 /// nohop whose kernel side answers nothing: what the daemon alone does.
 pub const DAEMON: &str = "nohop, daemon alone";

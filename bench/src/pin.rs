@@ -1,6 +1,7 @@
 //! Which processor a program runs on.
 
 use anyhow::{Context, Result};
+use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// The processor that a server has for itself, by its place among those that this run may use.
@@ -22,6 +23,17 @@ pub fn on<T>(core: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = act();
     sched_setaffinity(None, &all).context("run on all processors again")?;
     done
+}
+
+/// Moves threads, such as the kernel's, to a processor, by its place among those that this run may use.
+///
+/// # Errors
+/// When one is gone, or there is no such processor.
+pub fn move_to(core: usize, threads: &[Pid]) -> Result<()> {
+    let mut one = CpuSet::new();
+    one.set(number(core)?);
+    let mut moved = threads.iter().map(|thread| sched_setaffinity(Some(*thread), &one));
+    moved.try_for_each(|moved| moved.context("move a thread to a processor"))
 }
 
 /// The number that the kernel gives to a processor, by its place among those that this run may use.

@@ -1,0 +1,49 @@
+//! An edge between clients and backends, each in a network namespace of its own: packets a second of one
+//! processor, HTTP, and what is lost when the daemon is killed, restarted or replaced, or SYNs flood it.
+
+mod packets;
+
+use anyhow::Result;
+
+use crate::node::Layout;
+use crate::peers::{self, EDGE_PEERS, HAPROXY_TCP, NOHOP_TC, NOHOP_XDP, Protocol};
+use crate::progress::Progress;
+use crate::report_builder::{Draft, Limit};
+use crate::suites::http::{self, Use};
+
+/// The connections of HTTP.
+const N_CONNECTIONS: usize = 32;
+
+/// Runs the suite.
+///
+/// # Errors
+/// When nothing can be measured at all.
+pub fn run(is_quick: bool) -> Result<Draft> {
+    crate::traffic::object()?;
+    let (n_rounds, rate_seconds) = if is_quick { (2, 0.4) } else { (7, 1.2) };
+    let title = "an edge: packets a second of one processor, HTTP, restarts and floods";
+    let mut draft = Draft::new(title, n_rounds);
+    // All of them serve it.
+    let (able, contenders) = peers::able_of(&EDGE_PEERS, Protocol::Http);
+    draft.contenders = contenders;
+    packets::measure(&mut draft, is_quick)?;
+    let mut progress = Progress::new("edge, HTTP", 4 * able.len() * (n_rounds + 1));
+    let how = (n_rounds, rate_seconds);
+    http::measure(&mut draft, &able, (Layout::Edge, &[N_CONNECTIONS]), how, &mut progress)?;
+    draft.finish();
+    packets::judge(&mut draft);
+    judge_http(&mut draft);
+    Ok(draft)
+}
+
+fn judge_http(draft: &mut Draft) {
+    for (uses, goal) in [(Use::Kept, 1.7), (Use::OneRequest, 3.0)] {
+        let condition = uses.condition(Layout::Edge, N_CONNECTIONS);
+        for contender in [NOHOP_XDP, NOHOP_TC] {
+            let figure = draft.find(http::RATE.name, &condition);
+            let is = figure.map(|figure| figure.ratios(contender, HAPROXY_TCP)).unwrap_or_default();
+            let what = format!("requests a second, {contender} over {HAPROXY_TCP} ({condition})");
+            draft.goal(&what, Limit::AtLeast(goal), &is, "");
+        }
+    }
+}
