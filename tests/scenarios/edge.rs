@@ -53,18 +53,22 @@ impl Site {
     }
 }
 
-/// Echoes what one client sends, until it closes, from this address of a host.
+/// Echoes what each client sends, until it closes, from this address of a host.
 pub fn echo(host: &Host, address: &str) -> Result<SocketAddrV4> {
     let address: SocketAddrV4 = format!("{address}:0").parse()?;
     let listener = host.enter(|| Ok(TcpListener::bind(address)?))?;
     let port = listener.local_addr()?.port();
-    std::thread::spawn(move || {
-        let Ok((mut stream, _)) = listener.accept() else { return };
+    let serve = |mut stream: TcpStream| {
         let mut buffer = [0; 64];
         while let Ok(n @ 1..) = stream.read(&mut buffer) {
             if stream.write_all(&buffer[..n]).is_err() {
                 return;
             }
+        }
+    };
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            std::thread::spawn(move || serve(stream));
         }
     });
     Ok(SocketAddrV4::new(*address.ip(), port))

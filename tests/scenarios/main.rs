@@ -23,6 +23,7 @@ mod dns_over_tls;
 mod drain;
 mod edge;
 mod edge_clients;
+mod edge_failover;
 mod ejected_is_shown;
 mod explained;
 mod external_detach;
@@ -177,6 +178,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
 /// The scenarios of programs that not every machine has, each with those that it needs.
 const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("dns_over_tls", &["kdig"], dns_over_tls::run),
+    ("edge_failover", &["keepalived"], edge_failover::run),
     ("edge_clients", &["gtlsclient", "gtlsserver", "iperf3", "wrk"], edge_clients::run),
     ("drill_by_name", &["drill"], resolvers::drill),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
