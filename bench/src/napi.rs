@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::{Pid, setpriority_process};
+use rustix::process::Pid;
 use testbed::cmd;
 use testbed::net::Host;
 
@@ -25,8 +25,8 @@ pub fn receive_in_threads(host: &Host, interfaces: &[&str]) -> Result<Vec<Pid>> 
     started.retain(|thread| !before.contains(thread));
     ensure!(started.len() == interfaces.len(), "{started:?} receive for {interfaces:?}");
     for thread in &started {
-        // As interrupts do, it goes before programs.
-        setpriority_process(Some(*thread), -20).context("raise the priority of a thread")?;
+        // As interrupts do, it goes before all programs.
+        cmd::words("chrt", &format!("--fifo --pid 1 {}", thread.as_raw_nonzero()))?;
     }
     Ok(started)
 }

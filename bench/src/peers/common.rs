@@ -81,6 +81,14 @@ impl Running {
         &self.guards
     }
 
+    /// The daemon, where this is nohop.
+    pub fn nohop(&mut self) -> Option<&mut testbed::nohop::Nohop> {
+        self.guards.iter_mut().find_map(|guard| match guard {
+            Guard::Nohop(nohop) => Some(&mut **nohop),
+            _ => None,
+        })
+    }
+
     /// Where to connect to the only service for the `nth` time: who connects to directly goes through the backends,
     /// so that it finds as many addresses, and so as many free ports, as the balancers do.
     pub fn address(&self, nth: usize) -> SocketAddrV4 {

@@ -44,7 +44,7 @@ pub const SUITES: [Suite; 10] = [
     Suite { name: "failure", programs: &["nft"], run: failure::run },
     Suite {
         name: "edge",
-        programs: &["ethtool", "haproxy", "nft", "nginx", "wrk"],
+        programs: &["chrt", "ethtool", "haproxy", "nft", "nginx", "wrk"],
         run: edge::run,
     },
 ];

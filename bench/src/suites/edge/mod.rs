@@ -2,6 +2,7 @@
 //! processor, HTTP, and what is lost when the daemon is killed, restarted or replaced, or SYNs flood it.
 
 mod packets;
+mod restarts;
 
 use anyhow::Result;
 
@@ -26,13 +27,16 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     // All of them serve it.
     let (able, contenders) = peers::able_of(&EDGE_PEERS, Protocol::Http);
     draft.contenders = contenders;
-    packets::measure(&mut draft, is_quick)?;
+    let mut sites = packets::measure(&mut draft, is_quick)?;
+    restarts::measure(&mut draft, &mut sites);
+    drop(sites);
     let mut progress = Progress::new("edge, HTTP", 4 * able.len() * (n_rounds + 1));
     let how = (n_rounds, rate_seconds);
     http::measure(&mut draft, &able, (Layout::Edge, &[N_CONNECTIONS]), how, &mut progress)?;
     draft.finish();
     packets::judge(&mut draft);
     judge_http(&mut draft);
+    restarts::judge(&mut draft);
     Ok(draft)
 }
 

@@ -67,7 +67,8 @@ impl Site {
     }
 }
 
-pub fn measure(draft: &mut Draft, is_quick: bool) -> Result<()> {
+/// Starts those who can balance datagrams, and measures them. Returns them, at work.
+pub fn measure(draft: &mut Draft, is_quick: bool) -> Result<Vec<Site>> {
     let (n_rounds, all_flows, length) = match is_quick {
         true => (draft.n_rounds, &[1_000][..], Duration::from_millis(1000)),
         false => (draft.n_rounds, &[1_000, 50_000][..], Duration::from_secs(1)),
@@ -110,7 +111,7 @@ pub fn measure(draft: &mut Draft, is_quick: bool) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(sites)
 }
 
 /// The packets a second that came through, and those that were sent.
