@@ -6,15 +6,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::Pid;
+use rustix::process::{Pid, setpriority_process};
 use testbed::cmd;
 use testbed::net::Host;
 
-/// Has these interfaces of a host receive in a kernel thread each, by NAPI, with GRO. Returns the threads.
+/// Has these interfaces of a host receive in a kernel thread each, by NAPI, with GRO. Returns the threads. Urgent ones
+/// go before all programs, as interrupts do; others before most, and so before none for ever.
 ///
 /// # Errors
 /// When the kernel can't: it is older than 5.12, or veth has no GRO.
-pub fn receive_in_threads(host: &Host, interfaces: &[&str]) -> Result<Vec<Pid>> {
+pub fn receive_in_threads(host: &Host, interfaces: &[&str], are_urgent: bool) -> Result<Vec<Pid>> {
     let before = threads()?;
     for interface in interfaces {
         // With it veth receives by NAPI, whether a program is attached or not.
@@ -25,8 +26,11 @@ pub fn receive_in_threads(host: &Host, interfaces: &[&str]) -> Result<Vec<Pid>> 
     started.retain(|thread| !before.contains(thread));
     ensure!(started.len() == interfaces.len(), "{started:?} receive for {interfaces:?}");
     for thread in &started {
-        // As interrupts do, it goes before all programs.
-        cmd::words("chrt", &format!("--fifo --pid 1 {}", thread.as_raw_nonzero()))?;
+        if are_urgent {
+            cmd::words("chrt", &format!("--fifo --pid 1 {}", thread.as_raw_nonzero()))?;
+        } else {
+            setpriority_process(Some(*thread), -20).context("raise the priority of a thread")?;
+        }
     }
     Ok(started)
 }

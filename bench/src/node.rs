@@ -138,10 +138,13 @@ impl Node {
         if layout == Layout::Edge {
             set_all(node.hop_place())?;
             node.receivers = [
-                napi::receive_in_threads(&node.client_host, &["eth0", "eth1"])?,
-                napi::receive_in_threads(&node.hop_host, &["eth0", "eth1", "eth2"])?,
-                napi::receive_in_threads(&node.backend_host, &["eth0"])?,
+                napi::receive_in_threads(&node.client_host, &["eth0", "eth1"], true)?,
+                napi::receive_in_threads(&node.hop_host, &["eth0", "eth1"], true)?,
+                napi::receive_in_threads(&node.backend_host, &["eth0"], true)?,
             ];
+            // Interfaces take turns in a real edge, however much comes by one of them: so a flood isn't urgent.
+            let flooded = napi::receive_in_threads(&node.hop_host, &["eth2"], false)?;
+            node.receivers[1].extend(flooded);
             let cores = [pin::CLIENT, pin::SERVER, pin::CLIENT];
             for (threads, core) in node.receivers.iter().zip(cores) {
                 pin::move_to(core, threads)?;

@@ -41,6 +41,8 @@ const HELPER: &str = "send-packets";
 pub struct Packets {
     /// SYNs, or datagrams.
     pub are_syns: bool,
+    /// By which a [`Sink`] tells datagrams apart: 0 or 1.
+    pub stream: u8,
     /// Whom they are for.
     pub to: SocketAddrV4,
     /// The first of the addresses that they come from, and how many there are.
@@ -142,7 +144,7 @@ fn send(plan: &str) -> Result<()> {
     }
     let sent = plans.get(&0, 0)?;
     let next = sent[NEXT..].first_chunk::<8>().context("a plan")?;
-    println!("sent {}", u64::from_ne_bytes(*next));
+    println!("sent {}", u64::from_ne_bytes(*next) & (u64::MAX >> 8));
     Ok(())
 }
 
@@ -161,14 +163,14 @@ impl Sink {
         Ok(Sink(ebpf))
     }
 
-    /// How many datagrams have arrived.
+    /// How many datagrams of a stream have arrived.
     ///
     /// # Errors
     /// When the kernel doesn't report it.
-    pub fn n_datagrams(&self) -> Result<u64> {
+    pub fn n_datagrams(&self, stream: u8) -> Result<u64> {
         let arrived: PerCpuArray<_, u64> =
             self.0.map("ARRIVED").context("no ARRIVED")?.try_into()?;
-        Ok(arrived.get(&0, 0)?.iter().sum())
+        Ok(arrived.get(&stream.into(), 0)?.iter().sum())
     }
 }
 
@@ -252,6 +254,8 @@ fn plan(
     for (nth, word) in words.into_iter().enumerate() {
         plan[LEN + 4 * nth..][..4].copy_from_slice(&word.to_ne_bytes());
     }
+    let first_number = u64::from(packets.stream) << 56;
+    plan[NEXT..NEXT + 8].copy_from_slice(&first_number.to_ne_bytes());
     plan
 }
 
@@ -303,6 +307,7 @@ mod tests {
         for are_syns in [false, true] {
             let packets = Packets {
                 are_syns,
+                stream: 1,
                 to: "10.96.1.0:80".parse().expect("an address"),
                 from: (from.0, 1),
                 ports: (from.1, 1),

@@ -16,6 +16,8 @@ const IP: usize = 14;
 const TRANSPORT: usize = IP + 20;
 /// Where a datagram has its number: the last eight octets.
 const NUMBER: usize = LEN - 8;
+/// The streams that are told apart where they arrive.
+const N_STREAMS: u32 = 2;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 
@@ -38,7 +40,7 @@ struct Plan {
     interface: u32,
     /// The time between two packets in ns; 0 for none.
     interval_ns: u32,
-    /// The number of the next packet.
+    /// The number of the next packet; the first octet is the stream's.
     next: u64,
     /// When the first packet was due, by the kernel's monotonic clock; later by what it was held up since. 0 before.
     start_ns: u64,
@@ -50,9 +52,9 @@ const MAX_LATE_NS: u64 = 200_000;
 /// Element 0 is the plan: of one sender, so of one processor.
 #[btf_map]
 static PLAN: Array<Plan, 1> = Array::new();
-/// The packets that arrived: UDP, TCP.
+/// The packets that arrived: the datagrams of each stream, and last the TCP segments.
 #[btf_map]
-static ARRIVED: PerCpuArray<u64, 2> = PerCpuArray::new();
+static ARRIVED: PerCpuArray<u64, { N_STREAMS as usize + 1 }> = PerCpuArray::new();
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
@@ -79,7 +81,7 @@ pub fn traffic_send(ctx: XdpContext) -> u32 {
         let number = (*plan).next;
         if (*plan).interval_ns != 0 {
             let now_ns = bpf_ktime_get_ns();
-            let due_ns = (*plan).start_ns + number * u64::from((*plan).interval_ns);
+            let due_ns = (*plan).start_ns + (number << 8 >> 8) * u64::from((*plan).interval_ns);
             if now_ns < due_ns {
                 return XDP_DROP;
             }
@@ -144,16 +146,18 @@ fn fold(sum: u32) -> u16 {
 /// veth takes it whatever the MTU.
 #[xdp(frags)]
 pub fn traffic_drop(ctx: XdpContext) -> u32 {
-    if ctx.data() + TRANSPORT > ctx.data_end() {
+    if ctx.data() + LEN > ctx.data_end() {
         return XDP_PASS;
     }
     let frame = ctx.data() as *const u8;
     // SAFETY: the packet has that many octets, by the comparison.
-    let (kind, protocol) =
-        unsafe { (frame.add(12).cast::<u16>().read_unaligned(), frame.add(IP + 9).read()) };
+    let (kind, protocol, stream) = unsafe {
+        let kind = frame.add(12).cast::<u16>().read_unaligned();
+        (kind, frame.add(IP + 9).read(), u32::from(frame.add(NUMBER).read()))
+    };
     let arrived = match protocol {
-        IPPROTO_UDP => 0,
-        IPPROTO_TCP => 1,
+        IPPROTO_UDP => stream % N_STREAMS,
+        IPPROTO_TCP => N_STREAMS,
         _ => return XDP_PASS,
     };
     if kind != 0x0800u16.to_be() {

@@ -66,6 +66,7 @@ pub fn rendered(file: &str, services: &Services, dir: &Path) -> Result<String> {
         is_http => services.protocol == Protocol::Http,
         dir => dir.display().to_string(),
         modules => "/usr/lib/nginx/modules",
+        is_udp => services.protocol == Protocol::Udp,
         settings => services.settings.split('+').collect::<Vec<&str>>(),
         mode => if services.protocol == Protocol::Http { "http" } else { "tcp" },
     };

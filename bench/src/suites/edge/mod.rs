@@ -1,6 +1,7 @@
 //! An edge between clients and backends, each in a network namespace of its own: packets a second of one
 //! processor, HTTP, and what is lost when the daemon is killed, restarted or replaced, or SYNs flood it.
 
+mod flood;
 mod packets;
 mod restarts;
 
@@ -29,6 +30,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     draft.contenders = contenders;
     let mut sites = packets::measure(&mut draft, is_quick)?;
     restarts::measure(&mut draft, &mut sites);
+    flood::measure(&mut draft, &sites, is_quick);
     drop(sites);
     let mut progress = Progress::new("edge, HTTP", 4 * able.len() * (n_rounds + 1));
     let how = (n_rounds, rate_seconds);
@@ -37,6 +39,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     packets::judge(&mut draft);
     judge_http(&mut draft);
     restarts::judge(&mut draft);
+    flood::judge(&mut draft);
     Ok(draft)
 }
 

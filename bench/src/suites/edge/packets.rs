@@ -4,11 +4,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
+use testbed::net::Host;
+use testbed::nohop::Nohop;
 
 use crate::node::{Layout, Node};
 use crate::peers::{
@@ -45,7 +48,8 @@ impl Site {
         let mut node = Node::new(Layout::Edge)?;
         node.receive_at_once()?;
         let backends = (0..N_BACKENDS).map(|idx| Node::backend(idx, PORT)).collect();
-        let services = Services::one(Protocol::Udp, backends);
+        let mut services = Services::one(Protocol::Udp, backends);
+        services.settings = "both".to_owned();
         let running = node.pinned(pin::SERVER, || peer.start(&node, &services))?;
         Ok(Site { peer, running, sink: None, node })
     }
@@ -54,6 +58,7 @@ impl Site {
     pub fn send(&self, n_flows: u32, rate: Option<u32>) -> Result<Sending> {
         let packets = Packets {
             are_syns: false,
+            stream: 0,
             to: self.running.address(0),
             from: (Ipv4Addr::new(198, 18, 0, 1), 250),
             ports: (20_000, n_flows / 250),
@@ -62,8 +67,18 @@ impl Site {
         Sending::start(client, "eth0", (edge, "eth0"), &packets, rate)
     }
 
+    /// The packets so far that the receive queue of the edge had no room for, as veth counts them where they were
+    /// sent.
+    pub fn n_overflowed(&self) -> Result<u64> {
+        let text = self.node.client_host().outside().run("ethtool", "-S eth0")?;
+        let errors = text.lines().filter_map(|line| line.trim().split_once("xdp_xmit_errors: "));
+        let errors = errors.map(|(_, n)| n.parse::<u64>().with_context(|| text.clone()));
+        errors.sum()
+    }
+
+    /// How many datagrams have arrived.
     pub fn count(&self) -> Result<u64> {
-        self.sink.as_ref().context("nothing counts")?.n_datagrams()
+        self.sink.as_ref().context("nothing counts")?.n_datagrams(0)
     }
 }
 
@@ -111,7 +126,31 @@ pub fn measure(draft: &mut Draft, is_quick: bool) -> Result<Vec<Site>> {
             }
         }
     }
+    for site in &mut sites {
+        if let Some(nohop) = site.running.nohop() {
+            draft.note(format!("{}: {}", site.peer.name, evidence(nohop)?));
+        }
+    }
     Ok(sites)
+}
+
+/// How nohop's programs are attached, and what they have counted.
+fn evidence(nohop: &Nohop) -> Result<String> {
+    let modes = peers::edge_modes(&nohop.status()?).join(", ");
+    let socket = nohop.admin().replace("unix:", "");
+    let metrics = testbed::http::ask(Path::new(&socket), "GET", "/metrics", "")?;
+    let counted = counted(&metrics);
+    Ok(format!("`nohop status` reports {modes}; `nohop_edge_packets_total` has {counted}"))
+}
+
+/// Each result of packets with its number, where that isn't zero, in the metrics' text.
+fn counted(metrics: &str) -> String {
+    let lines = metrics.lines().filter_map(|line| {
+        let (result, n) =
+            line.strip_prefix("nohop_edge_packets_total{result=\"")?.split_once("\"} ")?;
+        (n != "0").then(|| format!("{result} {n}"))
+    });
+    lines.collect::<Vec<_>>().join(", ")
 }
 
 /// The packets a second that came through, and those that were sent.
@@ -176,7 +215,7 @@ fn receive(socket: &UdpSocket) -> Result<BTreeSet<u64>> {
 }
 
 /// How many datagrams with a wrong checksum a host's receivers have got.
-fn n_wrong(host: &testbed::net::Host) -> Result<u64> {
+fn n_wrong(host: &Host) -> Result<u64> {
     // /proc/self is the process's first thread.
     let text =
         host.enter(|| fs::read_to_string("/proc/thread-self/net/snmp").context("read snmp"))?;
@@ -203,5 +242,17 @@ pub fn judge(draft: &mut Draft) {
             );
             draft.goal(&what, Limit::AtLeast(goal), &is, "");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn counters_of_packets_are_read() {
+        let metrics = "# TYPE nohop_edge_packets_total counter\n\
+            nohop_edge_packets_total{result=\"forwarded\"} 12\n\
+            nohop_edge_packets_total{result=\"fragment\"} 0\n\
+            nohop_edge_packets_total{result=\"no_route\"} 3\nnohop_edge_flows 4\n";
+        assert_eq!(super::counted(metrics), "forwarded 12, no_route 3");
     }
 }

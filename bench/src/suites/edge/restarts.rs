@@ -12,7 +12,8 @@ use crate::progress::Progress;
 use crate::report_builder::{Draft, Limit, Quantity};
 use crate::suites::edge::packets::Site;
 
-const LOST: Quantity = Quantity::lower("packets that the edge lost, of 100,000 a second", "packets");
+const LOST: Quantity =
+    Quantity::lower("packets that the edge lost, of 100,000 a second", "packets");
 
 const RATE: u32 = 100_000;
 const N_FLOWS: u32 = 1_000;
@@ -80,7 +81,7 @@ struct Lost {
 }
 
 fn lost(site: &mut Site, event: Event) -> Result<Lost> {
-    let before = (n_overflowed(site)?, site.count()?);
+    let before = (site.n_overflowed()?, site.count()?);
     let sending = site.send(N_FLOWS, Some(RATE))?;
     thread::sleep(AROUND);
     let nohop = site.running.nohop().context("no daemon")?;
@@ -95,17 +96,9 @@ fn lost(site: &mut Site, event: Event) -> Result<Lost> {
     thread::sleep(AROUND);
     let n_sent = sending.stop()?;
     thread::sleep(AROUND);
-    let before_it = n_overflowed(site)? - before.0;
+    let before_it = site.n_overflowed()? - before.0;
     let n_forwarded = site.count()? - before.1;
     Ok(Lost { n_sent, before: before_it, within: n_sent.saturating_sub(before_it + n_forwarded) })
-}
-
-/// The packets so far that the receive queue of the edge had no room for, as veth counts them where they were sent.
-fn n_overflowed(site: &Site) -> Result<u64> {
-    let text = site.node.client_host().outside().run("ethtool", "-S eth0")?;
-    let errors = text.lines().filter_map(|line| line.trim().split_once("xdp_xmit_errors: "));
-    let errors = errors.map(|(_, n)| n.parse::<u64>().with_context(|| text.clone()));
-    errors.sum()
 }
 
 pub fn judge(draft: &mut Draft) {
@@ -114,7 +107,8 @@ pub fn judge(draft: &mut Draft) {
             let figure = draft.find(LOST.name, event.name());
             let row = figure.and_then(|figure| figure.row(contender));
             let lost = row.map(|row| row.rounds.iter().flatten().sum::<f64>());
-            let what = format!("{contender}, {}: packets lost by the edge, in all rounds", event.name());
+            let what =
+                format!("{contender}, {}: packets lost by the edge, in all rounds", event.name());
             draft.goal_of_count(&what, Limit::AtMost(0.0), lost);
         }
     }
