@@ -153,6 +153,11 @@ impl Node {
         Ok(node)
     }
 
+    /// Whether an edge forwards between client and backends, even where nothing stands between.
+    pub fn is_edge(&self) -> bool {
+        self.layout == Layout::Edge
+    }
+
     /// The client's host, for setting up its network.
     pub fn client_host(&self) -> &Arc<Host> {
         &self.client_host
@@ -220,7 +225,7 @@ impl Node {
     /// # Errors
     /// When `act` fails, or there is no such processor.
     pub fn pinned<T>(&self, core: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
-        if self.layout == Layout::Edge { pin::on(core, act) } else { act() }
+        if self.is_edge() { pin::on(core, act) } else { act() }
     }
 
     /// Has an edge's backends receive in the time of who sends to them, and so without waiting for a thread's

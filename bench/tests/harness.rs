@@ -24,6 +24,11 @@ const SCENARIOS: &[(&str, &[&str], Scenario)] = &[
     ("one_processor", &["taskset"], one_processor),
     ("an_unknown_suite", &[], an_unknown_suite),
     ("a_tool_is_missing", &[], a_tool_is_missing),
+    (
+        "an_edge_without_packets",
+        &["chrt", "ethtool", "haproxy", "nft", "nginx", "wrk"],
+        an_edge_without_packets,
+    ),
     ("reports_cannot_be_written", &["wrk", "nginx"], reports_cannot_be_written),
     ("interrupted", &["wrk", "nginx"], interrupted),
     ("checks_itself", &["wrk", "nginx"], checks_itself),
@@ -97,6 +102,13 @@ fn a_tool_is_missing() -> Result<()> {
     let mut command = Command::new(HARNESS);
     command.arg("http").env("PATH", tempdir.path());
     refuses(command, 1, &["not installed: ", "wrk"])
+}
+
+fn an_edge_without_packets() -> Result<()> {
+    let tempdir = TempDir::new("results")?;
+    let mut command = Command::new(HARNESS);
+    command.args(["edge", "--quick", "--out"]).arg(tempdir.path()).env_remove("NOHOP_TRAFFIC");
+    refuses(command, 1, &["edge failed: NOHOP_TRAFFIC isn't set", "`cargo xtask bench edge`"])
 }
 
 fn reports_cannot_be_written() -> Result<()> {

@@ -88,7 +88,7 @@ impl<B> Site<B> {
         per: impl Fn(Duration) -> Option<f64>,
     ) {
         draft.add(all, condition, self.peer.name, round, per(cpu.all()));
-        if !cpu.hop.is_zero() {
+        if self.peer.name != DIRECT || self.node.is_edge() {
             draft.add(hop, condition, self.peer.name, round, per(cpu.hop));
         }
     }
