@@ -3,7 +3,8 @@
 //!
 //! The answers are those of the daemon (`lb-userspace/src/dns/resolve.rs`), byte for byte. What isn't
 //! common passes to it: several questions, names below a service, compression, options that make the
-//! message long. A message is read and written in words of eight bytes: there are no loops over bytes.
+//! message long. A message is read and written in words of eight bytes, where it is, and never beyond its
+//! end: there are no loops over bytes.
 //!
 //! Messages: RFC 1035, section 4. EDNS: RFC 6891. Negative answers: RFC 2308.
 
@@ -223,6 +224,22 @@ impl ListenKey {
     pub const SHARED: u32 = 2;
 }
 
+/// The value of `NAMES_LISTEN_FIRST`: what spares most packets the look-up in `NAMES_LISTEN`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct FirstListener {
+    /// One of the addresses in `NAMES_LISTEN`, in two words.
+    pub address: [u64; 2],
+    /// The rest is one word. Its port.
+    pub port: u16,
+    /// Its value; 0 where there is none.
+    pub how: u16,
+    /// The port of all of them; 0 where they have several.
+    pub common_port: u16,
+    /// Zero.
+    pub padding: u16,
+}
+
 /// The value of `NAMES_COUNTERS`: what the unit did. They only grow.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
@@ -248,41 +265,27 @@ pub const N_CLIENT_ACCOUNTS: usize = 4_096;
 /// The number of networks whose clients are served.
 pub const MAX_ALLOWED: usize = 1_024;
 
-/// A message in memory, from the beginning of its header on, with room behind it.
+/// A message in memory, from the beginning of its header on.
 pub trait DnsMessage {
-    /// Eight bytes from `offset` on, 0..256, as they are in memory. Beyond the message's end they are
-    /// arbitrary.
+    /// Eight bytes from `offset` on, 0..256, as they are in memory. Those of a word that isn't wholly
+    /// within the message are arbitrary.
     fn word(&self, offset: u32) -> u64;
-    /// Writes them.
+    /// Writes them. Does nothing if they aren't wholly within the message.
     fn set_word(&mut self, offset: u32, word: u64);
 }
 
-/// A [`DnsMessage`] on the host.
+/// A message on the host.
 #[cfg(not(target_arch = "bpf"))]
-#[derive(Clone, Debug)]
-pub struct MessageBuffer {
-    /// The message, and the room behind it.
-    pub octets: [u8; 264],
-}
-
-#[cfg(not(target_arch = "bpf"))]
-impl MessageBuffer {
-    /// As much of a message as there is room for.
-    pub fn of(message: &[u8]) -> MessageBuffer {
-        let mut octets = [0x5a; 264];
-        octets.iter_mut().zip(message).for_each(|(to, from)| *to = *from);
-        MessageBuffer { octets }
-    }
-}
-
-#[cfg(not(target_arch = "bpf"))]
-impl DnsMessage for MessageBuffer {
+impl DnsMessage for [u8] {
     fn word(&self, offset: u32) -> u64 {
-        self.octets[offset as usize..].first_chunk().copied().map_or(0, u64::from_ne_bytes)
+        let at = self.get(offset as usize..);
+        at.and_then(<[u8]>::first_chunk).copied().map_or(0x5a5a, u64::from_ne_bytes)
     }
 
     fn set_word(&mut self, offset: u32, word: u64) {
-        self.octets[offset as usize..][..8].copy_from_slice(&word.to_ne_bytes());
+        if let Some(at) = self.get_mut(offset as usize..).and_then(<[u8]>::first_chunk_mut) {
+            *at = word.to_ne_bytes();
+        }
     }
 }
 
@@ -356,7 +359,7 @@ pub struct NameAddresses {
 /// domain, or isn't common: it passes to the daemon.
 #[inline(always)]
 pub fn read_query(
-    message: &impl DnsMessage,
+    message: &(impl DnsMessage + ?Sized),
     len: u32,
     zone: impl ZoneWords,
     key: &mut NameKey,
@@ -376,60 +379,63 @@ pub fn read_query(
         return None;
     }
 
+    // A zero that the compiler doesn't know: or it would call a function that writes byte by byte.
+    let (mut idx, zero) = (0, black_box(0));
+    while idx < 8 {
+        key.set_word(idx, zero);
+        idx += 1;
+    }
+    for_each_word(message, DNS_HEADER_LEN, label_len + 1, |idx, word| key.set_word(idx, word));
     let apex = DNS_HEADER_LEN + 1 + label_len;
     let mut difference = 0;
     for_each_word(message, apex, domain_len, |idx, word| difference |= word ^ zone.domain(idx));
-    // Type, class; the beginning of OPT: the root, the type.
+    // The last words are read by their ends: nothing is read beyond the message's.
     let question_end = apex + domain_len + 4;
-    let kind = u64::from_be(message.word(question_end - 4));
-    if difference != 0 || (kind >> 32) as u16 != CLASS_IN {
+    let kind = u64::from_be(message.word(question_end - 8)) as u32;
+    if difference != 0 || kind as u16 != CLASS_IN {
         return None;
     }
-    let query_type = (kind >> 48) as u16;
+    let query_type = (kind >> 16) as u16;
     let tail_len = len.wrapping_sub(question_end);
     let has_edns = n_additionals == 1;
     let mut dnssec_ok = false;
     if has_edns {
-        // The rest of the size of messages, the upper bits of a code, the version, flags, the length of
-        // the options.
-        let opt = u64::from_be(message.word(question_end + 4));
-        let options = u32::from((opt >> 8) as u16);
-        if (kind >> 8) as u32 & 0xff_ffff != record_type::OPT.into() || (opt >> 40) as u8 != 0 {
+        // The root, the type; the size of messages, the upper bits of a code, the version, flags, the length
+        // of the options.
+        let kind = u64::from_be(message.word(question_end)) >> 40;
+        let opt = u64::from_be(message.word(question_end + OPT_LEN - 8));
+        let options = u32::from(opt as u16);
+        if kind != record_type::OPT.into() || (opt >> 32) as u8 != 0 {
             return None;
         }
         if tail_len != OPT_LEN + options || tail_len > MAX_QUERY_TAIL {
             return None;
         }
-        dnssec_ok = (opt >> 24) as u16 & DO != 0;
+        dnssec_ok = (opt >> 16) as u16 & DO != 0;
     } else if tail_len != 0 {
         return None;
     }
-
-    let mut idx = 0;
-    while idx < 8 {
-        key.set_word(idx, 0);
-        idx += 1;
-    }
-    for_each_word(message, DNS_HEADER_LEN, label_len + 1, |idx, word| key.set_word(idx, word));
     Some(NameQuery { query_type, has_edns, dnssec_ok, apex, question_end })
 }
 
 /// Goes over `len` bytes from `offset` on, 1..=64, by words: capital letters are in lower case, and the last
-/// word has zeros after them. (Lengths of labels are below 64, where ASCII has no letters.)
+/// word has zeros after them. (Lengths of labels are below 64, where ASCII has no letters.) At least seven
+/// bytes precede them.
 #[inline(always)]
 fn for_each_word(
-    message: &impl DnsMessage,
+    message: &(impl DnsMessage + ?Sized),
     offset: u32,
     len: u32,
     mut take: impl FnMut(usize, u64),
 ) {
-    // A copy that the compiler doesn't know: or the verifier of 5.10 would tell apart all that follows by
-    // what the comparisons below say about the length.
-    let len = black_box(len);
-    // What 64 bytes have here is replaced by their first word.
-    let whole = len & 56;
-    let mask = (1u64 << (8 * (len & 7))) - 1;
-    take(whole as usize / 8, lower(message.word(offset + whole)) & mask.to_le());
+    // A copy that the compiler doesn't know, nor the verifier after arithmetic: or it would tell apart all
+    // that follows by what the comparisons below say about the length.
+    let len = black_box(len) & 127;
+    // What follows the whole words is the end of the word that ends with it, in two shifts because
+    // there may be none of it. What 64 bytes have here is replaced by their first word.
+    let last = u64::from_le(message.word(offset + len - 8));
+    let rest = last >> 1 >> (63 - 8 * (len & 7));
+    take((len & 56) as usize / 8, lower(rest.to_le()));
     let mut at = 0;
     while at < 64 && at + 8 <= len {
         take(at as usize / 8, lower(message.word(offset + at)));
@@ -437,14 +443,25 @@ fn for_each_word(
     }
 }
 
-/// Makes a query about a name's addresses its answer. Returns the answer's length, at most [`MAX_QUERY_LEN`].
+/// The length of the answer to a query about a name's addresses, at most [`MAX_QUERY_LEN`].
+#[inline(always)]
+pub fn answer_len(query: &NameQuery, addresses: &NameAddresses) -> u32 {
+    let record_len = match query.query_type {
+        record_type::A => A_LEN,
+        record_type::AAAA if addresses.vip6.is_some() => AAAA_LEN,
+        _ => SOA_LEN,
+    };
+    query.question_end + record_len + if query.has_edns { OPT_LEN } else { 0 }
+}
+
+/// Makes a query about a name's addresses its answer, in a message of the answer's length.
 #[inline(always)]
 pub fn answer(
-    message: &mut impl DnsMessage,
+    message: &mut (impl DnsMessage + ?Sized),
     query: &NameQuery,
     addresses: &NameAddresses,
     zone: impl ZoneWords,
-) -> u32 {
+) {
     let mut end = query.question_end;
     let n_answers = match query.query_type {
         record_type::A => {
@@ -465,10 +482,10 @@ pub fn answer(
     };
     if query.has_edns {
         let flags = if query.dnssec_ok { DO } else { 0 };
-        let opt = u64::from(record_type::OPT) << 40 | u64::from(DNS_PAYLOAD) << 24;
-        message.set_word(end, (opt | u64::from(flags >> 8)).to_be());
-        message.set_word(end + 8, 0);
-        end += OPT_LEN;
+        let size_and_flags = u64::from(DNS_PAYLOAD) << 48 | u64::from(flags) << 16;
+        let opt = u64::from(record_type::OPT) << 40 | size_and_flags >> 24;
+        message.set_word(end, opt.to_be());
+        message.set_word(end + OPT_LEN - 8, size_and_flags.to_be());
     }
     let head = u64::from_be(message.word(0));
     let flags = answer_flags((head >> 32) as u16) | AA;
@@ -477,18 +494,21 @@ pub fn answer(
     let label = u64::from_be(message.word(8)) & u64::from(u32::MAX);
     let n_opt = u64::from(query.has_edns);
     message.set_word(8, ((1 - n_answers) << 48 | n_opt << 32 | label).to_be());
-    end
 }
 
-/// Makes a message the answer that the server failed. All but the flags stays as it came. Returns whether
-/// it was a query: to answer a response could begin an endless exchange.
+/// Whether a message is a query: to answer a response could begin an endless exchange.
 #[inline(always)]
-pub fn fail(message: &mut impl DnsMessage) -> bool {
+pub fn is_query(message: &(impl DnsMessage + ?Sized)) -> bool {
+    (u64::from_be(message.word(0)) >> 32) as u16 & QR == 0
+}
+
+/// Makes a message the answer that the server failed. All but the flags stays as it came.
+#[inline(always)]
+pub fn fail(message: &mut (impl DnsMessage + ?Sized)) {
     let head = u64::from_be(message.word(0));
     let flags = (head >> 32) as u16;
     let after = answer_flags(flags) | SERVFAIL;
     message.set_word(0, (head ^ u64::from(flags ^ after) << 32).to_be());
-    flags & QR == 0
 }
 
 /// The flags that an answer has of its query's, and those of every answer.
@@ -497,25 +517,30 @@ const fn answer_flags(query: u16) -> u16 {
 }
 
 #[inline(always)]
-fn put_a(message: &mut impl DnsMessage, at: u32, vip: [u8; 4], ttl: u32) {
+fn put_a(message: &mut (impl DnsMessage + ?Sized), at: u32, vip: [u8; 4], ttl: u32) {
     let rest = put_fixed(message, at, record_type::A, ttl, 4);
     message.set_word(at + 8, (rest | u64::from(u32::from_be_bytes(vip))).to_be());
 }
 
 #[inline(always)]
-fn put_aaaa(message: &mut impl DnsMessage, at: u32, vip6: [u8; 16], ttl: u32) {
+fn put_aaaa(message: &mut (impl DnsMessage + ?Sized), at: u32, vip6: [u8; 16], ttl: u32) {
     let rest = put_fixed(message, at, record_type::AAAA, ttl, 16);
     let [high, low]: [u64; 2] = zerocopy::transmute!(vip6);
-    let (high, low) = (u64::from_be(high), u64::from_be(low));
-    message.set_word(at + 8, (rest | high >> 32).to_be());
-    message.set_word(at + 16, (high << 32 | low >> 32).to_be());
-    message.set_word(at + 24, (low << 32).to_be());
+    message.set_word(at + 8, rest.to_be());
+    message.set_word(at + 12, high);
+    message.set_word(at + 20, low);
 }
 
 /// A record of the question's name, up to its data. The last four bytes of that are the upper half of the
 /// word that is returned, whose lower half the data begins with.
 #[inline(always)]
-fn put_fixed(message: &mut impl DnsMessage, at: u32, kind: u16, ttl: u32, len: u16) -> u64 {
+fn put_fixed(
+    message: &mut (impl DnsMessage + ?Sized),
+    at: u32,
+    kind: u16,
+    ttl: u32,
+    len: u16,
+) -> u64 {
     let owner = POINTER | DNS_HEADER_LEN as u16;
     let class = u64::from(CLASS_IN) << 16;
     let word = u64::from(owner) << 48 | u64::from(kind) << 32 | class | u64::from(ttl >> 16);
@@ -525,7 +550,7 @@ fn put_fixed(message: &mut impl DnsMessage, at: u32, kind: u16, ttl: u32, len: u
 
 /// The zone's SOA, of which `apex` is the place of the zone's name in the message. It is its own primary.
 #[inline(always)]
-fn put_soa(message: &mut impl DnsMessage, at: u32, apex: u32, serial: u32) {
+fn put_soa(message: &mut (impl DnsMessage + ?Sized), at: u32, apex: u32, serial: u32) {
     let owner = u64::from(POINTER) | u64::from(apex);
     let [refresh, retry, expiry] = SOA_TIMES.map(u64::from);
     let (serial, minimum) = (u64::from(serial), u64::from(NEGATIVE_TTL));
@@ -537,13 +562,13 @@ fn put_soa(message: &mut impl DnsMessage, at: u32, apex: u32, serial: u32) {
         (NO_MAILBOX as u64) << 16 | serial >> 16,
         serial << 48 | refresh << 16 | retry >> 16,
         retry << 48 | expiry << 16 | minimum >> 16,
-        minimum << 48,
     ];
     let mut idx = 0;
     while idx < words.len() {
         message.set_word(at + 8 * idx as u32, words[idx].to_be());
         idx += 1;
     }
+    message.set_word(at + SOA_LEN - 8, (expiry << 32 | minimum).to_be());
 }
 
 /// Eight bytes with ASCII's capital letters in lower case.
@@ -561,8 +586,8 @@ const fn lower(word: u64) -> u64 {
 const _: () = {
     assert!(size_of::<NameKey>() == 64 && size_of::<NamesZone>() == 80);
     assert!(size_of::<NameRecord>() == 64 && size_of::<NamesControl>() == 144);
+    assert!(size_of::<FirstListener>() == 24);
     assert!(size_of::<ListenKey>() == 24 && size_of::<NamesCounters>() == 64);
-    // What is written of an answer's last words stays within 256 bytes.
     assert!(SOA_LEN + OPT_LEN <= MAX_QUERY_TAIL && MAX_QUERY_LEN <= 240);
 };
 

@@ -8,12 +8,14 @@ use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_udp, bpf_sk_rel
 use lb_common::{Address, DNS_HEADER_LEN, IPPROTO_UDP};
 
 use crate::maps;
+use crate::packet::field;
 use crate::skb::Skb;
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
-/// The length of the Ethernet header, where that of IP begins.
-pub const IP: u32 = 14;
+/// Where the IP header begins.
+const IP: u32 = ETHERNET_LEN;
+pub const ETHERNET_LEN: u32 = 14;
 pub const IPV4_LEN: u32 = 20;
 pub const IPV6_LEN: u32 = 40;
 pub const UDP_LEN: u32 = 8;
@@ -21,6 +23,8 @@ pub const UDP_LEN: u32 = 8;
 /// Of a UDP packet without IP options, extension headers and fragments, of one datagram.
 pub struct Headers {
     pub is_ipv6: bool,
+    /// Where the UDP header begins, in bytes.
+    pub udp: u8,
     pub source: Address,
     pub destination: Address,
     pub source_port: u16,
@@ -38,23 +42,6 @@ pub enum Receiver {
     Unspecified = 1,
     /// One of the address itself.
     Own = 2,
-}
-
-/// Reads a field in the linear part, at a constant offset. In assembly, because the compiler would put an
-/// unaligned field together byte by byte.
-macro_rules! field {
-    ($base:expr, $offset:expr, $kind:ident) => {{
-        let field: u64;
-        // SAFETY: the caller has compared the end of the header with the packet's end.
-        unsafe {
-            core::arch::asm!(
-                concat!("{field} = *(", stringify!($kind), " *)({base} + {offset})"),
-                field = lateout(reg) field, base = in(reg) $base, offset = const $offset,
-                options(pure, readonly, nostack)
-            );
-        }
-        field as $kind
-    }};
 }
 
 impl Headers {
@@ -86,6 +73,7 @@ impl Headers {
         let len = u32::from(u16::from_be(field!(data, IP + 2, u16)));
         let headers = Headers {
             is_ipv6: false,
+            udp: (IP + IPV4_LEN) as u8,
             source: Address::v4(field!(data, IP + 12, u32).to_ne_bytes()),
             destination: Address::v4(field!(data, IP + 16, u32).to_ne_bytes()),
             source_port: u16::from_be(field!(data, IP + IPV4_LEN, u16)),
@@ -108,6 +96,7 @@ impl Headers {
         let destination = [field!(data, IP + 24, u64), field!(data, IP + 32, u64)];
         let headers = Headers {
             is_ipv6: true,
+            udp: (IP + IPV6_LEN) as u8,
             source: Address { octets: zerocopy::transmute!(source) },
             destination: Address { octets: zerocopy::transmute!(destination) },
             source_port: u16::from_be(field!(data, IP + IPV6_LEN, u16)),
@@ -126,20 +115,6 @@ impl Headers {
             && udp_len >= UDP_LEN + DNS_HEADER_LEN
             && !skb.is_batch();
         fits.then_some(self)
-    }
-
-    /// Where the UDP header begins.
-    #[inline(always)]
-    pub fn udp(&self) -> u32 {
-        IP + if self.is_ipv6 { IPV6_LEN } else { IPV4_LEN }
-    }
-
-    /// The checksum of UDP in the packet as it is now.
-    #[inline(always)]
-    pub fn checksum(&self, skb: &Skb) -> Option<u16> {
-        let (data, end) = skb.linear();
-        let udp = data + self.udp() as usize;
-        (udp + UDP_LEN as usize <= end).then(|| field!(udp, 6, u16))
     }
 
     /// The length of the message.

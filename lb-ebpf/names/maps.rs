@@ -5,15 +5,16 @@ use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray};
 use aya_ebpf::macros::btf_map;
+use core::arch::asm;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Address, Control, DEFAULT_MAX_SERVICES, ListenKey, MAX_ALLOWED, MAX_LISTEN, N_CLIENT_ACCOUNTS,
-    NameKey, NameRecord, NameRef, NamesControl, NamesCounters, NamesMode, ZoneWords,
+    Address, Control, DEFAULT_MAX_SERVICES, FirstListener, ListenKey, MAX_ALLOWED, MAX_LISTEN,
+    N_CLIENT_ACCOUNTS, NameAddresses, NameKey, NameQuery, NameRecord, NameRef, NamesControl,
+    NamesCounters, NamesMode, ZoneWords,
 };
 
 use crate::clock::Clock;
 use crate::headers::Headers;
-use crate::packet::Packet;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
@@ -31,6 +32,9 @@ static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
 /// Where the daemon listens.
 #[btf_map]
 static NAMES_LISTEN: HashMap<ListenKey, u32, MAX_LISTEN> = HashMap::new();
+/// See [`FirstListener`].
+#[btf_map]
+static NAMES_LISTEN_FIRST: Array<FirstListener, 1, MMAPABLE> = Array::new();
 /// The networks of the clients that are served: `dns.allow`, with 1. All of IPv4 has 0 where that isn't one.
 #[btf_map]
 static NAMES_ALLOWED: LpmTrie<[u8; 16], u32, { MAX_ALLOWED + 1 }> = LpmTrie::new();
@@ -49,12 +53,17 @@ pub struct Scratch {
     pub clock: Clock,
     pub headers: Headers,
     pub key: NameKey,
-    /// The packet, which becomes its answer.
-    pub packet: Packet,
-    /// How long the message of the answer is.
+    pub query: NameQuery,
+    /// The length of the answer's datagram.
     pub answer_len: u32,
-    /// The packet as it came, where its checksum has to be that of the answer.
-    pub before: Packet,
+}
+
+/// What is in [`Scratch`] is read again from here on: so the compiler has no copy, about which the verifier
+/// would know more.
+#[inline(always)]
+pub fn forget() {
+    // SAFETY: no instruction.
+    unsafe { asm!("", options(nostack)) };
 }
 
 /// See [`Scratch`].
@@ -67,8 +76,18 @@ pub fn scratch() -> Option<&'static mut Scratch> {
 /// How the daemon listens there, if it does: [`ListenKey::BOUND`] or [`ListenKey::SHARED`].
 #[inline(always)]
 pub fn listener(address: &Address, port: u16) -> Option<u32> {
-    // As words: the compiler calls a function to make the padding zero.
+    let first = NAMES_LISTEN_FIRST.get_ptr(0)?.cast::<[u64; 3]>();
+    // SAFETY: an array's element stays; the daemon writes the address while the last word is zero.
+    let [first_high, first_low, rest] = unsafe { first.read_volatile() };
+    let [first_port, how, common_port, _]: [u16; 4] = zerocopy::transmute!(rest);
+    if common_port != 0 && port != common_port {
+        return None;
+    }
     let [high, low] = address.words();
+    if how != 0 && port == first_port && low == first_low && high == first_high {
+        return Some(how.into());
+    }
+    // As words: the compiler calls a function to make the padding zero.
     let key: ListenKey = zerocopy::transmute!([high, low, u64::from(port)]);
     // SAFETY: the element is a word, which is copied out at once.
     NAMES_LISTEN.get_ptr(key).map(|how| unsafe { how.read_volatile() })
@@ -206,21 +225,26 @@ pub fn record(key: &NameKey) -> Option<RecordPtr> {
 }
 
 impl RecordPtr {
-    /// The VIP and the flags, by one load.
+    /// See [`NameRecord::flags`].
     #[inline(always)]
-    pub fn vip(self) -> ([u8; 4], u32) {
-        // SAFETY: an array's element stays, and this is its first, aligned word.
-        let word = unsafe { self.0.cast::<u64>().read_volatile() };
-        let [vip, flags]: [[u8; 4]; 2] = zerocopy::transmute!(word);
-        (vip, u32::from_ne_bytes(flags))
+    pub fn flags(self) -> u32 {
+        // SAFETY: an array's element stays, and this is an aligned word of it.
+        unsafe { (&raw const (*self.0).flags).read_volatile() }
     }
 
-    /// The IPv6 VIP.
+    /// The addresses.
     #[inline(always)]
-    pub fn vip6(self) -> [u8; 16] {
-        // SAFETY: an array's element stays; it isn't written while a reader may know the record.
-        let words = unsafe { (&raw const (*self.0).vip6).cast::<[u64; 2]>().read_volatile() };
-        zerocopy::transmute!(words)
+    pub fn addresses(self) -> NameAddresses {
+        // SAFETY: an array's element stays; these aren't written while a reader may know the record.
+        let (vip, vip6) = unsafe {
+            let vip = (&raw const (*self.0).vip).cast::<u32>().read_volatile();
+            (vip, (&raw const (*self.0).vip6).cast::<[u64; 2]>().read_volatile())
+        };
+        let has_vip6 = self.flags() & NameRecord::HAS_VIP6 != 0;
+        NameAddresses {
+            vip: zerocopy::transmute!(vip),
+            vip6: has_vip6.then(|| zerocopy::transmute!(vip6)),
+        }
     }
 
     /// Counts a query.

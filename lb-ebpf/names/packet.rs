@@ -1,158 +1,99 @@
-//! A copy of a packet, which is read and written in words. Reading the packet itself takes a call of the
-//! kernel for each field whose place the verifier doesn't know; writing to it directly has the kernel ask
-//! of every packet that passes, TCP's too, whether its memory is shared (`bpf_unclone_prologue()`).
+//! A packet, read and written in words where it is, in its linear part. Each word is compared with the
+//! packet's end.
+//!
+//! A program that writes has the kernel begin it with a call for a packet whose memory is shared, such as
+//! each TCP segment on `lo` (`bpf_unclone_prologue()`). That is less than the copies cost that would spare it.
 
 use core::arch::asm;
 
 use lb_common::{DnsMessage, MAX_QUERY_LEN};
 
-use crate::headers::{IP, IPV4_LEN, IPV6_LEN, UDP_LEN};
-use crate::skb::{Skb, bounded};
+use crate::headers::{ETHERNET_LEN, Headers, IPV4_LEN, IPV6_LEN, UDP_LEN};
+use crate::skb::Skb;
 
-/// Where the parts are in the copy: the message's question is at a multiple of eight, and what precedes it
-/// is as long as its protocol has it.
-const MESSAGE: usize = 68;
-const UDP: usize = MESSAGE - UDP_LEN as usize;
-const IPV4: usize = UDP - IPV4_LEN as usize;
-const IPV6: usize = UDP - IPV6_LEN as usize;
-const ETHERNET4: usize = IPV4 - IP as usize;
-const ETHERNET6: usize = IPV6 - IP as usize;
-/// The message's first 256 bytes, and a word.
-const LEN: usize = MESSAGE + 256 + 12;
+/// The longest datagram that is summed up.
+const MAX_SUMMED_LEN: u32 = (UDP_LEN + MAX_QUERY_LEN).next_multiple_of(8);
 
-/// A packet of up to [`MAX_QUERY_LEN`] bytes of DNS, or as much of it. Not as bytes: the compiler would
-/// copy them by functions that do so one by one.
-#[repr(C, align(8))]
-pub struct Packet {
-    words: [u32; LEN / 4],
+/// Reads a field at a constant offset. In assembly, because the compiler would put an unaligned field
+/// together byte by byte.
+macro_rules! field {
+    ($base:expr, $offset:expr, $kind:ident) => {{
+        let field: u64;
+        // SAFETY: the caller has compared the end of the header with the packet's end.
+        unsafe {
+            core::arch::asm!(
+                concat!("{field} = *(", stringify!($kind), " *)({base} + {offset})"),
+                field = lateout(reg) field, base = in(reg) $base, offset = const $offset,
+                options(pure, readonly, nostack)
+            );
+        }
+        field as $kind
+    }};
+}
+pub(crate) use field;
+
+/// Writes a field at a constant offset, likewise.
+macro_rules! set_field {
+    ($base:expr, $offset:expr, $kind:ident, $field:expr) => {{
+        let field: $kind = $field;
+        // SAFETY: the caller has compared the end of the header with the packet's end.
+        unsafe {
+            core::arch::asm!(
+                concat!("*(", stringify!($kind), " *)({base} + {offset}) = {field}"),
+                field = in(reg) u64::from(field), base = in(reg) $base, offset = const $offset,
+                options(nostack)
+            );
+        }
+    }};
 }
 
-/// How many bytes of a message are copied.
-#[inline(always)]
-pub fn copied_len(message_len: u32) -> u32 {
-    message_len.min(MAX_QUERY_LEN)
+/// What begins with a UDP header or with the message after it.
+pub struct Words {
+    data: usize,
+    end: usize,
+    /// Where it begins in the packet. A number that the verifier doesn't know, so that each word's place is one of
+    /// its own: or it would tell apart what follows by which words it has seen to be within the packet.
+    start: u64,
 }
 
-impl Packet {
-    /// Copies a packet, with so many bytes of its message. Returns whether it has them.
+impl Words {
+    /// A packet's datagram, or what follows its first `skipped` bytes.
     #[inline(always)]
-    pub fn load(&mut self, skb: &Skb, is_ipv6: bool, message_len: u32) -> bool {
-        if is_ipv6 {
-            let to = &raw mut self.halves_mut()[ETHERNET6 / 2];
-            // SAFETY: the copy has room for the message.
-            unsafe { skb.load((MESSAGE - ETHERNET6) as u32, message_len, to.cast()) }
-        } else {
-            let to = &raw mut self.halves_mut()[ETHERNET4 / 2];
-            // SAFETY: as above.
-            unsafe { skb.load((MESSAGE - ETHERNET4) as u32, message_len, to.cast()) }
+    pub fn of(skb: &Skb, headers: &Headers, skipped: u32) -> Words {
+        let (data, end) = skb.linear();
+        Words { data, end, start: u64::from(headers.udp) + u64::from(skipped) }
+    }
+
+    /// The sum of a datagram in ones' complement (RFC 1071), as it is in memory: of as much of it as is that
+    /// of a query or an answer.
+    #[inline(always)]
+    pub fn sum(&self) -> u16 {
+        let len = u32::from(u16::from_be((self.word(0) >> 32) as u16));
+        // What follows the whole words is the end of the word that ends with it.
+        let last = self.word(len.wrapping_sub(8));
+        let mut sum = halves(last >> 1 >> (63 - 8 * (len & 7)));
+        let mut at = self.data + self.start as usize;
+        let mut n_words = 0;
+        while n_words < MAX_SUMMED_LEN / 8 && at + 8 <= self.end {
+            sum += halves(field!(at, 0, u64));
+            at += 8;
+            n_words += 1;
         }
-    }
-
-    /// Copies it back. Returns whether the packet has the room.
-    #[inline(always)]
-    pub fn store(&self, skb: &Skb, is_ipv6: bool, message_len: u32) -> bool {
-        if is_ipv6 {
-            let from = &raw const self.halves()[ETHERNET6 / 2];
-            // SAFETY: the copy has the message.
-            unsafe { skb.store((MESSAGE - ETHERNET6) as u32, message_len, from.cast()) }
-        } else {
-            let from = &raw const self.halves()[ETHERNET4 / 2];
-            // SAFETY: as above.
-            unsafe { skb.store((MESSAGE - ETHERNET4) as u32, message_len, from.cast()) }
-        }
-    }
-
-    /// Turns it around: exchanges addresses and ports, which leaves the checksums as they are, and sets the
-    /// lengths and the checksum of IPv4's header.
-    #[inline(always)]
-    pub fn turn(&mut self, is_ipv6: bool, udp_len: u16) {
-        self.words[UDP / 4] = self.words[UDP / 4].rotate_left(16);
-        self.halves_mut()[UDP / 2 + 2] = udp_len.to_be();
-        if is_ipv6 {
-            let mut word = IPV6 / 4 + 2;
-            while word < IPV6 / 4 + 6 {
-                self.words.swap(word, word + 4);
-                word += 1;
-            }
-            self.halves_mut()[IPV6 / 2 + 2] = udp_len.to_be();
-        } else {
-            self.words.swap(IPV4 / 4 + 3, IPV4 / 4 + 4);
-            let halves = self.halves_mut();
-            let (before, after) = (halves[IPV4 / 2 + 1], (udp_len + IPV4_LEN as u16).to_be());
-            halves[IPV4 / 2 + 1] = after;
-            // RFC 1624, equation 3.
-            halves[IPV4 / 2 + 5] = !add(add(!halves[IPV4 / 2 + 5], !before), after);
-        }
-    }
-
-    /// Exchanges the hardware addresses.
-    #[inline(always)]
-    pub fn turn_ethernet(&mut self, is_ipv6: bool) {
-        let halves = self.halves_mut();
-        let mut idx = 0;
-        while idx < 3 {
-            if is_ipv6 {
-                halves.swap(ETHERNET6 / 2 + idx, ETHERNET6 / 2 + idx + 3);
-            } else {
-                halves.swap(ETHERNET4 / 2 + idx, ETHERNET4 / 2 + idx + 3);
-            }
-            idx += 1;
-        }
-    }
-
-    /// The checksum of UDP, as it is in memory.
-    #[inline(always)]
-    pub fn checksum(&self) -> u16 {
-        self.halves()[UDP / 2 + 3]
-    }
-
-    /// Sets it.
-    #[inline(always)]
-    pub fn set_checksum(&mut self, checksum: u16) {
-        self.halves_mut()[UDP / 2 + 3] = checksum;
-    }
-
-    /// UDP's header and so many bytes of the message as words to be summed up, without a checksum, and
-    /// their length in bytes.
-    #[inline(always)]
-    pub fn sum_words(&mut self, message_len: u32) -> (*mut u32, u32) {
-        self.set_checksum(0);
-        self.set_word(message_len, 0);
-        let len = (UDP_LEN + 3 + bounded(message_len)) & 0x1fc;
-        (&raw mut self.words[UDP / 4], len)
-    }
-
-    #[inline(always)]
-    fn halves(&self) -> &[u16; LEN / 2] {
-        zerocopy::transmute_ref!(&self.words)
-    }
-
-    #[inline(always)]
-    fn halves_mut(&mut self) -> &mut [u16; LEN / 2] {
-        zerocopy::transmute_mut!(&mut self.words)
+        fold(sum)
     }
 }
 
-/// The sum of two halves in ones' complement (RFC 1071).
-#[inline(always)]
-pub fn add(a: u16, b: u16) -> u16 {
-    let sum = u32::from(a) + u32::from(b);
-    (sum as u16).wrapping_add((sum >> 16) as u16)
-}
-
-impl DnsMessage for Packet {
+impl DnsMessage for Words {
     #[inline(always)]
     fn word(&self, offset: u32) -> u64 {
-        let message = &raw const self.words[MESSAGE / 4];
         let word: u64;
-        // In assembly: the compiler knows no unaligned load, and leaves out a bound that it can prove, but
-        // the verifier can't.
-        // SAFETY: the word is within the copy.
+        // SAFETY: the word is read if it is within the packet.
         unsafe {
             asm!(
-                "{at} &= 255", "{at} += {message}", "{word} = *(u64 *)({at} + 0)",
-                at = inout(reg) u64::from(offset) => _, message = in(reg) message, word = lateout(reg) word,
-                options(pure, readonly, nostack)
+                "{at} &= 511", "{at} += {data}", "{next} = {at}", "{next} += 8", "{word} = 0",
+                "if {next} > {end} goto +1", "{word} = *(u64 *)({at} + 0)",
+                at = inout(reg) self.start + u64::from(offset) => _, data = in(reg) self.data, end = in(reg) self.end,
+                next = out(reg) _, word = out(reg) word, options(pure, readonly, nostack)
             );
         }
         word
@@ -160,16 +101,84 @@ impl DnsMessage for Packet {
 
     #[inline(always)]
     fn set_word(&mut self, offset: u32, word: u64) {
-        let message = &raw mut self.words[MESSAGE / 4];
         // SAFETY: as above.
         unsafe {
             asm!(
-                "{at} &= 255", "{at} += {message}", "*(u64 *)({at} + 0) = {word}",
-                at = inout(reg) u64::from(offset) => _, message = in(reg) message, word = in(reg) word,
-                options(nostack)
+                "{at} &= 511", "{at} += {data}", "{next} = {at}", "{next} += 8",
+                "if {next} > {end} goto +1", "*(u64 *)({at} + 0) = {word}",
+                at = inout(reg) self.start + u64::from(offset) => _, data = in(reg) self.data, end = in(reg) self.end,
+                next = out(reg) _, word = in(reg) word, options(nostack)
             );
         }
     }
 }
 
-const _: () = assert!(size_of::<Packet>() == LEN && LEN.is_multiple_of(8) && ETHERNET6 == 6);
+/// Turns a packet around: exchanges addresses and ports, which leaves the checksums as they are, and sets the
+/// lengths and the checksum of IPv4's header; on the way to an interface the hardware addresses, too. Sets
+/// UDP's checksum if there is one to be set.
+#[inline(always)]
+pub fn turn(
+    skb: &Skb,
+    is_ipv6: bool,
+    udp_len: u16,
+    checksum: Option<u16>,
+    is_loopback: bool,
+) -> Option<()> {
+    const IP: u32 = ETHERNET_LEN;
+    let (data, end) = skb.linear();
+    let udp = if is_ipv6 {
+        let udp = data + (IP + IPV6_LEN) as usize;
+        (udp + UDP_LEN as usize <= end).then_some(())?;
+        let source = [field!(data, IP + 8, u64), field!(data, IP + 16, u64)];
+        set_field!(data, IP + 8, u64, field!(data, IP + 24, u64));
+        set_field!(data, IP + 16, u64, field!(data, IP + 32, u64));
+        set_field!(data, IP + 24, u64, source[0]);
+        set_field!(data, IP + 32, u64, source[1]);
+        set_field!(data, IP + 4, u16, udp_len.to_be());
+        udp
+    } else {
+        let udp = data + (IP + IPV4_LEN) as usize;
+        (udp + UDP_LEN as usize <= end).then_some(())?;
+        set_field!(data, IP + 12, u64, field!(data, IP + 12, u64).rotate_left(32));
+        let (before, after) = (field!(data, IP + 2, u16), (udp_len + IPV4_LEN as u16).to_be());
+        set_field!(data, IP + 2, u16, after);
+        // RFC 1624, equation 3.
+        let sum = add(add(!field!(data, IP + 10, u16), !before), after);
+        set_field!(data, IP + 10, u16, !sum);
+        udp
+    };
+    set_field!(udp, 0, u32, field!(udp, 0, u32).rotate_left(16));
+    set_field!(udp, 4, u16, udp_len.to_be());
+    if let Some(checksum) = checksum {
+        set_field!(udp, 6, u16, checksum);
+    }
+    if !is_loopback {
+        let (low, high) = (field!(data, 0, u32), field!(data, 4, u16));
+        set_field!(data, 0, u32, field!(data, 6, u32));
+        set_field!(data, 4, u16, field!(data, 10, u16));
+        set_field!(data, 6, u32, low);
+        set_field!(data, 10, u16, high);
+    }
+    Some(())
+}
+
+/// The sum of two halves in ones' complement (RFC 1071).
+#[inline(always)]
+pub fn add(a: u16, b: u16) -> u16 {
+    fold(u64::from(a) + u64::from(b))
+}
+
+/// The sum of a word's halves.
+#[inline(always)]
+pub fn halves(word: u64) -> u64 {
+    (word & u64::from(u32::MAX)) + (word >> 32)
+}
+
+/// A sum of fewer than 65,536 halves of words, in ones' complement.
+#[inline(always)]
+pub fn fold(sum: u64) -> u16 {
+    let sum = halves(sum);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    ((sum & 0xffff) + (sum >> 16)) as u16
+}

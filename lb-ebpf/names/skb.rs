@@ -1,11 +1,8 @@
 //! A packet, by the kernel's helpers.
 
-use core::arch::asm;
-
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_store_bytes};
+use aya_ebpf::helpers::generated::bpf_skb_pull_data;
 use aya_ebpf::programs::TcContext;
-use lb_common::MAX_QUERY_LEN;
 
 /// The index of the loopback interface, in every network namespace (LOOPBACK_IFINDEX).
 pub const LOOPBACK: u32 = 1;
@@ -69,39 +66,12 @@ impl Skb {
         (read!(self.data) as usize, read!(self.data_end) as usize)
     }
 
-    /// Copies the packet, which begins with `headers_len` bytes, and `message_len` more. Returns whether it
-    /// has them.
-    ///
-    /// # Safety
-    ///
-    /// `to` is as long.
+    /// Has the whole packet in the linear part. Returns whether it is.
     #[inline(always)]
-    pub unsafe fn load(&self, headers_len: u32, message_len: u32, to: *mut u8) -> bool {
-        let len = headers_len + bounded(message_len);
-        // SAFETY: the destination is as long as said.
-        unsafe { bpf_skb_load_bytes(self.0.cast(), 0, to.cast(), len) == 0 }
+    pub fn linearize(&self) -> bool {
+        let (data, end) = self.linear();
+        let len = self.len();
+        // SAFETY: the helper takes the context; pointers into the packet are read again.
+        end - data >= len as usize || unsafe { bpf_skb_pull_data(self.0, len) == 0 }
     }
-
-    /// The same into the packet. Returns whether it has room.
-    ///
-    /// # Safety
-    ///
-    /// `from` is as long.
-    #[inline(always)]
-    pub unsafe fn store(&self, headers_len: u32, message_len: u32, from: *const u8) -> bool {
-        let len = headers_len + bounded(message_len);
-        // SAFETY: the source is as long as said.
-        unsafe { bpf_skb_store_bytes(self.0, 0, from.cast(), len, 0) == 0 }
-    }
-}
-
-/// A length of a message in a way that the verifier sees its bound, where the compiler knows it and would
-/// leave out the comparison.
-#[inline(always)]
-pub fn bounded(message_len: u32) -> u32 {
-    const { assert!(MAX_QUERY_LEN < 256) };
-    let mut len = u64::from(message_len);
-    // SAFETY: one instruction, on one register.
-    unsafe { asm!("{0} &= 255", inout(reg) len, options(pure, nomem, nostack)) };
-    len as u32
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::mem::offset_of;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,7 +11,9 @@ use aya::Ebpf;
 use aya::maps::MapData;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use ipnet::IpNet;
-use lb_common::{ListenKey, NameKey, NameRecord, NameRef, PROBE_ADDRESS, PROBE_LABEL};
+use lb_common::{
+    FirstListener, ListenKey, NameKey, NameRecord, NameRef, PROBE_ADDRESS, PROBE_LABEL,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::super::bpf::ProgramWait;
@@ -145,7 +147,11 @@ impl<T: FromBytes + IntoBytes + Immutable> ControlWord<T> {
 
 /// The addresses at which names are answered.
 #[derive(Debug)]
-pub struct Listeners(Hash<ListenKey, u32>);
+pub struct Listeners {
+    all: Hash<ListenKey, u32>,
+    first: Arc<AtomicArray<FirstListener>>,
+    program_wait: Option<ProgramWait>,
+}
 
 impl Listeners {
     /// Takes the map of a loaded object.
@@ -153,7 +159,11 @@ impl Listeners {
     /// # Errors
     /// When it isn't there.
     pub fn take(ebpf: &mut Ebpf) -> Result<Listeners, DatapathError> {
-        take_hash(ebpf, "NAMES_LISTEN").map(Listeners)
+        Ok(Listeners {
+            all: take_hash(ebpf, "NAMES_LISTEN")?,
+            first: AtomicArray::take(ebpf, "NAMES_LISTEN_FIRST")?,
+            program_wait: ProgramWait::new().ok(),
+        })
     }
 
     /// Answers at these, and no others.
@@ -161,16 +171,47 @@ impl Listeners {
     /// # Errors
     /// When the kernel refuses.
     pub fn set(&mut self, wanted: &HashMap<ListenKey, u32>) -> io::Result<()> {
-        let present: Result<Vec<_>, _> = self.0.keys().collect();
+        let first = first_listener(wanted);
+        let is_changed = self.first.load(0) != first;
+        if is_changed {
+            // Until the end the programs look them all up.
+            self.first.store_field(0, offset_of!(FirstListener, port), &0u64);
+            wait_for_programs(self.program_wait.as_ref());
+        }
+        let present: Result<Vec<_>, _> = self.all.keys().collect();
         for Plain(key) in present.map_err(io_error)? {
             if !wanted.contains_key(&key) {
-                self.0.remove(&Plain(key)).map_err(io_error)?;
+                self.all.remove(&Plain(key)).map_err(io_error)?;
             }
         }
         let mut insert = |(key, how): (&ListenKey, &u32)| {
-            self.0.insert(Plain(*key), Plain(*how), 0).map_err(io_error)
+            self.all.insert(Plain(*key), Plain(*how), 0).map_err(io_error)
         };
-        wanted.iter().try_for_each(&mut insert)
+        wanted.iter().try_for_each(&mut insert)?;
+        if is_changed {
+            let [high, low, rest]: [u64; 3] = zerocopy::transmute!(first);
+            self.first.store_field(0, offset_of!(FirstListener, address), &[high, low]);
+            self.first.store_field(0, offset_of!(FirstListener, port), &rest);
+        }
+        Ok(())
+    }
+}
+
+/// The one that most queries are for, by a guess: one of loopback.
+fn first_listener(listeners: &HashMap<ListenKey, u32>) -> FirstListener {
+    let is_loopback =
+        |key: &ListenKey| Ipv6Addr::from(key.address.octets).to_canonical().is_loopback();
+    let order = |(key, _): &(&ListenKey, &u32)| (!is_loopback(key), key.address.octets, key.port);
+    let Some((first, &how)) = listeners.iter().min_by_key(order) else {
+        return FirstListener::default();
+    };
+    let has_one_port = listeners.keys().all(|key| key.port == first.port);
+    FirstListener {
+        address: first.address.words(),
+        port: first.port,
+        how: how as u16,
+        common_port: if has_one_port { first.port } else { 0 },
+        padding: 0,
     }
 }
 
@@ -233,6 +274,34 @@ fn prefixes(networks: &[IpNet]) -> BTreeMap<(u32, [u8; 16]), u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_listener_is_of_loopback() {
+        let listeners = |all: &[&str]| -> HashMap<ListenKey, u32> {
+            let key = |address: &&str| {
+                let address: std::net::SocketAddr = address.parse().unwrap();
+                let octets = match address.ip() {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                    IpAddr::V6(ip) => ip.octets(),
+                };
+                let address_of = lb_common::Address { octets };
+                let key = ListenKey { address: address_of, port: address.port(), padding: [0; 6] };
+                (key, ListenKey::BOUND)
+            };
+            all.iter().map(key).collect()
+        };
+        let first = |all: &[&str]| {
+            let FirstListener { address, port, how, common_port, .. } =
+                first_listener(&listeners(all));
+            let octets: [u8; 16] = zerocopy::transmute!(address);
+            (Ipv6Addr::from(octets).to_canonical().to_string(), port, how, common_port)
+        };
+        assert_eq!(first(&[]), ("::".into(), 0, 0, 0), "nothing is passed by its port");
+        let both = ["10.0.0.1:53", "127.0.0.1:53"];
+        assert_eq!(first(&both), ("127.0.0.1".into(), 53, 1, 53));
+        let ports = ["10.0.0.1:53", "[::1]:5353"];
+        assert_eq!(first(&ports), ("::1".into(), 5353, 1, 0), "another port isn't passed");
+    }
 
     /// The longest prefix of an address, as the kernel finds it, decides as the daemon does.
     #[test]

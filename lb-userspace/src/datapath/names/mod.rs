@@ -623,21 +623,22 @@ pub fn answered(
     table: &Table,
     config: &crate::config::DnsConfig,
 ) -> Option<Vec<u8>> {
-    use lb_common::{MessageBuffer, NameAddresses, NameKey, NameRecord, answer, read_query};
+    use lb_common::{NameAddresses, NameKey, NameRecord, answer, answer_len, read_query};
     let (domain, domain_len) = wire(&config.domain)?;
     let (ttl, serial) = (config.ttl, table.generation as u32);
     let zone = NamesZone { domain, domain_len, ttl, serial, padding: 0 };
     let mut key = NameKey { octets: [0; 64] };
-    let mut buffer = MessageBuffer::of(message);
-    let query = read_query(&buffer, message.len() as u32, &zone, &mut key)?;
+    let query = read_query(message, message.len() as u32, &zone, &mut key)?;
     let ((vip, vip6), flags) = table::answered(table.services.get(&*table::label(&key))?);
     if flags & NameRecord::COLD != 0 || !query.is_about_addresses() {
         return None;
     }
     let vip6 = (flags & NameRecord::HAS_VIP6 != 0).then(|| vip6.octets());
     let addresses = NameAddresses { vip: vip.octets(), vip6 };
-    let len = answer(&mut buffer, &query, &addresses, &zone);
-    Some(buffer.octets[..len as usize].to_vec())
+    let mut answered = message.to_vec();
+    answered.resize(answer_len(&query, &addresses) as usize, 0);
+    answer(&mut answered[..], &query, &addresses, &zone);
+    Some(answered)
 }
 
 #[cfg(test)]
