@@ -345,6 +345,7 @@ impl Daemon {
         let mut verify_tick = ticks(VERIFY_TICK, VERIFY_TICK);
         let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
         let mut retry_tick = ticks(RETRY_TICK, RETRY_TICK);
+        let search_ended = self.datapath.search_ended();
         let mut listener_failed = std::pin::pin!(self.dns.listener_failed());
         loop {
             let waits_until = self.waits.lock().next_wake();
@@ -397,7 +398,14 @@ impl Daemon {
                     self.announce_table();
                 }
                 Ok(()) = self.network.changed() => {
-                    tokio::task::block_in_place(|| self.configure_names());
+                    tokio::task::block_in_place(|| {
+                        self.configure_names();
+                        // A container may have got its interface.
+                        self.configure_intercept();
+                    });
+                }
+                () = search_ended.notified() => {
+                    tokio::task::block_in_place(|| self.datapath.take_search());
                 }
                 () = self.off_file.changed() => {
                     self.shadow.see_file(self.off_file.is_there());

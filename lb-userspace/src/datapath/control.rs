@@ -11,6 +11,8 @@ use lb_common::{
     TraceSwitch,
 };
 
+use tokio::sync::Notify;
+
 use super::activity::Usage;
 use super::bpf::netns_cookie;
 use super::edge::{Edge, EdgeFlow, EdgeOptions, EdgeStatus};
@@ -337,6 +339,21 @@ impl Datapath {
         // It may be an earlier daemon's.
         self.intercept.set_shadow(self.is_shadow());
         self.intercept.configure(settings, &self.pins, self.units.scope());
+    }
+
+    /// Notified when [`Datapath::take_search`] has something to do.
+    pub fn search_ended(&self) -> Arc<Notify> {
+        self.intercept.search_ended()
+    }
+
+    /// Takes over which DNS servers a search has found in the cgroups whose queries are intercepted.
+    pub fn take_search(&mut self) {
+        self.intercept.take_search(self.units.scope());
+    }
+
+    /// The same, and waits for it.
+    pub fn finish_search(&mut self) {
+        self.intercept.finish_search(self.units.scope());
     }
 
     /// What was decided on queries that may be intercepted, by name; none while none may.

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use lb_common::NamesCounters;
 
+use tokio::sync::Notify;
+
 use super::control::Datapath;
 use super::edge::{EdgeFlow, EdgeOptions, EdgeStatus};
 use super::error::DatapathError;
@@ -263,6 +265,16 @@ impl SharedDatapath {
     /// As [`Datapath::configure_intercept`].
     pub fn configure_intercept(&self, settings: Option<InterceptSettings>) {
         lock(&self.datapath).configure_intercept(settings);
+    }
+
+    /// As [`Datapath::search_ended`].
+    pub fn search_ended(&self) -> Arc<Notify> {
+        lock(&self.datapath).search_ended()
+    }
+
+    /// As [`Datapath::take_search`].
+    pub fn take_search(&self) {
+        lock(&self.datapath).take_search();
     }
 
     /// As [`Datapath::intercept_counts`].

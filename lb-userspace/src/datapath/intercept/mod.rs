@@ -22,6 +22,7 @@ use lb_common::{
     Address, DNS_PORT, DnsServer, DnsServers, INTERCEPT_NS, InterceptControl, Interception,
     MAX_UPSTREAM_PORTS, ResolverCgroup,
 };
+use tokio::sync::Notify;
 
 use super::bpf::{AttachType, Link, ProgramWait};
 use super::error::DatapathError;
@@ -54,6 +55,9 @@ pub const PROGRAMS: [(&str, AttachType); 10] = [
     ("nohop_dns_conn6", AttachType::CONNECT6),
 ];
 
+/// Why nothing is intercepted until a search has ended.
+const SEARCHES: &str = "DNS servers in these cgroups are being looked for";
+
 /// The number of the first ones that find DNS servers.
 const N_BIND_PROGRAMS: usize = 2;
 
@@ -84,6 +88,7 @@ pub struct Intercept {
     is_shadow: bool,
     is_detached: bool,
     trace_ring: NextRing,
+    search_ended: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -101,10 +106,18 @@ struct LoadedIntercept {
     /// What is wrong with them.
     unreached_note: Option<String>,
     search: ResolverSearch,
+    /// When what a search looks for was changed, by CLOCK_MONOTONIC: nothing is intercepted until one that
+    /// began after that has ended.
+    changed_ns: u64,
+    /// When the last search began that found what it looked for.
+    searched_ns: u64,
     /// Why DNS servers can't be found: then nothing is intercepted.
     unsafe_reason: Option<String>,
     /// The cgroups that it is attached to, by their ids.
     attached: BTreeMap<u64, AttachedCgroup>,
+    /// Those that have the programs that find DNS servers, and wait for a search to find those that were
+    /// bound before.
+    begun: BTreeMap<u64, BegunCgroup>,
     /// Why it isn't attached somewhere.
     problem: Option<String>,
     /// Why there is less to attach it to than was configured.
@@ -118,6 +131,14 @@ struct AttachedCgroup {
     links: Vec<Link>,
 }
 
+#[derive(Debug)]
+struct BegunCgroup {
+    path: PathBuf,
+    attached: AttachedCgroup,
+    /// Since when it has them, by CLOCK_MONOTONIC.
+    since_ns: u64,
+}
+
 impl Intercept {
     /// The unit of a datapath with these pools and sizes. Nothing is loaded yet.
     pub fn new(vip: &VipConfig, sizes: &Sizes) -> Intercept {
@@ -129,7 +150,13 @@ impl Intercept {
             is_shadow: false,
             is_detached: false,
             trace_ring: NextRing::default(),
+            search_ended: Arc::default(),
         }
+    }
+
+    /// Notified when a search for DNS servers has ended: then [`Intercept::take_search`] has something to do.
+    pub fn search_ended(&self) -> Arc<Notify> {
+        self.search_ended.clone()
     }
 
     /// Where the reader of traced queries finds their ring buffer, each time the unit is loaded.
@@ -149,7 +176,8 @@ impl Intercept {
         let earlier = self.loaded.take_if(|loaded| loaded.is_err()).and_then(Result::err);
         let is_new = self.loaded.is_none();
         let loaded = self.loaded.get_or_insert_with(|| {
-            let loaded = LoadedIntercept::load(vip, sizes, pins, &self.trace_ring);
+            let loaded =
+                LoadedIntercept::load(vip, sizes, pins, &self.trace_ring, &self.search_ended);
             loaded.inspect_err(|reason| {
                 if earlier.as_ref() != Some(reason) {
                     tracing::warn!("the unit {UNIT} doesn't run: {reason}");
@@ -162,20 +190,41 @@ impl Intercept {
                 loaded.set_servers(&wanted.listen);
             }
             let found = FoundCgroups::of(&wanted.cgroups, scope);
-            let is_changed = present.is_none_or(|present| present.upstreams != wanted.upstreams);
-            if is_changed {
+            if present.is_none_or(|present| present.upstreams != wanted.upstreams) {
                 loaded.set_ports(&wanted.upstreams);
+                loaded.changed_ns = monotonic_ns();
             }
-            let searched = |cgroups| Searched {
-                cgroups,
-                upstreams: wanted.upstreams.clone(),
-                servers: if wanted.is_verified { elsewhere(&wanted.listen) } else { Vec::new() },
-            };
-            let all = || searched(found.cgroups.values().cloned().collect());
-            loaded.follow_resolvers(all, is_changed);
-            loaded.attach(found, searched);
+            loaded.begin(found);
+            loaded.begin_search(&wanted, scope);
         }
         self.settings = Some(wanted);
+        self.take_search(scope);
+    }
+
+    /// Takes over what a search has found, and intercepts the queries of cgroups that waited for it.
+    pub fn take_search(&mut self, scope: &Path) {
+        if let (Some(Ok(loaded)), Some(settings)) = (&mut self.loaded, &self.settings) {
+            let found = loaded.search.found();
+            loaded.take_over(found);
+            if loaded.waits() {
+                loaded.begin_search(settings, scope);
+            }
+        }
+        self.heartbeat(monotonic_ns());
+    }
+
+    /// Waits until no cgroup waits for a search any more, for a caller without a loop, which may be a test.
+    pub fn finish_search(&mut self, scope: &Path) {
+        if let (Some(Ok(loaded)), Some(settings)) = (&mut self.loaded, &self.settings) {
+            loop {
+                let found = loaded.search.wait();
+                loaded.take_over(found);
+                if !loaded.waits() || loaded.unsafe_reason.is_some() {
+                    break;
+                }
+                loaded.begin_search(settings, scope);
+            }
+        }
         self.heartbeat(monotonic_ns());
     }
 
@@ -217,8 +266,14 @@ impl Intercept {
         if self.is_detached {
             return Some("hooks of the unit connect aren't attached".to_owned());
         }
-        let is_unsafe = self.loaded.as_ref()?.as_ref().ok().and_then(|it| it.unsafe_reason.clone());
-        is_unsafe.or_else(|| self.settings.as_ref()?.obstacle.clone())
+        let loaded = self.loaded.as_ref()?.as_ref().ok()?;
+        if let Some(reason) = &loaded.unsafe_reason {
+            return Some(reason.clone());
+        }
+        if loaded.searched_ns < loaded.changed_ns {
+            return Some(SEARCHES.to_owned());
+        }
+        self.settings.as_ref()?.obstacle.clone()
     }
 
     /// The unit's state; `None` while nothing is to be intercepted.
@@ -230,6 +285,9 @@ impl Intercept {
                 LoadedIntercept { unsafe_reason: Some(problem), .. }
                 | LoadedIntercept { problem: Some(problem), .. },
             ) => (UnitState::Failed, Some(problem.clone())),
+            Ok(loaded) if loaded.attached.is_empty() && !loaded.begun.is_empty() => {
+                (UnitState::Waiting, Some(SEARCHES.to_owned()))
+            }
             Ok(loaded) => match self.why_off() {
                 Some(reason) => (UnitState::Off, Some(reason)),
                 None if loaded.attached.is_empty() => {
@@ -291,6 +349,7 @@ impl LoadedIntercept {
         sizes: &Sizes,
         pins: &Pins,
         trace_ring: &NextRing,
+        search_ended: &Arc<Notify>,
     ) -> Result<LoadedIntercept, String> {
         let load = || -> Result<LoadedIntercept, DatapathError> {
             let mut ebpf = open(VerifierLogLevel::default(), vip, sizes, pins)?;
@@ -307,10 +366,13 @@ impl LoadedIntercept {
                 ports: take_hash(&mut ebpf, "INTERCEPT_PORTS")?,
                 unreached: take_hash(&mut ebpf, "INTERCEPT_UNREACHED")?,
                 unreached_note: None,
-                search: ResolverSearch::default(),
+                search: ResolverSearch::new(search_ended.clone()),
+                changed_ns: 0,
+                searched_ns: 0,
                 unsafe_reason: None,
                 ebpf,
                 attached: BTreeMap::new(),
+                begun: BTreeMap::new(),
                 problem: None,
                 notes: Vec::new(),
             })
@@ -339,9 +401,22 @@ impl LoadedIntercept {
         }
     }
 
-    /// Takes over which cgroups have DNS servers.
-    fn follow_resolvers(&mut self, searched: impl FnOnce() -> Searched, waits: bool) {
-        let found = if waits { Some(search(searched())) } else { self.search.found(searched) };
+    /// Begins a search of all these cgroups, if none runs.
+    fn begin_search(&mut self, settings: &InterceptSettings, scope: &Path) {
+        self.search.begin(|| Searched {
+            cgroups: FoundCgroups::of(&settings.cgroups, scope).cgroups.into_values().collect(),
+            upstreams: settings.upstreams.clone(),
+            servers: if settings.is_verified { elsewhere(&settings.listen) } else { Vec::new() },
+        });
+    }
+
+    /// Whether something waits for a search that begins from now on.
+    fn waits(&self) -> bool {
+        !self.begun.is_empty() || self.searched_ns < self.changed_ns
+    }
+
+    /// Takes over which cgroups have DNS servers, and has the queries of the others intercepted.
+    fn take_over(&mut self, found: Option<FoundResolvers>) {
         let Some(FoundResolvers { began_ns, cgroups, unreached }) = found else { return };
         let Some(resolvers) = self.checked(cgroups) else { return };
         if let Some(unreached) = unreached {
@@ -359,7 +434,10 @@ impl LoadedIntercept {
         };
         if let Err(error) = set().map_err(io_error) {
             tracing::warn!("dns.intercept: DNS servers can't be left out: {error}");
+            return;
         }
+        self.searched_ns = began_ns;
+        self.complete(began_ns);
     }
 
     /// Leaves out the network namespaces that get no answers.
@@ -396,13 +474,9 @@ impl LoadedIntercept {
         found.ok()
     }
 
-    /// Attaches the programs to these cgroups and to no others. `searched`: what a search of new ones is
-    /// for.
-    fn attach(
-        &mut self,
-        FoundCgroups { cgroups, notes }: FoundCgroups,
-        searched: impl FnOnce(Vec<PathBuf>) -> Searched,
-    ) {
+    /// Follows these cgroups. DNS servers in new ones are known before a query is intercepted: those that are
+    /// bound from now on by the first programs, others by the next search.
+    fn begin(&mut self, FoundCgroups { cgroups, notes }: FoundCgroups) {
         for note in notes.iter().filter(|note| !self.notes.contains(note)) {
             tracing::warn!("{note}");
         }
@@ -411,56 +485,60 @@ impl LoadedIntercept {
         self.attached.retain(|cgroup_id, attached| {
             cgroups.contains_key(cgroup_id) && attached.is_whole(*cgroup_id)
         });
-        let is_new = |(cgroup_id, _): &(u64, PathBuf)| !self.attached.contains_key(cgroup_id);
-        let new: Vec<(u64, PathBuf)> = cgroups.into_iter().filter(is_new).collect();
-        let problem = self.attach_new(new, searched).err();
-        if let Some(new) = problem.as_ref().filter(|_| problem != self.problem) {
-            tracing::warn!("the unit {UNIT} doesn't run everywhere: {new}");
-        }
-        self.problem = problem;
-    }
-
-    /// Attaches the programs to these. DNS servers in them are known before a query is intercepted: those
-    /// that are bound from now on by the first programs, others by a search.
-    fn attach_new(
-        &mut self,
-        new: Vec<(u64, PathBuf)>,
-        searched: impl FnOnce(Vec<PathBuf>) -> Searched,
-    ) -> Result<(), String> {
-        let mut problem = Ok(());
-        let mut failed = |path: &Path, error: io::Error| {
-            let why = format!("it can't be attached to {}: {error}", path.display());
-            problem = std::mem::replace(&mut problem, Ok(())).and(Err(why));
-        };
-        let mut begun = Vec::new();
-        for (cgroup_id, path) in new {
+        self.begun.retain(|cgroup_id, begun| {
+            cgroups.contains_key(cgroup_id) && begun.attached.is_whole(*cgroup_id)
+        });
+        let mut problem = None;
+        for (cgroup_id, path) in cgroups {
+            if self.attached.contains_key(&cgroup_id) || self.begun.contains_key(&cgroup_id) {
+                continue;
+            }
             match AttachedCgroup::begin(&self.ebpf, cgroup_id, &path) {
-                Ok(Some(attached)) => begun.push((cgroup_id, path, attached)),
+                Ok(Some(attached)) => {
+                    let since_ns = monotonic_ns();
+                    self.begun.insert(cgroup_id, BegunCgroup { path, attached, since_ns });
+                }
                 // It has gone meanwhile.
                 Ok(None) => {}
-                Err(error) => failed(&path, error),
+                Err(error) => problem = problem.or(Some(cant_attach(&path, &error))),
             }
         }
-        if begun.is_empty() {
-            return problem;
+        // Otherwise the end of the search shows it.
+        if problem.is_some() || self.begun.is_empty() {
+            self.set_problem(problem);
         }
-        let paths = begun.iter().map(|(_, path, _)| path.clone()).collect();
-        let FoundResolvers { began_ns, cgroups, .. } = search(searched(paths));
-        // What is begun is dropped where that can't be known.
-        let Some(resolvers) = self.checked(cgroups) else { return problem };
-        self.add_resolvers(&resolvers, began_ns).map_err(|error| io_error(error).to_string())?;
-        for (cgroup_id, path, mut attached) in begun {
+    }
+
+    /// Attaches the other programs to those that a search has seen which began then.
+    fn complete(&mut self, began_ns: u64) {
+        let seen: Vec<_> =
+            self.begun.extract_if(.., |_, begun| begun.since_ns <= began_ns).collect();
+        let mut problem = None;
+        for (cgroup_id, BegunCgroup { path, mut attached, .. }) in seen {
             match attached.complete(&self.ebpf) {
                 Ok(()) => {
                     tracing::info!("DNS queries from {} are intercepted", path.display());
                     self.attached.insert(cgroup_id, attached);
                 }
                 Err(_) if !path.exists() => {}
-                Err(error) => failed(&path, error),
+                Err(error) => problem = problem.or(Some(cant_attach(&path, &error))),
             }
         }
-        problem
+        if problem.is_some() || self.begun.is_empty() {
+            self.set_problem(problem);
+        }
     }
+
+    fn set_problem(&mut self, problem: Option<String>) {
+        if let Some(new) = problem.as_ref().filter(|_| problem != self.problem) {
+            tracing::warn!("the unit {UNIT} doesn't run everywhere: {new}");
+        }
+        self.problem = problem;
+    }
+}
+
+fn cant_attach(path: &Path, error: &io::Error) -> String {
+    format!("it can't be attached to {}: {error}", path.display())
 }
 
 impl AttachedCgroup {
@@ -560,8 +638,8 @@ pub fn intercept_problems(wanted: &Intercepted, listen: &[SocketAddr]) -> Vec<St
     // Those outside of the served cgroup are known when it is.
     let FoundCgroups { cgroups, notes } = FoundCgroups::of(wanted, Path::new("/"));
     let cgroups = cgroups.into_values().collect();
-    let search = search(Searched { cgroups, upstreams: BTreeSet::new(), servers: Vec::new() });
-    let notes = search.cgroups.err().into_iter().chain(notes);
+    let searched = search(Searched { cgroups, upstreams: BTreeSet::new(), servers: Vec::new() });
+    let notes = searched.err().into_iter().chain(notes);
     notes.chain(unreached(listen).map(str::to_owned)).collect()
 }
 

@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_millis(300);
 const MAX_VERIFIED: usize = 8;
 /// After how long one that gets answers is verified again.
 const AGAIN: Duration = Duration::from_secs(30);
-/// After how long one is that got none once; after several failures in a row so many times longer, up to that.
+/// After how long one is that got none; after several times in a row so many times longer, up to that.
 const RETRY: Duration = Duration::from_secs(1);
 /// The failures in a row after which it gets none: a single one may be for lack of processor time.
 const N_FAILURES: u32 = 2;
@@ -65,7 +65,15 @@ impl ReachState {
             self.n_verified += 1;
             // It can't be read before loopback is up.
             namespace.cookie = namespace.cookie.or_else(|| netns_cookie().ok());
-            namespace.record(servers.iter().find_map(|server| failure(*server)), now);
+            for _ in 0..N_FAILURES {
+                let found =
+                    servers.iter().map(|server| ask(*server)).max().unwrap_or(Reach::Reached);
+                let is_failure = matches!(found, Reach::Failed(_));
+                namespace.record(found, now);
+                if !is_failure {
+                    break;
+                }
+            }
         }
     }
 
@@ -94,44 +102,61 @@ impl ReachState {
     }
 }
 
+/// What a query shows, from the best to the worst.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Reach {
+    Reached,
+    /// None can be sent, as while the container's interfaces aren't there.
+    Unsent,
+    /// Why the server gives no answer that is of use.
+    Failed(String),
+}
+
 impl NamespaceReach {
-    fn record(&mut self, failure: Option<String>, now: Instant) {
-        self.n_failures = if failure.is_some() { self.n_failures + 1 } else { 0 };
+    fn record(&mut self, found: Reach, now: Instant) {
         // One that gets none time after time leaves others their turn.
-        self.next =
-            now + if failure.is_some() { (RETRY * self.n_failures).min(AGAIN) } else { AGAIN };
-        self.failure = failure;
+        let (n_failures, failure, next) = match found {
+            Reach::Reached => (0, None, AGAIN),
+            Reach::Unsent => (0, None, Duration::ZERO),
+            Reach::Failed(why) => {
+                let n_failures = self.n_failures + 1;
+                (n_failures, Some(why), (RETRY * (n_failures / N_FAILURES)).min(AGAIN))
+            }
+        };
+        (self.n_failures, self.failure, self.next) = (n_failures, failure, now + next);
     }
 }
 
-/// Why a server gives no answer that is of use; `None` also where no query can be sent, as while the
-/// container's interfaces aren't there.
-fn failure(server: SocketAddr) -> Option<String> {
+/// Asks a server.
+fn ask(server: SocketAddr) -> Reach {
     let unspecified = match server {
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let socket = UdpSocket::bind(SocketAddr::new(unspecified, 0)).ok()?;
-    socket.connect(server).ok()?;
-    socket.set_read_timeout(Some(LIMIT)).ok()?;
-    // A query without a question, which the daemon answers by FORMERR, or by REFUSED (RFC 1035, 4.1.1).
-    socket.send(&[0x6e, 0x68, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).ok()?;
+    let sent = UdpSocket::bind(SocketAddr::new(unspecified, 0)).and_then(|socket| {
+        socket.connect(server)?;
+        socket.set_read_timeout(Some(LIMIT))?;
+        // A query without a question, which the daemon answers by FORMERR, or by REFUSED (RFC 1035, 4.1.1).
+        socket.send(&[0x6e, 0x68, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])?;
+        Ok(socket)
+    });
     const REFUSED: u8 = 5;
     let mut answer = [0; 512];
+    let Ok(socket) = sent else { return Reach::Unsent };
     match socket.recv(&mut answer) {
-        Ok(4..) if answer[3] & 0xf == REFUSED => {
-            Some(format!("the daemon at {server} refuses them; add their network to dns.allow"))
-        }
-        Ok(_) => None,
+        Ok(4..) if answer[3] & 0xf == REFUSED => Reach::Failed(format!(
+            "the daemon at {server} refuses them; add their network to dns.allow"
+        )),
+        Ok(_) => Reach::Reached,
         Err(error) => {
             use ErrorKind::{ConnectionRefused, TimedOut, WouldBlock};
-            let is_lost = matches!(error.kind(), ConnectionRefused | TimedOut | WouldBlock);
-            is_lost.then(|| {
-                format!(
-                    "nothing at {server} answers them; let queries to that port in from their bridge, in \
-                     the host's firewall"
-                )
-            })
+            if !matches!(error.kind(), ConnectionRefused | TimedOut | WouldBlock) {
+                return Reach::Unsent;
+            }
+            Reach::Failed(format!(
+                "nothing at {server} answers them; let queries to that port in from their bridge, in the \
+                 host's firewall"
+            ))
         }
     }
 }
@@ -152,21 +177,45 @@ mod tests {
             next: start,
         };
         state.namespaces.insert(1, namespace);
-        let mut after = |failure: Option<&str>| {
+        let mut after = |found: Reach| {
             state.seen.insert(1);
             let namespace = state.namespaces.get_mut(&1).unwrap();
-            namespace.record(failure.map(str::to_owned), start);
+            namespace.record(found, start);
             state.unreached()
         };
-        assert_eq!(after(Some("why")).cookies, [].into());
-        let Unreached { cookies, note } = after(Some("why"));
+        let failed = || Reach::Failed("why".to_owned());
+        assert_eq!(after(failed()).cookies, [].into());
+        let Unreached { cookies, note } = after(failed());
         assert_eq!(cookies, [7].into());
         assert!(note.unwrap().contains("of process 9, get no answer: why; they ask their own"));
-        assert_eq!(after(None).note, None);
+        assert_eq!(after(Reach::Reached).note, None);
         // What has gone is forgotten.
-        after(Some("why"));
-        after(Some("why"));
+        after(failed());
+        after(failed());
         state.seen.clear();
         assert!(state.unreached().cookies.is_empty() && state.namespaces.is_empty());
+    }
+
+    /// Before a container has its interface nothing is known of it, so it is verified again in the next
+    /// search, and one that failed once again at once.
+    #[test]
+    fn when_it_is_verified_again() {
+        let now = Instant::now();
+        let (cookie, pid) = (Some(7), "9".to_owned());
+        let mut namespace = NamespaceReach { cookie, pid, n_failures: 0, failure: None, next: now };
+        let failed = || Reach::Failed("why".to_owned());
+        for (found, wait) in [
+            (Reach::Unsent, Duration::ZERO),
+            (failed(), Duration::ZERO),
+            (failed(), RETRY),
+            (failed(), RETRY),
+            (failed(), 2 * RETRY),
+            (Reach::Unsent, Duration::ZERO),
+            (Reach::Reached, AGAIN),
+        ] {
+            let what = format!("{found:?}");
+            namespace.record(found, now);
+            assert_eq!(namespace.next - now, wait, "{what}");
+        }
     }
 }

@@ -5,9 +5,11 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
 
 use lb_common::{DNS_PORT, MAX_RESOLVERS, ResolverCgroup};
+use tokio::sync::Notify;
 
 use super::super::diag::{BoundUdp, bound_udp};
 use super::super::pins::monotonic_ns;
@@ -19,7 +21,7 @@ const MAX_DEPTH: usize = 8;
 /// A search that has ended.
 #[derive(Debug)]
 pub struct FoundResolvers {
-    /// When it began, by CLOCK_MONOTONIC.
+    /// When it began, by CLOCK_MONOTONIC, or earlier: it has seen what was there then.
     pub began_ns: u64,
     /// Who has a DNS server, or why that can't be known.
     pub cgroups: Result<BTreeSet<ResolverCgroup>, String>,
@@ -38,46 +40,76 @@ pub struct Searched {
     pub servers: Vec<SocketAddr>,
 }
 
-/// Searches on threads of their own, as they visit network namespaces.
-#[derive(Debug, Default)]
+/// Searches on threads of their own, as they visit network namespaces, and may have to wait there.
+#[derive(Debug)]
 pub struct ResolverSearch {
-    running: Option<JoinHandle<(FoundResolvers, ReachState)>>,
+    running: Option<Receiver<(FoundResolvers, ReachState)>>,
     reach: ReachState,
+    /// Notified when a search has ended.
+    ended: Arc<Notify>,
 }
 
 impl ResolverSearch {
-    /// What the last search found, if it has ended; then the next one begins.
-    pub fn found(&mut self, searched: impl FnOnce() -> Searched) -> Option<FoundResolvers> {
-        let ended = self.running.take_if(|search| search.is_finished());
-        // One that has panicked found nothing out, and the next one may.
-        let found = ended.and_then(|search| search.join().ok()).map(|(found, reach)| {
-            self.reach = reach;
-            found
-        });
-        if self.running.is_none() {
-            let (searched, mut reach) = (searched(), std::mem::take(&mut self.reach));
-            let work = move || {
-                let mut found = search_in(&searched, Some(&mut reach));
-                // A search that failed has seen only some.
-                found.unreached = found.cgroups.is_ok().then(|| reach.unreached());
-                (found, reach)
-            };
-            self.running = thread().spawn(work).ok();
+    /// Notifies `ended` when a search has ended.
+    pub fn new(ended: Arc<Notify>) -> ResolverSearch {
+        ResolverSearch { running: None, reach: ReachState::default(), ended }
+    }
+
+    /// Begins a search, if none runs.
+    pub fn begin(&mut self, searched: impl FnOnce() -> Searched) {
+        if self.running.is_some() {
+            return;
         }
-        found
+        let (sender, running) = channel();
+        let (searched, mut reach) = (searched(), std::mem::take(&mut self.reach));
+        let (began_ns, ended) = (monotonic_ns(), self.ended.clone());
+        let work = move || {
+            let cgroups = resolvers_in(&searched, Some(&mut reach));
+            // A search that failed has seen only some.
+            let unreached = cgroups.is_ok().then(|| reach.unreached());
+            // The unit may have gone.
+            let _ = sender.send((FoundResolvers { began_ns, cgroups, unreached }, reach));
+            ended.notify_one();
+        };
+        self.running = thread().spawn(work).ok().map(|_| running);
+    }
+
+    /// What the search has found that has ended since the last call.
+    pub fn found(&mut self) -> Option<FoundResolvers> {
+        let received = self.running.as_ref()?.try_recv();
+        self.take(received.map_err(|error| error == TryRecvError::Disconnected))
+    }
+
+    /// What the search finds that runs.
+    pub fn wait(&mut self) -> Option<FoundResolvers> {
+        let received = self.running.as_ref()?.recv();
+        self.take(received.map_err(|_| true))
+    }
+
+    /// Takes over a result, or whether the search has panicked: then it found nothing out, and the next one
+    /// may.
+    fn take(
+        &mut self,
+        received: Result<(FoundResolvers, ReachState), bool>,
+    ) -> Option<FoundResolvers> {
+        if !matches!(received, Err(false)) {
+            self.running = None;
+        }
+        let (found, reach) = received.ok()?;
+        self.reach = reach;
+        Some(found)
     }
 }
 
 /// The DNS servers in these cgroups: what has port 53, or an address that nohop forwards to. Waits for
 /// them.
-pub fn search(searched: Searched) -> FoundResolvers {
-    let began_ns = monotonic_ns();
-    let ended = thread().spawn(move || search_in(&searched, None));
-    let panicked = |_| "the search for DNS servers panicked".to_owned();
-    let ended = ended.map_err(|error| error.to_string());
-    ended
-        .and_then(|search| search.join().map_err(panicked))
-        .unwrap_or_else(|error| FoundResolvers { began_ns, cgroups: Err(error), unreached: None })
+///
+/// # Errors
+/// Why that can't be known.
+pub fn search(searched: Searched) -> Result<BTreeSet<ResolverCgroup>, String> {
+    let ended = thread().spawn(move || resolvers_in(&searched, None));
+    let search = ended.map_err(|error| error.to_string())?;
+    search.join().unwrap_or_else(|_| Err("the search for DNS servers panicked".to_owned()))
 }
 
 fn thread() -> std::thread::Builder {
@@ -85,11 +117,6 @@ fn thread() -> std::thread::Builder {
 }
 
 /// The calling thread ends in another network namespace.
-fn search_in(searched: &Searched, reach: Option<&mut ReachState>) -> FoundResolvers {
-    let began_ns = monotonic_ns();
-    FoundResolvers { began_ns, cgroups: resolvers_in(searched, reach), unreached: None }
-}
-
 fn resolvers_in(
     Searched { cgroups, upstreams, servers }: &Searched,
     mut reach: Option<&mut ReachState>,
