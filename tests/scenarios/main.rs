@@ -22,6 +22,7 @@ mod disk;
 mod dns_over_tls;
 mod drain;
 mod edge;
+mod edge_bgp;
 mod edge_clients;
 mod edge_failover;
 mod ejected_is_shown;
@@ -179,6 +180,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
 const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("dns_over_tls", &["kdig"], dns_over_tls::run),
     ("edge_failover", &["keepalived"], edge_failover::run),
+    ("edge_bgp", &["bgpd", "bird", "zebra"], edge_bgp::run),
     ("edge_clients", &["gtlsclient", "gtlsserver", "iperf3", "wrk"], edge_clients::run),
     ("drill_by_name", &["drill"], resolvers::drill),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
