@@ -2,7 +2,6 @@
 //! hangs: which of them find a service. What they don't find docs/dns.md notes.
 
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
@@ -22,9 +21,6 @@ enum Daemon {
     Hangs,
 }
 
-/// How long a daemon has to hang so that its heartbeat is old, and more.
-const HANGS: Duration = Duration::from_millis(2_500);
-
 /// What is in resolv.conf beside the nameserver, the name that is looked up, and who doesn't find it when
 /// names before it get SERVFAIL from the kernel, and when they get no answer.
 const LISTS: [(&str, &str, [&[&str]; 2]); 4] = [
@@ -42,7 +38,9 @@ pub fn run() -> Result<()> {
     let _others = resolvers::dnsmasq_on(&nodes, "--listen-address=127.0.0.2 --local=/#/")?;
     let one = nodes.helloworld("one")?;
     let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
-    let config = catalog.config() + "dns.forward = [\"127.0.0.2:53\"]\n";
+    // So that the kernel answers when it takes the daemon for dead, and not before.
+    let standby = "dns.kernel_mode = \"standby\"\n";
+    let config = catalog.config() + "dns.forward = [\"127.0.0.2:53\"]\n" + standby;
     let mut nohop = nodes.nohop(&config)?;
     nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached")?;
     let vip = vip(&nohop, "helloworld")?.ip().to_string();
@@ -65,7 +63,7 @@ pub fn run() -> Result<()> {
         Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
     };
     for daemon in [Daemon::Runs, Daemon::Hangs, Daemon::IsDead] {
-        become_so(&nohop, daemon)?;
+        become_so(&nodes, &nohop, daemon)?;
         for (list, name, [when_dead, when_silent]) in LISTS {
             // As short as can be, where no answer comes.
             let timeout = if matches!(daemon, Daemon::Hangs) { 1 } else { 30 };
@@ -97,12 +95,14 @@ pub fn run() -> Result<()> {
     nohop.start_again().context("at the end")
 }
 
-fn become_so(nohop: &Nohop, daemon: Daemon) -> Result<()> {
+fn become_so(nodes: &Nodes, nohop: &Nohop, daemon: Daemon) -> Result<()> {
     match daemon {
         Daemon::Runs => Ok(()),
         Daemon::Hangs => {
             nohop.process.signal(Signal::STOP)?;
-            std::thread::sleep(HANGS);
+            // It asks each second until the kernel answers.
+            let answer = nodes.inside().run("dig", "+time=1 +tries=60 helloworld.service")?;
+            ensure!(answer.contains("status: NOERROR"), "{answer}");
             Ok(())
         }
         Daemon::IsDead => nohop.kill(),
