@@ -8,8 +8,9 @@ use lb_common::{
 };
 
 use crate::choice::Kernel;
+use crate::fib::Route;
 use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
-use crate::forward::{self, Route};
+use crate::forward;
 use crate::maps::{self, Cursors, count};
 use crate::skb::Skb;
 use crate::{outcomes, random, tables};

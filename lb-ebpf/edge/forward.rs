@@ -4,12 +4,11 @@
 //! of it, which the network card completes (CHECKSUM_PARTIAL). So they are given what differs.
 
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-    BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-    BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup,
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
+    TC_ACT_UNSPEC,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup, bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+    bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
 };
 use lb_common::{
     Address, EdgeCounter, IPPROTO_UDP, Packet, checksum_offset, hop_limit, translate,
@@ -17,6 +16,7 @@ use lb_common::{
 };
 use zerocopy::IntoBytes as _;
 
+use crate::fib::{self, Fib, Question, Route};
 use crate::maps::{self, Scratch, count};
 use crate::skb::{IP, Skb};
 
@@ -27,60 +27,22 @@ pub fn now_ms() -> u32 {
     (unsafe { bpf_ktime_get_ns() } / 1_000_000) as u32
 }
 
-/// What the kernel's routes say.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Route {
-    /// The interface and the hardware addresses are known.
-    Found,
-    /// The next hop's hardware address isn't.
-    Unresolved,
-    /// It is an address of this host.
-    Local,
-    /// The packet is too long for it.
-    TooLong,
-    /// There is none, or forwarding is off.
-    None,
-}
-
-/// Looks up the route from one address to another, into a struct bpf_fib_lookup.
+/// Looks up the route of a packet from one address to another.
 #[inline(always)]
 pub fn route(
     ctx: *mut __sk_buff,
-    fib: &mut [u32; 16],
+    fib: &mut Fib,
     packet: &Packet,
     from: &Address,
     to: &Address,
 ) -> Route {
-    const AF_INET: u8 = 2;
-    const AF_INET6: u8 = 10;
     let skb = Skb(ctx);
     let [from, to]: [[u32; 4]; 2] = [zerocopy::transmute!(*from), zerocopy::transmute!(*to)];
     // Of several packets in one the kernel compares each.
     let len = if skb.is_batch() || packet.len > 0xffff { 0 } else { packet.len };
-    fib[1] = len << 16;
-    fib[2] = skb.ifindex();
-    fib[3] = 0;
-    if packet.is_ipv6 != 0 {
-        fib[0] = u32::from_ne_bytes([AF_INET6, packet.protocol, 0, 0]);
-        let mut idx = 0;
-        while idx < 4 {
-            (fib[4 + idx], fib[8 + idx]) = (from[idx], to[idx]);
-            idx += 1;
-        }
-    } else {
-        fib[0] = u32::from_ne_bytes([AF_INET, packet.protocol, 0, 0]);
-        (fib[4], fib[8]) = (from[3], to[3]);
-    }
-    const { assert!(size_of::<FibLookup>() == 64) };
-    // SAFETY: the helper takes the context, and a structure of that length.
-    let found = unsafe { bpf_fib_lookup(ctx.cast(), fib.as_mut_ptr().cast(), 64, 0) } as u32;
-    match found {
-        BPF_FIB_LKUP_RET_SUCCESS => Route::Found,
-        BPF_FIB_LKUP_RET_NO_NEIGH => Route::Unresolved,
-        BPF_FIB_LKUP_RET_NOT_FWDED => Route::Local,
-        BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooLong,
-        _ => Route::None,
-    }
+    let (is_ipv6, protocol) = (packet.is_ipv6 != 0, packet.protocol);
+    let question = Question { ifindex: skb.ifindex(), is_ipv6, protocol, len };
+    fib::look_up(ctx.cast(), fib, question, from, to)
 }
 
 /// The packet stays on this host.
@@ -140,19 +102,15 @@ extern "C" fn nohop_edge_leave(ctx: *mut __sk_buff, way: u64) -> u64 {
     let fib = &scratch.fib;
     if way == UNRESOLVED {
         // SAFETY: the helper has no preconditions.
-        return unsafe { bpf_redirect_neigh(fib[2], core::ptr::null_mut(), 0, 0) } as u64;
+        return unsafe { bpf_redirect_neigh(fib::egress(fib), core::ptr::null_mut(), 0, 0) } as u64;
     }
-    // The source's six octets come first there, in Ethernet the destination's.
-    let [a, b, c, d] = fib[13].to_ne_bytes();
-    let [e, f, g, h] = fib[14].to_ne_bytes();
-    let [i, j, k, l] = fib[15].to_ne_bytes();
-    let addresses = [[g, h, i, j], [k, l, a, b], [c, d, e, f]].map(u32::from_ne_bytes);
+    let addresses = fib::ethernet(fib);
     if !skb.store(0, addresses.as_bytes()) {
         count(EdgeCounter::Broken);
         return TC_ACT_SHOT as u64;
     }
     // SAFETY: the helper has no preconditions.
-    unsafe { bpf_redirect(fib[2], 0) as u64 }
+    unsafe { bpf_redirect(fib::egress(fib), 0) as u64 }
 }
 
 /// Writes the translated headers. Returns whether it did.

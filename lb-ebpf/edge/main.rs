@@ -4,15 +4,19 @@
 #![no_std]
 #![no_main]
 // The target has no compare-and-exchange, so the atomic types lack the addition that it does have.
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features)]
 
 mod begin;
 #[path = "../src/choice.rs"]
 mod choice;
 mod config;
+mod fast;
+mod fib;
 mod flows;
 mod forward;
+mod headers;
+mod hops;
 mod maps;
 mod outcomes;
 #[path = "../src/random.rs"]
@@ -21,6 +25,7 @@ mod reset;
 mod skb;
 #[path = "../src/tables.rs"]
 mod tables;
+mod xdp;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;

@@ -6,6 +6,7 @@
 #![allow(internal_features)]
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::xdp_action::XDP_PASS;
 use aya_ebpf::bindings::{
     BPF_F_MMAPABLE, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, TC_ACT_UNSPEC,
     bpf_spin_lock,
@@ -18,8 +19,8 @@ use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie,
     bpf_probe_read_kernel,
 };
-use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, classifier, sock_ops};
-use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext, TcContext};
+use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, classifier, sock_ops, xdp};
+use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext, TcContext, XdpContext};
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::RevNat;
 
@@ -346,6 +347,12 @@ pub fn sockops_states(ctx: SockOpsContext) -> u32 {
 #[classifier]
 pub fn tc_empty(_ctx: TcContext) -> i32 {
     TC_ACT_UNSPEC
+}
+
+/// The same in its driver.
+#[xdp]
+pub fn xdp_empty(_ctx: XdpContext) -> u32 {
+    XDP_PASS
 }
 
 /// A peer that isn't all zeros, so that the compiler can't know that it needn't copy it.

@@ -12,23 +12,23 @@ use crate::names::Container;
 use crate::netns::{inside, ip};
 
 /// For what must come.
-const LONG: Duration = Duration::from_secs(20);
+pub const LONG: Duration = Duration::from_secs(20);
 
-const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 const EDGE_OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
-const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
-const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
+pub const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+pub const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
+pub const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
 const PORT: u16 = 8_080;
 
 /// The network of a trial. This thread's namespace is the edge's.
-struct Network {
-    client: Container,
-    backend: Container,
+pub struct Network {
+    pub client: Container,
+    pub backend: Container,
 }
 
 impl Network {
-    fn new() -> Network {
+    pub fn new() -> Network {
         let network = Network { client: Container::start(), backend: Container::start() };
         let Network { client, backend } = &network;
         ip(&format!("link add out type veth peer name v1 netns {}", client.tid));
@@ -66,7 +66,7 @@ impl Network {
     }
 }
 
-fn options() -> EdgeOptions {
+pub fn options() -> EdgeOptions {
     EdgeOptions {
         interfaces: vec!["out".to_owned(), "in".to_owned()],
         sources: vec![SOURCE.into(), "fd07::1".parse().unwrap()],
@@ -75,13 +75,13 @@ fn options() -> EdgeOptions {
     }
 }
 
-fn public(name: &str, backends: &[SocketAddr], public: &[SocketAddr]) -> Service {
+pub fn public(name: &str, backends: &[SocketAddr], public: &[SocketAddr]) -> Service {
     let backends: Vec<_> = backends.iter().map(|&address| (address, 1)).collect();
     let public = public.to_vec();
     Service { public, protocols: Protocols::Both, ..service(name, VIP, &backends) }
 }
 
-fn web() -> Service {
+pub fn web() -> Service {
     let ipv6 = |ip: &str, port| SocketAddr::new(ip.parse().unwrap(), port);
     public(
         "web",
@@ -90,7 +90,7 @@ fn web() -> Service {
     )
 }
 
-fn place() -> Place {
+pub fn place() -> Place {
     let mut place = Place::new();
     // The hooks have room for IPv6 frontends then.
     place.options.vip.pool6 = Some("fd77::/64".parse().unwrap());
@@ -98,14 +98,14 @@ fn place() -> Place {
 }
 
 /// A datapath whose edge serves `services`.
-fn serve(place: &Place, services: Vec<Service>) -> Datapath {
+pub fn serve(place: &Place, services: Vec<Service>) -> Datapath {
     let mut datapath = place.start();
     datapath.configure_edge(Some(options()));
     apply(&mut datapath, services);
     datapath
 }
 
-fn apply(datapath: &mut Datapath, services: Vec<Service>) {
+pub fn apply(datapath: &mut Datapath, services: Vec<Service>) {
     let errors = datapath.apply(&table(services)).unwrap();
     assert!(errors.is_empty(), "{errors:?}");
     let status = datapath.edge_status().unwrap();
@@ -113,14 +113,14 @@ fn apply(datapath: &mut Datapath, services: Vec<Service>) {
     assert_eq!(status.problems, Vec::<String>::new());
 }
 
-fn count(datapath: &Datapath, name: &str) -> u64 {
+pub fn count(datapath: &Datapath, name: &str) -> u64 {
     let counts = datapath.edge_counts();
     counts.iter().find(|(named, _)| *named == name).unwrap_or_else(|| panic!("no {name}")).1
 }
 
 /// What a backend sends: its letter, who it saw, and what it got. It serves one connection after the other, until one
 /// without data.
-fn start_server(container: &Container, address: IpAddr, letter: char) {
+pub fn start_server(container: &Container, address: IpAddr, letter: char) {
     container.run(move || {
         let listener = TcpListener::bind((address, PORT)).unwrap();
         let socket = UdpSocket::bind((address, PORT)).unwrap();
@@ -152,7 +152,7 @@ fn start_server(container: &Container, address: IpAddr, letter: char) {
 }
 
 /// Ends the server's threads.
-fn stop_server(container: &Container, address: IpAddr) {
+pub fn stop_server(container: &Container, address: IpAddr) {
     container.run(move || {
         drop(TcpStream::connect((address, PORT)).unwrap());
         let socket = UdpSocket::bind((address, 0)).unwrap();
@@ -161,7 +161,7 @@ fn stop_server(container: &Container, address: IpAddr) {
 }
 
 /// Sends a request and reads the answer.
-fn request(to: SocketAddr, request: &[u8]) -> std::io::Result<String> {
+pub fn request(to: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&to, LONG)?;
     stream.set_read_timeout(Some(LONG))?;
     assert_eq!(stream.peer_addr()?, to);
@@ -173,7 +173,7 @@ fn request(to: SocketAddr, request: &[u8]) -> std::io::Result<String> {
     Ok(String::from_utf8_lossy(head).into_owned())
 }
 
-fn ask(from: IpAddr, to: SocketAddr, message: &[u8]) -> std::io::Result<String> {
+pub fn ask(from: IpAddr, to: SocketAddr, message: &[u8]) -> std::io::Result<String> {
     let socket = UdpSocket::bind((from, 0))?;
     socket.set_read_timeout(Some(LONG))?;
     // Others' replies aren't received.

@@ -10,6 +10,7 @@ mod connector;
 mod conns;
 mod disconnect;
 mod edge;
+mod edge_xdp;
 mod ejection;
 mod families;
 mod in_flight;
@@ -89,6 +90,12 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_what_is_of_no_flow", edge::what_is_of_no_flow),
     since((5, 10), "edge_what_is_the_hosts", edge::what_is_the_hosts),
     since((5, 10), "edge_flows_outlive_the_daemon", edge::flows_outlive_the_daemon),
+    // The kernel reports from 6.3 on whether the other end of a veth takes packets from XDP; tcx is of 6.6.
+    since((6, 6), "edge_xdp_established_flows", edge_xdp::established_flows),
+    since((6, 6), "edge_xdp_checksums_left_to_the_card", edge_xdp::checksums_left_to_the_card),
+    since((6, 6), "edge_xdp_one_arm", edge_xdp::one_arm),
+    since((6, 6), "edge_xdp_attachments", edge_xdp::attachments),
+    since((6, 6), "edge_xdp_no_neighbour", edge_xdp::no_neighbour),
     since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),
     once("weights_are_shares", translation::weights_are_shares),
     since((5, 10), "an_earlier_peer_is_cleared", translation::an_earlier_peer_is_cleared),

@@ -38,7 +38,7 @@ pub fn detach(path: &Path) {
 }
 
 /// A program that returns `value`.
-fn program(kind: u32, attach_type: u32, value: u32) -> OwnedFd {
+pub fn program(kind: u32, attach_type: u32, value: u32) -> OwnedFd {
     let instructions = [u64::from(value) << 32 | 0xb7, 0x95];
     let license = c"GPL";
     let mut attr = [0u32; 32];

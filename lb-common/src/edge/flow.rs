@@ -282,7 +282,7 @@ pub struct EdgeCounters {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum EdgeCounter {
-    /// Packets that were translated and sent on.
+    /// Packets that were translated and sent on from TC, but for those that the fast path counts.
     Forwarded = 0,
     /// Flows that began.
     Begun = 1,
@@ -316,13 +316,11 @@ pub enum EdgeCounter {
     Expired = 15,
     /// Dropped: what was to be changed couldn't be.
     Broken = 16,
-    /// Packets of an unknown UDP flow from a backend, and ICMP errors about one: they pass.
-    Passed = 17,
 }
 
 impl EdgeCounter {
     /// All, by their names in `status` and in metrics.
-    pub const ALL: [(&'static str, EdgeCounter); 18] = [
+    pub const ALL: [(&'static str, EdgeCounter); 17] = [
         ("forwarded", EdgeCounter::Forwarded),
         ("flows_begun", EdgeCounter::Begun),
         ("icmp_errors", EdgeCounter::Errors),
@@ -340,7 +338,6 @@ impl EdgeCounter {
         ("too_long", EdgeCounter::TooLong),
         ("flows_expired", EdgeCounter::Expired),
         ("broken", EdgeCounter::Broken),
-        ("passed", EdgeCounter::Passed),
     ];
 }
 

@@ -2,12 +2,16 @@
 //! addresses. Plain functions on the first bytes of packets, and the records of flows.
 
 mod flow;
+mod hop;
 mod packet;
+mod plain;
 mod reset;
 mod translate;
 
 pub use flow::*;
+pub use hop::*;
 pub use packet::*;
+pub use plain::*;
 pub use reset::*;
 pub use translate::*;
 

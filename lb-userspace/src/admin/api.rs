@@ -106,7 +106,7 @@ pub struct EdgeDocument {
 pub struct EdgeInterfaceDocument {
     /// Its name.
     pub name: String,
-    /// How the program is attached, such as `tcx` or `xdp-native`; `null` where it isn't.
+    /// How the program is attached, such as `tcx` or `xdp-native+tcx`; `null` where it isn't.
     pub mode: Option<String>,
     /// Why it isn't, or not in a better way.
     pub message: Option<String>,

@@ -149,7 +149,7 @@ fn interface(
     let can = match driver(&directory) {
         Kind::Virtual(kind) => format!("{kind}, which has no native XDP: by TC"),
         Kind::Driver(driver) if NATIVE_XDP.contains(&&*driver) => {
-            format!("driver {driver}, which has native XDP; that isn't used yet: by TC")
+            format!("driver {driver}, which has native XDP: by that and TC")
         }
         Kind::Driver(driver) => {
             format!("driver {driver}, which isn't known to have native XDP: by TC")

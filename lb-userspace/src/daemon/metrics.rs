@@ -413,7 +413,7 @@ mod tests {
                     interfaces: vec![
                         EdgeInterface {
                             name: "eth0".into(),
-                            mode: Some(EdgeMode::XdpNative),
+                            mode: Some(EdgeMode::XdpAndTcx),
                             message: None,
                         },
                         EdgeInterface { name: "eth1".into(), mode: None, message: None },
@@ -480,7 +480,7 @@ mod tests {
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),
             (r#"nohop_dns_queries_total{rcode="NXDOMAIN"}"#, 6.0),
             (r#"nohop_dns_intercept_total{result="intercepted"}"#, 3.0),
-            (r#"nohop_edge_interface_attached{interface="eth0",mode="xdp-native"}"#, 1.0),
+            (r#"nohop_edge_interface_attached{interface="eth0",mode="xdp-native+tcx"}"#, 1.0),
             ("nohop_edge_announced", 1.0),
             ("nohop_edge_flows", 4.0),
             ("nohop_edge_flows_capacity", 16.0),

@@ -21,7 +21,11 @@ const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
+const BPF_LINK_TYPE_XDP: u32 = 6;
 const BPF_LINK_TYPE_TCX: u32 = 11;
+
+/// A program runs in the driver or not at all (linux/if_link.h).
+pub const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
 /// Where in its target a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,16 +127,42 @@ impl Link {
         Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// Attaches a program to an interface's driver, where no other is attached. Kernel 5.9 and later.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP and others from the driver, EBUSY where another program is attached, EPERM without
+    /// CAP_NET_ADMIN and CAP_BPF.
+    pub fn attach_xdp(program: BorrowedFd<'_>, interface: u32) -> io::Result<Link> {
+        const BPF_XDP: u32 = 37;
+        let program = program.as_raw_fd() as u32;
+        let fd = bpf(BPF_LINK_CREATE, &[program, interface, BPF_XDP, XDP_FLAGS_DRV_MODE])?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
     /// The interface that the link attaches a program to, 0 once that is gone or the link was detached;
     /// `None` if it isn't such a link.
     ///
     /// # Errors
     /// When the kernel refuses.
     pub fn tcx_interface(&self) -> io::Result<Option<u32>> {
-        // struct bpf_link_info: type, id, prog_id, (padding,) then tcx { ifindex, attach_type }.
+        self.interface(BPF_LINK_TYPE_TCX)
+    }
+
+    /// The same of a link to an interface's driver.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn xdp_interface(&self) -> io::Result<Option<u32>> {
+        self.interface(BPF_LINK_TYPE_XDP)
+    }
+
+    fn interface(&self, wanted: u32) -> io::Result<Option<u32>> {
+        // struct bpf_link_info: type, id, prog_id, (padding,) then tcx { ifindex, attach_type } or
+        // xdp { ifindex }.
         let info = self.raw_info()?;
         let ([link_type, _id], [interface, _]) = (halves(info[0]), halves(info[2]));
-        Ok((link_type == BPF_LINK_TYPE_TCX).then_some(interface))
+        Ok((link_type == wanted).then_some(interface))
     }
 
     /// The object that is pinned at `path`; `None` when there is none.
@@ -349,6 +379,30 @@ impl ProgramWait {
         let map = self.outer.as_raw_fd() as u32;
         bpf(BPF_MAP_UPDATE_ELEM, &[map, 0, key_low, key_high, value_low, value_high]).map(drop)
     }
+}
+
+/// Has the kernel give reasons for its errors to a netlink socket, and no copies of requests.
+///
+/// # Errors
+/// When it doesn't know the options (before 4.12).
+pub fn ask_for_reasons(socket: BorrowedFd<'_>) -> io::Result<()> {
+    for option in [libc::NETLINK_CAP_ACK, libc::NETLINK_EXT_ACK] {
+        let on: libc::c_int = 1;
+        // SAFETY: the value is live, and as long as said.
+        let done = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_NETLINK,
+                option,
+                (&raw const on).cast(),
+                size_of_val(&on) as libc::socklen_t,
+            )
+        };
+        if done < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// The cookie of this process's network namespace. Kernel 5.14 and later.

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use aya::Ebpf;
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use lb_common::{
     Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, ConnClaim,
     ConnRecord, Control, Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, Index,
@@ -187,6 +187,17 @@ where
 {
     let map = ebpf.take_map(name).ok_or(DatapathError::Object { missing: name })?;
     HashMap::try_from(map).map_err(|source| DatapathError::Map { source })
+}
+
+pub(super) fn take_per_cpu<V>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<PerCpuArray<MapData, Plain<V>>, DatapathError>
+where
+    Plain<V>: aya::Pod,
+{
+    let map = ebpf.take_map(name).ok_or(DatapathError::Object { missing: name })?;
+    PerCpuArray::try_from(map).map_err(|source| DatapathError::Map { source })
 }
 
 /// The programs' counters.

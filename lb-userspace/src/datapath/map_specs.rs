@@ -160,12 +160,20 @@ pub fn edge_shapes(max_flows: u32, has_ipv6: bool) -> Vec<MapShape> {
         ("EDGE_FLOWS", keys),
         ("EDGE_FLOWS6", of_ipv6(keys)),
         ("EDGE_RECORDS", max_flows),
+        ("EDGE_HOPS", max_flows),
         ("EDGE_ADDRESSES6", of_ipv6(max_flows)),
     ];
     let sized = sized.into_iter().filter_map(|(name, max_entries)| {
         shape(name).map(|shape| MapShape { max_entries, ..shape })
     });
-    let fixed = ["EDGE_FRONTENDS", "EDGE_FRONTENDS6", "EDGE_CONTROL", "EDGE_COUNTERS"];
+    let fixed = [
+        "EDGE_FRONTENDS",
+        "EDGE_FRONTENDS6",
+        "EDGE_CONTROL",
+        "EDGE_COUNTERS",
+        "EDGE_INTERFACES",
+        "EDGE_PROCESSORS",
+    ];
     let all = sized.chain(fixed.into_iter().filter_map(shape));
     all.map(|shape| MapShape { is_added: true, ..shape }).collect()
 }

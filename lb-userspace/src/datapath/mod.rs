@@ -29,6 +29,7 @@ mod map_specs;
 mod maps;
 mod memcg;
 mod names;
+mod netlink;
 mod object;
 mod obstacles;
 mod options;

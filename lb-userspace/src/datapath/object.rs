@@ -243,6 +243,7 @@ fn load_once(program: &mut Program) -> Result<(), ProgramError> {
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::programs::{
     CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramFd, SchedClassifier, SockOps,
-    TcAttachType,
+    TcAttachType, Xdp, XdpMode,
 };
 use lb_userspace::config::cgroup;
 use lb_userspace::datapath::Cost;
@@ -49,6 +49,8 @@ pub const SOCKOPS: [(&str, &str, &str); 2] = [
 
 /// The program at the ingress of `lo` that does nothing.
 pub const AT_INGRESS: &str = "tc_empty";
+/// The program in the driver of an interface that does nothing.
+pub const IN_DRIVER: &str = "xdp_empty";
 
 /// They go with this, which has to happen outside their cgroups.
 pub struct Compared {
@@ -116,6 +118,14 @@ impl Compared {
     pub fn cgroup(&self, of: &'static str) -> &Path {
         let cgroup = self.cgroups.iter().find(|cgroup| cgroup.of == of);
         &cgroup.expect("each has one").path
+    }
+
+    /// Attaches the empty program to the driver of an interface.
+    pub fn attach_in_driver(&mut self, interface: &str) {
+        let program = self.ebpf.program_mut(IN_DRIVER).expect("the object has it");
+        let program: &mut Xdp = program.try_into().expect("it is of that kind");
+        program.load().expect("the kernel takes the program");
+        program.attach(interface, XdpMode::Driver).expect("the kernel attaches it");
     }
 
     /// A program at an interface.

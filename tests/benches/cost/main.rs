@@ -36,7 +36,7 @@ const DEAD: u32 = 3;
 
 const STRIDE: u32 = 7_919;
 
-const GOALS: [Goal; 15] = [
+const GOALS: [Goal; 17] = [
     Goal::AtMost(150.0, "no VIP"),
     Goal::Over(200.0, "a VIP among 10,000", "storage alone"),
     Goal::Over(200.0, "VIPs of 10,000", "storage alone"),
@@ -49,6 +49,8 @@ const GOALS: [Goal; 15] = [
     Goal::AtMost(400.0, "UDP: a datagram received"),
     Goal::Over(200.0, "names: a name of 10,000", "names: empty"),
     Goal::Over(70.0, "names: another datagram", "names: empty"),
+    Goal::Over(150.0, "edge: XDP, 1,000 flows", "edge: XDP, empty"),
+    Goal::Over(350.0, "edge: XDP, 100,000 flows", "edge: XDP, empty"),
     Goal::Over(250.0, "edge: TC, 1,000 flows", "edge: TC, empty"),
     Goal::Over(350.0, "edge: TC, 100,000 flows", "edge: TC, empty"),
     Goal::Over(1_500.0, "edge: a first packet", "edge: TC, empty"),
@@ -137,7 +139,9 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
     let backends = Backends { dead, live, echo: echo_address };
 
     let _measuring = Measuring::start().expect("the kernel counts run times");
-    let compared = &Compared::load(object);
+    let mut compared = Compared::load(object);
+    let network = ring::Network::new(&mut compared);
+    let compared = &compared;
     let few = table(FEW, &backends);
     let mut many = table(MANY, &backends);
     serve_names(&mut many);
@@ -250,12 +254,23 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
         },
     ]);
 
-    let network = ring::Network::new();
     let (filled, fresh) = (Edge::with_flows(network), Edge::start(network));
-    let empty = || compared.program(compared::AT_INGRESS);
-    let tc = || filled.program("nohop_edge");
+    let empty = |name| compared.program(name);
+    let (tc, xdp) = (|| filled.program("nohop_edge"), || filled.program("nohop_edge_xdp"));
     let walks = [
-        ("edge: TC, empty", filled.established(Hook::Tc, empty(), 1_000), false),
+        (
+            "edge: XDP, empty",
+            filled.established(Hook::Xdp, empty(compared::IN_DRIVER), 1_000),
+            false,
+        ),
+        ("edge: XDP, one flow", filled.established(Hook::Xdp, xdp(), 1), true),
+        ("edge: XDP, 1,000 flows", filled.established(Hook::Xdp, xdp(), 1_000), true),
+        ("edge: XDP, 100,000 flows", filled.established(Hook::Xdp, xdp(), 100_000), true),
+        (
+            "edge: TC, empty",
+            filled.established(Hook::Tc, empty(compared::AT_INGRESS), 1_000),
+            false,
+        ),
         ("edge: TC, one flow", filled.established(Hook::Tc, tc(), 1), true),
         ("edge: TC, 1,000 flows", filled.established(Hook::Tc, tc(), 1_000), true),
         ("edge: TC, 100,000 flows", filled.established(Hook::Tc, tc(), 100_000), true),
@@ -268,7 +283,10 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
             let walk = walk.clone();
             move || walk.cost()
         }),
-        work: Box::new(move || walk.run(10 * n_calls, is_forwarded)),
+        // So many that the first round of a ring, which the other cases' work has driven out of the caches, is few.
+        work: Box::new(move || {
+            walk.run(if name.ends_with("flows") { 100 } else { 10 } * n_calls, is_forwarded)
+        }),
         n_connections: None,
     }));
 

@@ -3,23 +3,17 @@
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
+use rustix::net::netlink;
+
+use super::super::netlink::Netlink;
+use super::super::netlink::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, attribute, find_attribute, malformed,
 };
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
-
-const NLMSG_ERROR: u16 = libc::NLMSG_ERROR as u16;
-const NLMSG_DONE: u16 = libc::NLMSG_DONE as u16;
-const NLM_F_REQUEST: u16 = libc::NLM_F_REQUEST as u16;
-const NLM_F_ACK: u16 = libc::NLM_F_ACK as u16;
-const NLM_F_DUMP: u16 = libc::NLM_F_DUMP as u16;
-const NLM_F_DUMP_INTR: u16 = libc::NLM_F_DUMP_INTR as u16;
 
 /// The state of a UDP socket that is connected; the others are in TCP_CLOSE.
 const TCP_ESTABLISHED: u32 = 1;
@@ -38,27 +32,12 @@ const REQUEST_MAP_FD: u16 = 1;
 const STORAGES: [u16; 3] = [20, 1, 3];
 /// INET_DIAG_CGROUP_ID
 const CGROUP_ID: u16 = 21;
-/// NLA_F_NESTED and NLA_F_NET_BYTEORDER.
-const ATTRIBUTE_FLAGS: u16 = 3 << 14;
-const ATTRIBUTE_HEADER_SIZE: usize = 4;
-
-/// struct nlmsghdr
-const MESSAGE_HEADER_SIZE: usize = 16;
 /// struct inet_diag_sockid
 const SOCKET_ID_SIZE: usize = 48;
 /// struct inet_diag_msg
 const SOCKET_SIZE: usize = 72;
-/// Messages start at multiples of it.
-const ALIGNMENT: usize = 4;
-
-/// More than the kernel puts into one answer.
-const BUFFER_SIZE: usize = 1 << 16;
-
 /// How often a list that changed while it was made is requested again.
 const MAX_LISTS: usize = 4;
-
-/// The kernel answers at once; this is for the day on which it doesn't.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The family of a socket. One that speaks IPv4 through mapped addresses is [`Family::V6`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,12 +67,7 @@ pub struct Connected {
 
 /// A netlink socket. It belongs to the network namespace that it was opened in.
 #[derive(Debug)]
-pub struct SockDiag {
-    socket: OwnedFd,
-    /// The last request's number.
-    sequence: u32,
-    buffer: Vec<u8>,
-}
+pub struct SockDiag(Netlink);
 
 impl SockDiag {
     /// Opens one in the calling thread's network namespace.
@@ -101,11 +75,7 @@ impl SockDiag {
     /// # Errors
     /// When the kernel was built without.
     pub fn open() -> io::Result<SockDiag> {
-        let protocol = Some(netlink::SOCK_DIAG);
-        let socket =
-            socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIMEOUT))?;
-        Ok(SockDiag { socket, sequence: 0, buffer: vec![0; BUFFER_SIZE] })
+        Netlink::open(Some(netlink::SOCK_DIAG)).map(SockDiag)
     }
 
     /// The connected UDP sockets of a family. A socket can be missing when its neighbour in the
@@ -119,8 +89,8 @@ impl SockDiag {
             sockets.clear();
             let mut is_interrupted = false;
             let request = udp_sockets(family, &[0; SOCKET_ID_SIZE]);
-            self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
-            self.receive(|message| {
+            self.0.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
+            self.0.receive(|message| {
                 is_interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
                 if message.kind == SOCK_DIAG_BY_FAMILY {
                     sockets.push(Connected::parse(message.payload)?);
@@ -144,13 +114,13 @@ impl SockDiag {
         // The kernel lists those that have it.
         socket_id[..2].copy_from_slice(&port.to_be_bytes());
         let states = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE;
-        self.send(
+        self.0.send(
             SOCK_DIAG_BY_FAMILY,
             NLM_F_DUMP,
             &sockets(family, libc::IPPROTO_UDP, states, &socket_id),
         )?;
         let mut bound = Vec::new();
-        self.receive(|message| {
+        self.0.receive(|message| {
             if message.kind == SOCK_DIAG_BY_FAMILY {
                 let attributes = message.payload.get(SOCKET_SIZE..).ok_or_else(malformed)?;
                 let cgroup_id = find_attribute(attributes, CGROUP_ID)?;
@@ -179,8 +149,8 @@ impl SockDiag {
         let request = sockets(family, libc::IPPROTO_TCP, TCP_CONNECTIONS, &[0; SOCKET_ID_SIZE]);
         let map = attribute(REQUEST_MAP_FD, &storage.as_raw_fd().to_ne_bytes());
         let request = [request, attribute(REQUEST_STORAGES, &map)].concat();
-        self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
-        self.receive(|message| {
+        self.0.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
+        self.0.receive(|message| {
             if message.kind == SOCK_DIAG_BY_FAMILY {
                 let found = Stored::parse(message.payload)?;
                 if found.storage.is_some() || has_record(found.cookie) {
@@ -222,47 +192,10 @@ impl SockDiag {
     }
 
     fn destroy_by(&mut self, request: &[u8]) -> io::Result<bool> {
-        self.send(SOCK_DESTROY, NLM_F_ACK, request)?;
-        match self.receive(|_| Ok(())) {
+        self.0.send(SOCK_DESTROY, NLM_F_ACK, request)?;
+        match self.0.receive(|_| Ok(())) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             result => result.map(|()| true),
-        }
-    }
-
-    fn send(&mut self, kind: u16, flags: u16, payload: &[u8]) -> io::Result<()> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let length = (MESSAGE_HEADER_SIZE + payload.len()) as u32;
-        let message = [
-            &length.to_ne_bytes()[..],
-            &kind.to_ne_bytes(),
-            &(NLM_F_REQUEST | flags).to_ne_bytes(),
-            &self.sequence.to_ne_bytes(),
-            &0u32.to_ne_bytes(),
-            payload,
-        ]
-        .concat();
-        rustix::io::retry_on_intr(|| send(&self.socket, &message, SendFlags::empty()))?;
-        Ok(())
-    }
-
-    /// Passes each message of the last request's answer to `take`, up to the one with the request's
-    /// result.
-    fn receive(&mut self, mut take: impl FnMut(Message<'_>) -> io::Result<()>) -> io::Result<()> {
-        loop {
-            let receive = || recv(&self.socket, &mut self.buffer[..], RecvFlags::TRUNC);
-            let (_, length) = rustix::io::retry_on_intr(receive)?;
-            let mut rest = self.buffer.get(..length).ok_or_else(malformed)?;
-            while !rest.is_empty() {
-                let message = Message::parse(&mut rest)?;
-                // A message of an earlier request that failed half-way.
-                if message.sequence != self.sequence {
-                    continue;
-                }
-                if matches!(message.kind, NLMSG_ERROR | NLMSG_DONE) {
-                    return message.outcome();
-                }
-                take(message)?;
-            }
         }
     }
 }
@@ -277,61 +210,6 @@ fn sockets(family: Family, protocol: i32, states: u32, socket_id: &[u8]) -> Vec<
     let (extensions, padding) = (0, 0);
     let head = [family as u8, protocol as u8, extensions, padding];
     [&head[..], &states.to_ne_bytes(), socket_id].concat()
-}
-
-/// struct nlattr, and what follows it.
-fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    let length = (ATTRIBUTE_HEADER_SIZE + value.len()) as u16;
-    [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat()
-}
-
-/// The value of the first attribute of a kind.
-fn find_attribute(mut bytes: &[u8], kind: u16) -> io::Result<Option<&[u8]>> {
-    while let Some(&[l0, l1, k0, k1]) = bytes.first_chunk() {
-        let length = usize::from(u16::from_ne_bytes([l0, l1]));
-        let value = bytes.get(ATTRIBUTE_HEADER_SIZE..length).ok_or_else(malformed)?;
-        if u16::from_ne_bytes([k0, k1]) & !ATTRIBUTE_FLAGS == kind {
-            return Ok(Some(value));
-        }
-        bytes = bytes.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
-    }
-    Ok(None)
-}
-
-/// struct nlmsghdr, and what follows it.
-#[derive(Clone, Copy, Debug)]
-struct Message<'a> {
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    payload: &'a [u8],
-}
-
-impl<'a> Message<'a> {
-    /// Takes the first message off `bytes`, which may end before its padding.
-    fn parse(bytes: &mut &'a [u8]) -> io::Result<Message<'a>> {
-        let header: [u8; MESSAGE_HEADER_SIZE] = *bytes.first_chunk().ok_or_else(malformed)?;
-        let [l0, l1, l2, l3, k0, k1, f0, f1, s0, s1, s2, s3, ..] = header;
-        let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
-        let payload = bytes.get(MESSAGE_HEADER_SIZE..length).ok_or_else(malformed)?;
-        *bytes = bytes.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
-        Ok(Message {
-            kind: u16::from_ne_bytes([k0, k1]),
-            flags: u16::from_ne_bytes([f0, f1]),
-            sequence: u32::from_ne_bytes([s0, s1, s2, s3]),
-            payload,
-        })
-    }
-
-    /// How a request ended: both NLMSG_ERROR and NLMSG_DONE start with 0 or a negative errno.
-    fn outcome(&self) -> io::Result<()> {
-        match i32::from_ne_bytes(*self.payload.first_chunk().ok_or_else(malformed)?) {
-            negative_errno @ ..0 => {
-                Err(io::Error::from_raw_os_error(negative_errno.saturating_neg()))
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 impl Connected {
@@ -418,10 +296,6 @@ fn address(family: Family, bytes: [u8; 16], port: u16, interface: u32) -> Socket
     }
 }
 
-fn malformed() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer can't be understood")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -489,20 +363,5 @@ mod tests {
             let cut = Stored::parse(&bytes[..length]);
             assert!(!cut.is_ok_and(|stored| stored.storage.is_some()), "{length}");
         }
-    }
-
-    #[test]
-    fn requests_end_with_zero_or_an_errno() {
-        let message = |payload: &[u8]| {
-            let length = (MESSAGE_HEADER_SIZE + payload.len()) as u32;
-            [&length.to_ne_bytes()[..], &[0; 12], payload].concat()
-        };
-        let outcome = |bytes: &[u8]| Message::parse(&mut &bytes[..]).unwrap().outcome();
-        assert!(outcome(&message(&0i32.to_ne_bytes())).is_ok());
-        let refused = outcome(&message(&(-libc::EPERM).to_ne_bytes())).unwrap_err();
-        assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
-        assert!(outcome(&message(&i32::MIN.to_ne_bytes())).is_err());
-        assert!(outcome(&message(&[])).is_err());
-        assert!(Message::parse(&mut &message(&[0; 4])[..19]).is_err());
     }
 }

@@ -1,20 +1,25 @@
 //! The unit's maps.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::mem::offset_of;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use aya::Ebpf;
+use aya::maps::{MapData, PerCpuArray};
 use lb_common::{
-    Address, EdgeControl, EdgeCounters, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef,
-    FlowState, Frontend, Frontend6, ServiceRef, is_long_ago,
+    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, FlowAddresses6, FlowKey4,
+    FlowKey6, FlowRecord, FlowRef, FlowState, Frontend, Frontend6, N_FAST_PATHS, ServiceRef,
+    is_long_ago,
 };
 
 use super::super::bpf::ProgramWait;
 use super::super::error::DatapathError;
-use super::super::kernel::{AtomicArray, Hash, Plain, io_error, take_hash, wait_for_programs};
+use super::super::kernel::{
+    AtomicArray, Hash, Plain, io_error, take_hash, take_per_cpu, wait_for_programs,
+};
 use super::super::maps::FrontendKey;
 
 /// The maps.
@@ -28,9 +33,20 @@ pub struct EdgeMaps {
     addresses6: Arc<AtomicArray<FlowAddresses6>>,
     control: Arc<AtomicArray<EdgeControl>>,
     counters: Arc<AtomicArray<EdgeCounters>>,
+    interfaces: Arc<AtomicArray<EdgeInterface>>,
+    processors: Processors,
     program_wait: Option<ProgramWait>,
     /// Whether frontends were removed whose elements a program may still read.
     is_dirty: bool,
+}
+
+/// What the fast path keeps for each processor.
+struct Processors(PerCpuArray<MapData, Plain<EdgeProcessor>>);
+
+impl fmt::Debug for Processors {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Processors")
+    }
 }
 
 /// A flow as its record has it.
@@ -63,6 +79,8 @@ impl EdgeMaps {
             addresses6: AtomicArray::take(ebpf, "EDGE_ADDRESSES6")?,
             control: AtomicArray::take(ebpf, "EDGE_CONTROL")?,
             counters: AtomicArray::take(ebpf, "EDGE_COUNTERS")?,
+            interfaces: AtomicArray::take(ebpf, "EDGE_INTERFACES")?,
+            processors: Processors(take_per_cpu(ebpf, "EDGE_PROCESSORS")?),
             program_wait: ProgramWait::new().ok(),
             is_dirty: false,
         })
@@ -86,6 +104,24 @@ impl EdgeMaps {
     /// What was decided on packets.
     pub fn counters(&self) -> EdgeCounters {
         self.counters.load(0)
+    }
+
+    /// What the fast path sent on, by [`FastPath`](lb_common::FastPath), on all processors.
+    pub fn fast_counts(&self) -> [u64; N_FAST_PATHS] {
+        let mut counts = [0u64; N_FAST_PATHS];
+        let values = self.processors.0.get(&0, 0);
+        for Plain(EdgeProcessor { forwarded, .. }) in values.iter().flat_map(|values| values.iter())
+        {
+            for (count, n) in counts.iter_mut().zip(forwarded) {
+                *count += n;
+            }
+        }
+        counts
+    }
+
+    /// What the fast path knows of interfaces.
+    pub fn interfaces(&self) -> &Arc<AtomicArray<EdgeInterface>> {
+        &self.interfaces
     }
 
     /// All frontends, each with its service's index.

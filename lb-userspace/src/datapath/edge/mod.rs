@@ -5,9 +5,11 @@
 //! in the same step as those of the unit `connect`: what leads to another service is removed before that
 //! one's index can be, and inserted after.
 
+mod device;
 mod kernel;
 mod networks;
 mod status;
+mod xdp;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -19,8 +21,8 @@ use std::time::Duration;
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use lb_common::{
-    ANY_PORT, Address, DEFAULT_MAX_FLOWS, EdgeControl, EdgeCounter, FlowRecord, FlowState,
-    IPPROTO_TCP, IPPROTO_UDP, MAX_EDGE_SOURCES, N_FLOW_STATES,
+    ANY_PORT, Address, DEFAULT_MAX_FLOWS, EdgeControl, EdgeCounter, FastPath, FlowRecord,
+    FlowState, IPPROTO_TCP, IPPROTO_UDP, MAX_EDGE_SOURCES, N_FLOW_STATES,
 };
 
 use super::error::DatapathError;
@@ -39,13 +41,13 @@ use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table};
 use kernel::EdgeMaps;
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
+use xdp::Fast;
+pub use xdp::PIN_PREFIX;
 
 /// The unit's name.
 const UNIT: &str = "edge";
 /// The index of no service.
 const NO_SERVICE: u32 = u32::MAX;
-/// What pins of its links begin with.
-pub const PIN_PREFIX: &str = "nohop_edge_";
 
 /// The programs, in the order in which they are attached: the way back first.
 const PROGRAMS: [(&str, Direction); 2] =
@@ -117,6 +119,7 @@ struct LoadedEdge {
     /// The frontends in the map, each with the index of its service.
     present: BTreeMap<FrontendKey, u32>,
     attached: Vec<AttachedTo>,
+    fast: Fast,
     handle: FilterHandle,
     interfaces: Vec<EdgeInterface>,
     problems: Vec<String>,
@@ -251,7 +254,8 @@ impl Edge {
 
     /// Detaches the programs. The flows stay.
     pub fn detach(&mut self, pins: &Pins) {
-        if let Some(Ok(loaded)) = self.loaded.take() {
+        if let Some(Ok(mut loaded)) = self.loaded.take() {
+            loaded.fast.detach(pins);
             for attached in loaded.attached {
                 attached.detach(loaded.handle, pins);
             }
@@ -325,9 +329,15 @@ impl Edge {
     /// What was decided on packets, by name; none where it isn't loaded.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
         let Some(Ok(loaded)) = &self.loaded else { return Vec::new() };
-        let words = loaded.maps.counters().words;
-        let count = |(name, counter): (&'static str, EdgeCounter)| (name, words[counter as usize]);
-        EdgeCounter::ALL.into_iter().map(count).collect()
+        let (words, fast) = (loaded.maps.counters().words, loaded.maps.fast_counts());
+        let fast = |path: FastPath| fast[path as usize];
+        let count = |(name, counter): (&'static str, EdgeCounter)| {
+            let by_tc = if counter == EdgeCounter::Forwarded { fast(FastPath::Tc) } else { 0 };
+            (name, words[counter as usize] + by_tc)
+        };
+        let by_xdp = [("xdp_tx", FastPath::XdpTx), ("xdp_redirect", FastPath::XdpRedirect)];
+        let by_xdp = by_xdp.map(|(name, path)| (name, fast(path)));
+        EdgeCounter::ALL.into_iter().map(count).chain(by_xdp).collect()
     }
 
     /// The unit's state; `None` where it isn't configured.
@@ -356,7 +366,8 @@ impl Edge {
         let mut loader = loader(&shapes, &self.sizes, pins);
         loader.verifier_log_level(VerifierLogLevel::STATS);
         let mut ebpf = loader.load(EDGE).map_err(DatapathError::Load)?;
-        let counts = PROGRAMS.iter().map(|(name, _)| processed(&mut ebpf, name)).collect();
+        let names = PROGRAMS.iter().map(|(name, _)| *name).chain([xdp::PROGRAM]);
+        let counts = names.map(|name| processed(&mut ebpf, name)).collect();
         if self.loaded.is_none() {
             remove_pins(pins);
         }
@@ -426,7 +437,9 @@ impl LoadedEdge {
         for (name, _) in PROGRAMS {
             load_program(&mut ebpf, name).map_err(failed)?;
         }
+        let refusal = load_program(&mut ebpf, xdp::PROGRAM).err().map(|error| error.to_string());
         let maps = EdgeMaps::take(&mut ebpf).map_err(failed)?;
+        let fast = Fast::new(maps.interfaces().clone(), refusal);
         let present = maps
             .frontends()
             .map_err(|error| format!("the map EDGE_FRONTENDS can't be read: {error}"))?;
@@ -438,6 +451,7 @@ impl LoadedEdge {
             pinned,
             present,
             attached: Vec::new(),
+            fast,
             handle: FilterHandle::of_unit(pins.dir(), UNIT),
             interfaces: Vec::new(),
             problems: Vec::new(),
@@ -549,14 +563,16 @@ impl LoadedEdge {
         }
         let is_own = |name: &str| {
             let interfaces = wanted.iter().filter_map(|(_, interface)| interface.as_ref());
-            let mut names = interfaces
-                .flat_map(|interface| PROGRAMS.map(|(program, _)| pin_name(program, interface)));
+            let mut names = interfaces.flat_map(|interface| {
+                let programs = PROGRAMS.map(|(program, _)| pin_name(program, interface));
+                programs.into_iter().chain([xdp::pin_name(interface.index)])
+            });
             names.any(|own| own == name)
         };
         end_links(pins, PIN_PREFIX, |name| !is_own(name));
-        let mut interfaces = Vec::new();
+        let mut results = Vec::new();
         for (name, interface) in &wanted {
-            let result = match interface {
+            results.push(match interface {
                 None => Err(format!("there is no interface {name}")),
                 Some(_) if !has_ethernet(name) => Err(format!(
                     "packets of {name} have no Ethernet header; name the interface below it, or one of Ethernet"
@@ -564,16 +580,26 @@ impl LoadedEdge {
                 Some(interface) => {
                     self.attach_to(interface, pins).map_err(|error| error.to_string())
                 }
-            };
+            });
+        }
+        let by_tc = wanted.iter().zip(&results).filter(|(_, result)| result.is_ok());
+        let by_tc: Vec<_> = by_tc.filter_map(|((_, interface), _)| interface.as_ref()).collect();
+        let reasons = self.fast.attach(&mut self.ebpf, &by_tc, pins);
+        let mut interfaces = Vec::new();
+        for ((name, interface), result) in wanted.iter().zip(results) {
+            let index = interface.as_ref().map_or(0, |interface| interface.index);
             let (mode, message) = match result {
-                Ok(mode) => (Some(mode), None),
+                Ok(mode) if self.fast.is_attached(index) => (Some(mode.with_xdp()), None),
+                Ok(mode) => (Some(mode), reasons.get(&index).cloned()),
                 Err(message) => (None, Some(message)),
             };
             let interface = EdgeInterface { name: (*name).clone(), mode, message };
             let is_new = !self.interfaces.contains(&interface);
             match (&interface, is_new) {
-                (EdgeInterface { mode: Some(mode), .. }, true) => {
-                    tracing::info!("edge: attached to {name} by {}", mode.name());
+                (EdgeInterface { mode: Some(mode), message, .. }, true) => {
+                    let message = message.as_deref().map(|text| format!(": {text}"));
+                    let message = message.unwrap_or_default();
+                    tracing::info!("edge: attached to {name} by {}{message}", mode.name());
                 }
                 (EdgeInterface { message: Some(message), .. }, true) => {
                     tracing::warn!("edge: not attached to {name}: {message}");

@@ -37,8 +37,10 @@ pub enum EdgeMode {
     Tcx,
     /// By a filter of the qdisc clsact.
     Clsact,
-    /// By the driver.
-    XdpNative,
+    /// By the driver, and by tcx what that leaves.
+    XdpAndTcx,
+    /// The same by a filter of clsact.
+    XdpAndClsact,
 }
 
 impl EdgeMode {
@@ -47,7 +49,16 @@ impl EdgeMode {
         match self {
             EdgeMode::Tcx => "tcx",
             EdgeMode::Clsact => "clsact",
-            EdgeMode::XdpNative => "xdp-native",
+            EdgeMode::XdpAndTcx => "xdp-native+tcx",
+            EdgeMode::XdpAndClsact => "xdp-native+clsact",
+        }
+    }
+
+    /// The same with the fast path in the driver.
+    pub fn with_xdp(self) -> EdgeMode {
+        match self {
+            EdgeMode::Tcx | EdgeMode::XdpAndTcx => EdgeMode::XdpAndTcx,
+            EdgeMode::Clsact | EdgeMode::XdpAndClsact => EdgeMode::XdpAndClsact,
         }
     }
 }

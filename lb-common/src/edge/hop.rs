@@ -1,0 +1,78 @@
+//! What the fast path of an edge keeps: next hops, interfaces, counts.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// How the packets of one direction of a flow leave.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct Hop {
+    /// When it was looked up, in jiffies; 0 for never. It is written last.
+    pub looked_up: u64,
+    /// The index of the interface by which they leave.
+    pub egress: u32,
+    /// That of the one by which they came.
+    pub ingress: u32,
+    /// The greatest length that the route has taken, from the IP header on.
+    pub max_len: u32,
+    /// The hardware addresses, as an Ethernet header begins with them.
+    pub ethernet: [u32; 3],
+}
+
+/// The value of `EDGE_HOPS`, at the index of the flow's record: of the client's packets, and of the backend's.
+pub type FlowHops = [Hop; 2];
+
+/// For how many jiffies a next hop is used without being looked up again: 64 to 640 ms.
+pub const HOP_JIFFIES: u64 = 64;
+
+/// The value of `EDGE_INTERFACES`, at the remainder of the interface's index.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct EdgeInterface {
+    /// Its hardware address: what is sent to others isn't for this host.
+    pub mac: [u8; 6],
+    /// [`EdgeInterface::SENDS_BACK`] and others.
+    pub flags: u16,
+    /// Its index; 0 where there is none.
+    pub index: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+impl EdgeInterface {
+    /// A program at XDP may send a packet back by it (XDP_TX).
+    pub const SENDS_BACK: u16 = 1;
+    /// A packet may be redirected to it from XDP, also one that came by it.
+    pub const TAKES_REDIRECTED: u16 = 2;
+}
+
+/// How many entries `EDGE_INTERFACES` has.
+pub const N_EDGE_INTERFACES: u32 = 1_024;
+
+/// The value of `EDGE_PROCESSORS`, for each processor.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct EdgeProcessor {
+    /// When the clock was read, in jiffies.
+    pub jiffies: u64,
+    /// What it showed: CLOCK_MONOTONIC in milliseconds.
+    pub now_ms: u64,
+    /// The packets that the fast path sent on, by [`FastPath`].
+    pub forwarded: [u64; N_FAST_PATHS],
+}
+
+/// How many [`FastPath`] there are.
+pub const N_FAST_PATHS: usize = 3;
+
+/// By what a packet on the fast path left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum FastPath {
+    /// From TC.
+    Tc = 0,
+    /// From XDP, back by the interface that it came by.
+    XdpTx = 1,
+    /// From XDP, redirected.
+    XdpRedirect = 2,
+}
+
+const _: () = assert!(size_of::<FlowHops>() == 64 && size_of::<EdgeInterface>() == 16);
