@@ -45,8 +45,8 @@ impl ExplainTarget {
     }
 }
 
-/// The service whose VIP, IPv6 VIP, pinned or public address this is.
-pub fn by_vip(table: &Table, ip: IpAddr, port: Option<u16>) -> Option<&Arc<Service>> {
+/// The services whose VIP, IPv6 VIP, pinned or public address this is: several may have a public one, at a port each.
+pub fn by_vip(table: &Table, ip: IpAddr, port: Option<u16>) -> Vec<&Arc<Service>> {
     let is_its = |service: &Service| {
         let is_pin = service.pin.is_some_and(|pin| {
             IpAddr::from(*pin.ip()) == ip && port.is_none_or(|port| port == pin.port())
@@ -59,7 +59,15 @@ pub fn by_vip(table: &Table, ip: IpAddr, port: Option<u16>) -> Option<&Arc<Servi
             || is_pin
             || service.public.iter().any(is_public)
     };
-    table.services.values().find(|service| is_its(service))
+    table.services.values().filter(|service| is_its(service)).collect()
+}
+
+/// The note that an address is another service's, too.
+pub fn also_at(ip: IpAddr, other: &Service) -> String {
+    let name = &other.name;
+    let at = other.public.iter().filter(|public| public.ip() == ip);
+    let at: Vec<String> = at.map(|public| public.to_string()).collect();
+    format!("{name} has {} as well: `nohop explain {name}`", at.join(" and "))
 }
 
 /// The services that have an instance at this address, in or out.
@@ -391,9 +399,18 @@ mod tests {
         ] {
             let subject = ExplainTarget::parse(text, "service");
             let ExplainTarget::Address(ip, port) = subject else { panic!("{text}") };
-            assert_eq!(by_vip(&table, ip, port).is_some(), is_vip, "{text}");
+            assert_eq!(!by_vip(&table, ip, port).is_empty(), is_vip, "{text}");
             assert_eq!(by_instance(&table, &subject).len(), usize::from(is_instance), "{text}");
         }
+        let public = vec!["203.0.113.10:53".parse().unwrap()];
+        let dns = Service { name: "dns".into(), public, ..service(&[]) };
+        let mut both = table.clone();
+        both.services.insert("dns".into(), Arc::new(dns.clone()));
+        let ip = "203.0.113.10".parse().unwrap();
+        assert_eq!(by_vip(&both, ip, None).len(), 2);
+        assert_eq!(by_vip(&both, ip, Some(53)).len(), 1);
+        let note = "dns has 203.0.113.10:53 as well: `nohop explain dns`";
+        assert_eq!(also_at(ip, &dns), note);
         let web = &table.services["web"];
         for allowed in ["127.128.0.1:80", "127.128.0.1:81", "203.0.113.10:443"] {
             assert_eq!(other_port(web, allowed.parse().unwrap()), None, "{allowed}");

@@ -163,13 +163,14 @@ impl View for DaemonView {
             ExplainTarget::Name(name) => return self.explain_name(name, &table, may_ask).await,
             ExplainTarget::Address(ip, port) => (*ip, *port),
         };
-        if let Some(service) = explain::by_vip(&table, ip, port) {
+        if let [service, others @ ..] = &explain::by_vip(&table, ip, port)[..] {
             let mut explanation = self.explain_name(&service.name, &table, may_ask).await;
             if let Some(refused) =
                 port.and_then(|port| explain::other_port(service, SocketAddr::new(ip, port)))
             {
                 explanation.connect = refused;
             }
+            explanation.notes.extend(others.iter().map(|other| explain::also_at(ip, other)));
             return explanation;
         }
         let mut instances = Vec::new();
