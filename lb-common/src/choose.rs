@@ -416,6 +416,12 @@ impl State {
         self.has(State::TRIAL)
     }
 
+    /// Whether nothing is known against it: it is neither ejected nor silent.
+    #[inline(always)]
+    pub const fn is_sound(self) -> bool {
+        self.is_eligible() && !self.has(State::TRIAL | State::SILENT)
+    }
+
     /// Whether it is to be ejected for its silence.
     #[inline(always)]
     pub const fn is_silent(self) -> bool {

@@ -2,8 +2,8 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use lb_common::{
-    Address, Algorithm, BackendWords as _, EdgeCounter, Family, FlowRecord, FlowState, IPPROTO_TCP,
-    Netns, Question, Reach, ServiceWords as _, TCP_RST, Tables as _, first_group, hop_limit,
+    Address, Algorithm, BackendWords as _, EdgeCounter, Family, FlowWord, IPPROTO_TCP, Netns,
+    PortPlace, Question, Reach, ServiceWords as _, TCP_RST, Tables as _, first_group, hop_limit,
     is_expired, is_first_syn, unpack,
 };
 
@@ -11,9 +11,9 @@ use crate::choice::Kernel;
 use crate::fib::Route;
 use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
 use crate::forward;
-use crate::maps::{self, Cursors, count};
+use crate::maps::{self, count};
 use crate::skb::Skb;
-use crate::{outcomes, random, tables};
+use crate::{outcomes, reset, tables};
 
 /// What becomes of a packet instead of a flow: it goes on as it came. No [`Found`] has these numbers.
 pub const PASS: u64 = 0;
@@ -22,15 +22,11 @@ pub const DROP: u64 = u64::MAX;
 /// A RST answers it.
 pub const RESET: u64 = u64::MAX - 1;
 
-/// How many source ports are tried.
-const N_TRIES: u32 = 4;
-/// The ports of source addresses, which ordinary sockets get theirs above of
-/// (net.ipv4.ip_local_port_range).
-const FIRST_PORT: u32 = 1_024;
-const N_PORTS: u32 = 32_768 - FIRST_PORT;
+/// How many source ports are tried: with [`PortPlace::step`] as far as there are any.
+const N_TRIES: u32 = 16;
 
-/// First packets a second that may take the record of a connection that isn't established: from a network
-/// (IPv4 /24, IPv6 /48), and for a VIP. In nanoseconds between them.
+/// First packets a second that may take the record of a connection that isn't established, or of UDP: from a
+/// network (IPv4 /24, IPv6 /48), and for a VIP. In nanoseconds between them.
 const NETWORK_NS: u64 = 1_000_000_000 / 100;
 const VIP_NS: u64 = 1_000_000_000 / 20_000;
 
@@ -43,6 +39,10 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
     let service = nohop_edge_admit();
     if service >= RESET || service == PASS {
         return service;
+    }
+    if reset::nohop_edge_is_sound(skb.0) == 0 {
+        count(EdgeCounter::BadChecksum);
+        return DROP;
     }
     if !over.is_none() {
         nohop_edge_end(over.record().into());
@@ -70,6 +70,9 @@ extern "C" fn nohop_edge_admit() -> u64 {
     let Some(scratch) = maps::scratch() else { return PASS };
     let packet = &scratch.packet;
     if packet.is_error != 0 {
+        return PASS;
+    }
+    if !maps::may_begin() {
         return PASS;
     }
     let Some(service) = maps::service_of(packet) else {
@@ -142,7 +145,7 @@ extern "C" fn nohop_edge_begun(record_idx: u64, service: u64, begun: u64) -> u64
     }
     count(EdgeCounter::Begun);
     tables::count_connect(service as u32, record.backend_idx());
-    if record.protocol() == IPPROTO_TCP {
+    if record.word().protocol == IPPROTO_TCP {
         outcomes::begun(record);
     }
     begun
@@ -201,37 +204,44 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
     let n_tries = if is_local != 0 { 1 } else { N_TRIES };
     let mut nth = 0;
     while nth < n_tries {
+        let how = u64::from(nth) | is_local << 32;
         nth += 1;
-        if nohop_edge_prepare(record_idx, backend_idx, is_local) == 0 {
+        if nohop_edge_prepare(record_idx, backend_idx, how) == 0 {
             return 0;
         }
-        if insert_keys(record_idx) {
+        // The flow begins with its second key.
+        let has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
+        if has_port && flows::nohop_edge_insert_key(record_idx, 0) != 0 {
             if is_local != 0 {
                 maps::set_local();
             }
             return Found::of(record_idx as u32, false, is_local != 0).0;
         }
-        // This port is in use, or another processor has begun the same flow: of a client that sends its first
-        // packet twice the next one finds that.
-        if let Some(record) = maps::record(record_idx as u32) {
-            record.set_state(FlowState::None as u8);
+        let Some(record) = maps::record(record_idx as u32) else { return 0 };
+        record.clear();
+        if has_port {
+            // Another processor has begun the same flow: of a client that sends its first packet twice the next
+            // one finds that.
+            flows::nohop_edge_remove_key(record_idx, 1);
+            return 0;
         }
     }
     0
 }
 
-/// Writes the record of a flow, with the next source port. Returns 1, or 0 where there is no source address.
+/// Writes the record of a flow, with the source port that is tried at last. `how` is the number of the try, and
+/// from bit 32 on whether the backend is on this host. Returns 1, or 0 where there is no source address or port.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, is_local: u64) -> u64 {
+extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, how: u64) -> u64 {
     let (idx, backend_idx) = (record_idx as u32, backend_idx as u32);
-    let (Some(record), Some(backend), Some(scratch), Some(cursors)) =
-        (maps::record(idx), tables::backend(backend_idx), maps::scratch(), maps::cursors())
+    let (Some(record), Some(backend), Some(scratch)) =
+        (maps::record(idx), tables::backend(backend_idx), maps::scratch())
     else {
         return 0;
     };
     let (packet, source) = (&scratch.packet, &raw mut scratch.target.source);
-    let (is_ipv6, is_local) = (packet.is_ipv6 != 0, is_local != 0);
+    let (is_ipv6, is_local) = (packet.is_ipv6 != 0, how >> 32 != 0);
     // SAFETY: an array's element stays, and these are aligned fields of it, which aren't written again while
     // a program that found it may still run, but for the generation.
     let (address, port, generation) = unsafe {
@@ -243,18 +253,23 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, is_local: u6
         copy(&raw const packet.source, source);
         packet.source_port
     } else {
-        match next_source(cursors, is_ipv6, source) {
+        match next_source(backend_idx, how as u32 & 15, is_ipv6, source) {
             0 => return 0,
             port => port,
         }
     };
-    let ipv6 = if is_ipv6 { FlowRecord::IPV6 } else { 0 };
-    let local = if is_local { FlowRecord::LOCAL } else { 0 };
-    let is_tcp = packet.protocol == IPPROTO_TCP;
-    let state = if is_tcp { FlowState::SynSent } else { FlowState::Udp };
-    record.set_state(FlowState::None as u8);
+    let mut flags = if is_ipv6 { FlowWord::IPV6 } else { 0 };
+    let mut sent_us = 0;
+    if is_local {
+        flags |= FlowWord::LOCAL;
+    }
+    if packet.protocol == IPPROTO_TCP {
+        flags |= outcomes::flags_of(backend);
+        sent_us = outcomes::now_us();
+    }
+    record.clear();
     record.set_backend(backend_idx, generation);
-    record.set_begun(packet.protocol, ipv6 | local, forward::now_ms());
+    record.set_begun(packet.protocol, flags, forward::now_ms(), sent_us);
     record.set_ports([packet.source_port, packet.destination_port, port, source_port]);
     if is_ipv6 {
         let Some(addresses) = maps::addresses6(idx) else { return 0 };
@@ -269,7 +284,7 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, is_local: u6
         let all = [&raw const packet.source, &raw const packet.destination, address, source];
         record.set_addresses(all.map(low_at));
     }
-    record.set_state(state as u8);
+    record.begin();
     1
 }
 
@@ -291,33 +306,19 @@ fn low_at(address: *const Address) -> u32 {
     unsafe { address.cast::<u32>().add(3).read_volatile() }
 }
 
-/// Inserts both keys of a record's flow. Returns whether neither was another's.
+/// The source address, and the port, of the nth try; 0 where there is none.
 #[inline(always)]
-fn insert_keys(record: u64) -> bool {
-    if flows::nohop_edge_insert_key(record, 1) == 0 {
-        return false;
-    }
-    if flows::nohop_edge_insert_key(record, 0) != 0 {
-        return true;
-    }
-    flows::nohop_edge_remove_key(record, 1);
-    false
-}
-
-/// The next source address and port of this processor's; 0 where there is none. Ports come one after the other, and those of a
-/// processor far from the others', so that one is used again as late as can be.
-#[inline(always)]
-fn next_source(cursors: &mut Cursors, is_ipv6: bool, source: *mut Address) -> u16 {
+fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) -> u16 {
     let n_sources = maps::n_sources(is_ipv6);
     if n_sources == 0 {
         return 0;
     }
-    if cursors.port == 0 {
-        cursors.port = random::next() >> 8;
-    }
-    cursors.port = cursors.port.wrapping_add(1);
-    let nth = cursors.port;
-    let Some(from) = maps::source(is_ipv6, nth % n_sources) else { return 0 };
+    let Some(PortPlace { source: nth_source, port, .. }) =
+        maps::next_port(backend_idx, n_sources, nth, forward::now_ms())
+    else {
+        return 0;
+    };
+    let Some(from) = maps::source(is_ipv6, nth_source) else { return 0 };
     match from {
         maps::Source::V4(address) => {
             // SAFETY: as above.
@@ -329,7 +330,7 @@ fn next_source(cursors: &mut Cursors, is_ipv6: bool, source: *mut Address) -> u1
         }
         maps::Source::V6(address) => copy(address, source),
     }
-    (FIRST_PORT + nth / n_sources % N_PORTS) as u16
+    port
 }
 
 /// Whether more first packets come from a packet's network, or to its VIP, than may take the records of

@@ -4,9 +4,9 @@
 use core::ffi::c_void;
 
 use lb_common::{
-    FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, IPPROTO_TCP, IPPROTO_UDP, N_ENDS4, N_ENDS6,
-    PlainHeader, TCP_FIN, TCP_RST, TCP_SYN, addresses_difference, forwarded, may_be_partial,
-    next_state, swapped, transport_checksum, words_difference,
+    FlowKey4, FlowKey6, FlowRef, IPPROTO_TCP, IPPROTO_UDP, N_ENDS4, N_ENDS6, PlainHeader, TCP_FIN,
+    TCP_RST, TCP_SYN, addresses_difference, forwarded, may_be_partial, swapped, transport_checksum,
+    words_difference,
 };
 
 use crate::fib::{self, Fib, Question, Route};
@@ -298,16 +298,18 @@ fn differ<const N: usize>(one: &[u32; N], other: &[u32; N]) -> bool {
 /// Whether a flow stays as it is with a packet, whose backend isn't on this host.
 #[inline(always)]
 fn goes_on(record: RecordPtr, protocol: u8, tcp_flags: u8, is_back: bool) -> bool {
-    let (state, flags) = (record.state(), record.flags());
-    if record.protocol() != protocol
-        || state == FlowState::None as u8
-        || flags & FlowRecord::LOCAL != 0
-    {
+    let word = record.word();
+    if word.protocol != protocol || word.client == 0 || word.is_local() {
         return false;
     }
     if protocol == IPPROTO_UDP {
-        return is_back || maps::is_in_table(record.backend_idx(), record.generation());
+        let is_known = !is_back || word.backend != 0;
+        return is_known
+            && (is_back || maps::is_in_table(record.backend_idx(), record.generation()));
     }
+    let shown = if is_back { word.backend } else { word.client };
     tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST) == 0
-        && next_state(state, flags, tcp_flags, is_back) == (state, flags)
+        && word.is_open()
+        && !word.is_unsettled()
+        && word.after(tcp_flags, is_back, 0) == shown
 }

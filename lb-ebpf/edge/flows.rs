@@ -1,8 +1,7 @@
 //! The flows: how one is found, followed and ended.
 
 use lb_common::{
-    Address, EdgeCounter, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, IPPROTO_TCP, Packet,
-    Target, next_state,
+    Address, EdgeCounter, FlowKey4, FlowKey6, FlowRef, FlowState, IPPROTO_TCP, Packet, Target,
 };
 
 use crate::maps::{self, RecordPtr, count};
@@ -93,7 +92,7 @@ pub fn key4(packet: &Packet) -> FlowKey4 {
 /// The key of a flow's packets, by its record.
 #[inline(always)]
 fn key4_of(record: RecordPtr, is_back: bool) -> FlowKey4 {
-    let protocol = record.protocol();
+    let protocol = record.word().protocol;
     if is_back {
         let from = (record.backend().to_ne_bytes(), record.backend_port());
         FlowKey4::of(from, (record.source().to_ne_bytes(), record.source_port()), protocol)
@@ -112,7 +111,7 @@ fn key6_of(record: RecordPtr, idx: u32, is_back: bool) -> Option<FlowKey6> {
         // By words, as an array of octets would be copied one by one.
         zerocopy::transmute!(unsafe { address.cast::<[u64; 2]>().read_volatile() })
     };
-    let protocol = record.protocol();
+    let protocol = record.word().protocol;
     // SAFETY: as above.
     let (from, to) = unsafe {
         if is_back {
@@ -139,7 +138,8 @@ pub fn low(address: &Address) -> u32 {
 /// Whether a record is of a packet's flow: it may have become another one's since it was found.
 #[inline(always)]
 pub fn is_of(record: RecordPtr, idx: u32, packet: &Packet, is_back: bool) -> bool {
-    if record.state() == FlowState::None as u8 || record.protocol() != packet.protocol {
+    let word = record.word();
+    if word.client == 0 || word.protocol != packet.protocol {
         return false;
     }
     let ports = if is_back {
@@ -178,24 +178,33 @@ pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
     let (Some(record), Some(scratch)) = (maps::record(found.record()), maps::scratch()) else {
         return 0;
     };
-    let packet = &scratch.packet;
+    let (packet, idx, is_back) = (&scratch.packet, found.record(), found.is_back());
+    let begun_ms = record.begun_ms();
     if packet.is_error == 0 {
-        record.set_last_ms(forward::now_ms());
+        let now_ms = forward::now_ms();
+        let idle_ms = idle_ms(record, now_ms);
+        record.set_last_ms(now_ms);
         record.add_packet(packet.len);
-        let (state, flags) = (record.state(), record.flags());
-        if packet.protocol == IPPROTO_TCP {
-            let (next, next_flags) = next_state(state, flags, packet.tcp_flags, found.is_back());
-            if next != state || next_flags != flags {
-                let how = u64::from(state)
-                    | u64::from(next) << 8
-                    | u64::from(next_flags) << 16
-                    | u64::from(found.is_back()) << 24;
-                outcomes::nohop_edge_change(found.record().into(), how);
-            }
+        let word = record.word();
+        let shown = word.after(packet.tcp_flags, is_back, idle_ms);
+        if shown != if is_back { word.backend } else { word.client } {
+            record.set_shown(is_back, shown);
+        }
+        if packet.protocol == IPPROTO_TCP && record.word().is_unsettled() {
+            outcomes::nohop_edge_settle(idx.into());
         }
     }
     set_target(&mut scratch.target, record, found);
-    1
+    // Another processor may have ended it since it was found, and begun another flow with its record.
+    (record.begun_ms() == begun_ms && is_of(record, idx, packet, is_back)).into()
+}
+
+/// For how long no packet of a flow came, in milliseconds.
+#[inline(always)]
+fn idle_ms(record: RecordPtr, now_ms: u32) -> u32 {
+    let idle_ms = now_ms.wrapping_sub(record.last_ms());
+    // Another processor's clock may be ahead.
+    if idle_ms > i32::MAX as u32 { 0 } else { idle_ms }
 }
 
 #[inline(always)]
@@ -206,7 +215,7 @@ fn set_target(target: &mut Target, record: RecordPtr, found: Found) {
         (target.source_port, target.destination_port) =
             (record.source_port(), record.backend_port());
     }
-    if record.flags() & FlowRecord::IPV6 != 0 {
+    if record.word().is_ipv6() {
         if let Some(addresses) = maps::addresses6(found.record()) {
             // SAFETY: an array's element stays, and it is written before a key leads to the record.
             unsafe {
@@ -238,14 +247,14 @@ pub extern "C" fn nohop_edge_end(record_idx: u64) -> u64 {
     let Some(record) = maps::record(idx) else { return 0 };
     record.add_claims(1);
     // Its own, and this one.
-    if record.claims() != 2 || record.state() == FlowState::None as u8 {
+    if record.claims() != 2 || record.is_none() {
         record.add_claims(-1);
         return 0;
     }
     nohop_edge_remove_key(record_idx, 0);
     nohop_edge_remove_key(record_idx, 1);
     outcomes::nohop_edge_ended(record_idx);
-    record.set_state(FlowState::None as u8);
+    record.clear();
     record.add_claims(-2);
     1
 }
@@ -257,7 +266,7 @@ pub extern "C" fn nohop_edge_insert_key(record_idx: u64, is_back: u64) -> u64 {
     let (idx, is_back) = (record_idx as u32, is_back != 0);
     let Some(record) = maps::record(idx) else { return 0 };
     let flow = FlowRef { record: idx, is_back: is_back.into() };
-    let is_inserted = if record.flags() & FlowRecord::IPV6 != 0 {
+    let is_inserted = if record.word().is_ipv6() {
         key6_of(record, idx, is_back).is_some_and(|key| maps::insert6(&key, flow))
     } else {
         maps::insert4(&key4_of(record, is_back), flow)
@@ -271,7 +280,7 @@ pub extern "C" fn nohop_edge_insert_key(record_idx: u64, is_back: u64) -> u64 {
 pub extern "C" fn nohop_edge_remove_key(record_idx: u64, is_back: u64) -> u64 {
     let (idx, is_back) = (record_idx as u32, is_back != 0);
     let Some(record) = maps::record(idx) else { return 0 };
-    if record.flags() & FlowRecord::IPV6 == 0 {
+    if !record.word().is_ipv6() {
         maps::remove4(&key4_of(record, is_back));
     } else if let Some(key) = key6_of(record, idx, is_back) {
         maps::remove6(&key);
@@ -279,43 +288,54 @@ pub extern "C" fn nohop_edge_remove_key(record_idx: u64, is_back: u64) -> u64 {
     0
 }
 
-/// Claims a record that is free, or whose flow's time is over. Where there is none, and `may_take` says so,
-/// one of a connection that isn't established. Returns one more than its index; 0 for none, or
-/// [`ONLY_PENDING`] where such a one is all that there was.
+/// Claims a record: a free one, or one whose flow's time is over, among the next few; else one whose flow is as
+/// good as over ([`SPENT`]). Where there is neither, and `may_take` says so, one of a flow that may matter still
+/// ([`PENDING`]). Returns one more than its index; 0 for none, or [`ONLY_PENDING`] where such a one is all that
+/// there was.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
-    /// How many records are looked at, from where the last search ended.
+    /// How many records are looked at, from where the last search ended: those that were taken longest ago.
     const N_LOOKED_AT: u64 = 64;
+    /// How many of them in search of a better one than is found already.
+    const N_FOR_FREE: u64 = 8;
     let Some(cursors) = maps::cursors() else { return 0 };
-    let (first, now) = (u64::from(cursors.record), now_ms);
+    let first = u64::from(within(cursors.record));
     // What a round finds is kept in memory, and the place is brought back to the first record where it is
     // looked at: the verifier would follow each round once for each case of the rounds before.
-    cursors.pending = 0;
+    (cursors.spent, cursors.pending) = (0, 0);
     let mut nth = 0;
     while nth < N_LOOKED_AT {
-        let seen = nohop_edge_look_at(first + nth, now);
-        if seen == CLAIMED {
-            cursors.record = within(first + nth + 1);
-            return u64::from(within(first + nth)) + 1;
-        }
+        let seen = nohop_edge_look_at(first + nth, now_ms);
         nth += 1;
+        cursors.record = first + nth;
+        if seen == CLAIMED {
+            return u64::from(within(first + nth - 1)) + 1;
+        }
+        if seen == SPENT {
+            cursors.spent = nth;
+        }
         if seen == PENDING {
             cursors.pending = nth;
         }
+        if nth >= N_FOR_FREE && cursors.spent != 0 {
+            break;
+        }
     }
-    cursors.record = within(first + nth);
-    let pending = cursors.pending;
-    if pending == 0 {
+    let mut place = cursors.spent;
+    if place == 0 {
+        place = cursors.pending;
+        if place != 0 && may_take == 0 {
+            return ONLY_PENDING;
+        }
+    }
+    if place == 0 {
         return 0;
     }
-    if may_take == 0 {
-        return ONLY_PENDING;
-    }
-    let idx = within(first + pending - 1);
+    let idx = within(first + place - 1);
     let Some(record) = maps::record(idx) else { return 0 };
     if nohop_edge_end(idx.into()) != 0 && claim(record) {
-        count(EdgeCounter::Expired);
+        count(EdgeCounter::Taken);
         return u64::from(idx) + 1;
     }
     0
@@ -334,25 +354,31 @@ pub const ONLY_PENDING: u64 = u64::MAX;
 
 /// The record was claimed.
 const CLAIMED: u64 = 1;
-/// It is that of a connection which isn't established, for a while.
+/// It is that of a connection which isn't established, or of UDP, for a while.
 const PENDING: u64 = 2;
+/// It is that of a connection which is closed, or of a datagram that wasn't answered, for a while.
+const SPENT: u64 = 3;
 
-/// Claims a record if it is free or its flow's time is over. Returns [`CLAIMED`], [`PENDING`] or 0.
+/// Claims a record if it is free or its flow's time is over. Returns [`CLAIMED`], [`PENDING`], [`SPENT`] or 0.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
-    /// For how long a connection that isn't established keeps its record in any case, in milliseconds.
-    const GRACE_MS: u32 = 1_000;
+    /// For how long after its last packet a flow keeps its record in any case, in milliseconds: one that is
+    /// closed, for segments that come late or again; one that isn't answered; UDP.
+    const CLOSED_MS: u32 = 2_000;
+    const PENDING_MS: u32 = 1_000;
+    const UDP_MS: u32 = 10_000;
     let idx = within(place);
     let Some(record) = maps::record(idx) else { return 0 };
     if record.claims() != 0 {
-        let state = record.state();
-        let waited_ms = (now_ms as u32).wrapping_sub(record.last_ms());
-        // Another processor's clock may be ahead.
-        let waited_ms = if waited_ms > i32::MAX as u32 { 0 } else { waited_ms };
-        if waited_ms < maps::timeout_ms(state) {
-            let is_old = is_pending(state) && waited_ms >= GRACE_MS;
-            return if is_old { PENDING } else { 0 };
+        let (state, idle_ms) = (record.word().state(), idle_ms(record, now_ms as u32));
+        if idle_ms < maps::timeout_ms(state) {
+            return match state {
+                FlowState::Closed | FlowState::UdpUnanswered if idle_ms >= CLOSED_MS => SPENT,
+                FlowState::SynSent | FlowState::SynReceived if idle_ms >= PENDING_MS => PENDING,
+                FlowState::Udp if idle_ms >= UDP_MS => PENDING,
+                _ => 0,
+            };
         }
         if nohop_edge_end(idx.into()) == 0 {
             return 0;
@@ -360,11 +386,6 @@ extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
         count(EdgeCounter::Expired);
     }
     if claim(record) { CLAIMED } else { 0 }
-}
-
-#[inline(always)]
-fn is_pending(state: u8) -> bool {
-    state == FlowState::SynSent as u8 || state == FlowState::SynReceived as u8
 }
 
 /// Claims a record if it is free.

@@ -30,7 +30,7 @@ mod xdp;
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use lb_common::{EdgeCounter, FlowRecord, FlowState, NoFlow, is_first_syn, parse_ipv4, parse_ipv6};
+use lb_common::{EdgeCounter, FlowState, NoFlow, is_first_syn, parse_ipv4, parse_ipv6};
 
 use crate::flows::{Found, Side};
 use crate::maps::count;
@@ -152,16 +152,24 @@ extern "C" fn nohop_edge_find() -> u64 {
     if !flows::is_of(record, record_idx, packet, is_back) {
         return 0;
     }
-    let flags = record.flags();
-    let mut found = Found::of(record_idx, is_back, flags & FlowRecord::LOCAL != 0);
-    // A client may use its port again, and datagrams go where there still is a backend.
-    let is_over = if record.state() == FlowState::Udp as u8 {
-        !is_back && !maps::is_in_table(record.backend_idx(), record.generation())
-    } else {
-        !is_back && record.state() == FlowState::Closed as u8 && is_first_syn(packet.tcp_flags)
-    };
-    if is_over && packet.is_error == 0 {
-        found = found.over();
+    let word = record.word();
+    let found = Found::of(record_idx, is_back, word.is_local());
+    if is_back || packet.is_error != 0 {
+        return found.0;
     }
-    found.0
+    let is_over = match word.state() {
+        // Datagrams go where there still is a backend.
+        FlowState::Udp | FlowState::UdpUnanswered => {
+            !maps::is_in_table(record.backend_idx(), record.generation())
+        }
+        // A client may use its port again.
+        FlowState::Closed => is_first_syn(packet.tcp_flags),
+        // A SYN that is sent again needn't wait for a backend that others avoid.
+        FlowState::SynSent => {
+            is_first_syn(packet.tcp_flags)
+                && !outcomes::may_answer(record.backend_idx(), record.generation())
+        }
+        _ => false,
+    };
+    if is_over { found.over().0 } else { found.0 }
 }

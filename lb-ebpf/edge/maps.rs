@@ -3,12 +3,15 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
+use core::hint::black_box;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    ANY_PORT, Address, BackendEntry, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES, EdgeControl,
-    EdgeCounter, EdgeCounters, EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef,
-    Frontend, Frontend6, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES,
-    N_EDGE_ACCOUNTS, N_FLOW_STATES, Packet, ServiceRef, ServiceStats, Target, Window,
+    ANY_PORT, Address, BackendEntry, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES,
+    EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter, EdgeCounters, EventKind,
+    FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend,
+    Frontend6, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, N_EDGE_ACCOUNTS,
+    N_FLOW_STATES, Packet, PortCursor, PortPlace, ServiceRef, ServiceStats, Target, Window,
+    has_rested,
 };
 
 use crate::flows::Side;
@@ -17,6 +20,7 @@ use crate::tables::{BACKENDS, control as table_control};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
+const N_BACKENDS: usize = (DEFAULT_MAX_BACKENDS * ENTRIES_PER_BACKEND) as usize;
 const N_RECORDS: usize = DEFAULT_MAX_FLOWS as usize;
 /// How many public addresses, ports and protocols there are at most.
 const N_FRONTENDS: usize = 16_384;
@@ -37,6 +41,8 @@ static EDGE_ADDRESSES6: Array<FlowAddresses6, N_RECORDS, MMAPABLE> = Array::new(
 static EDGE_CONTROL: Array<EdgeControl, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static EDGE_COUNTERS: Array<EdgeCounters, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static EDGE_PORTS: Array<PortCursor, N_BACKENDS, MMAPABLE> = Array::new();
 /// When each account of first packets is full again, in nanoseconds of CLOCK_MONOTONIC.
 #[btf_map]
 static EDGE_ACCOUNTS: Array<u64, { N_EDGE_ACCOUNTS as usize }, MMAPABLE> = Array::new();
@@ -54,10 +60,10 @@ static EDGE_SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 #[repr(C, align(8))]
 pub struct Cursors {
     /// The record that is looked at next.
-    pub record: u32,
-    /// The number of the source port that is tried next.
-    pub port: u32,
-    /// In a search, one more than the place of a connection that isn't established; 0 for none.
+    pub record: u64,
+    /// In a search, one more than the place of a flow that is over, or as good as that; 0 for none.
+    pub spent: u64,
+    /// Likewise of a connection that isn't established, or UDP that rests.
     pub pending: u64,
 }
 
@@ -104,7 +110,7 @@ pub fn side4(address: u32) -> Side {
     let Some(control) = EDGE_CONTROL.get_ptr(0) else { return Side::None };
     let mut idx = 0;
     while idx < MAX_EDGE_NETWORKS {
-        let [network, mask] = control_word!(control.networks[idx]);
+        let [network, mask] = control_word!(control.settings.networks[idx]);
         if address & mask == network {
             return Side::Vip;
         }
@@ -112,7 +118,7 @@ pub fn side4(address: u32) -> Side {
     }
     let mut idx = 0;
     while idx < MAX_EDGE_SOURCES {
-        if address == control_word!(control.sources[idx]) {
+        if address == control_word!(control.settings.sources[idx]) {
             return Side::Source;
         }
         idx += 1;
@@ -126,7 +132,7 @@ pub fn side6(high: u64, low: u64) -> Side {
     let Some(control) = EDGE_CONTROL.get_ptr(0) else { return Side::None };
     let mut idx = 0;
     while idx < MAX_EDGE_NETWORKS {
-        let [network, mask] = control_word!(control.networks6[idx]);
+        let [network, mask] = control_word!(control.settings.networks6[idx]);
         if high & mask == network {
             return Side::Vip;
         }
@@ -134,12 +140,26 @@ pub fn side6(high: u64, low: u64) -> Side {
     }
     let mut idx = 0;
     while idx < MAX_EDGE_SOURCES {
-        if [high, low] == control_word!(control.sources6[idx]).words() {
+        if [high, low] == control_word!(control.settings.sources6[idx]).words() {
             return Side::Source;
         }
         idx += 1;
     }
     Side::None
+}
+
+/// Whether flows may begin: not while connections are only counted, nor after a daemon of another version has
+/// run that doesn't keep the frontends.
+#[inline(always)]
+pub fn may_begin() -> bool {
+    use lb_common::ControlWords as _;
+    let (Some(daemon), Some(control)) = (table_control(), EDGE_CONTROL.get_ptr(0)) else {
+        return false;
+    };
+    // A daemon that stops takes its heartbeat back, not when its table was right.
+    let last_ns = daemon.heartbeat_ns().max(daemon.table_ns());
+    let kept_ns = control_word!(control.settings.heartbeat_ns);
+    !daemon.is_shadow() && last_ns < kept_ns.saturating_add(EDGE_HEARTBEAT_NS)
 }
 
 /// Whether flows go to backends on this host.
@@ -160,14 +180,16 @@ pub fn set_local() {
 /// The number of records.
 #[inline(always)]
 pub fn n_records() -> u32 {
-    EDGE_CONTROL.get_ptr(0).map_or(0, |control| control_word!(control.n_records))
+    EDGE_CONTROL.get_ptr(0).map_or(0, |control| control_word!(control.settings.n_records))
 }
 
-/// See [`EdgeControl::timeouts_ms`].
+/// After how long without a packet a flow of this state ends, in milliseconds.
 #[inline(always)]
-pub fn timeout_ms(state: u8) -> u32 {
+pub fn timeout_ms(state: FlowState) -> u32 {
     let state = state as usize & (N_FLOW_STATES - 1);
-    EDGE_CONTROL.get_ptr(0).map_or(u32::MAX, |control| control_word!(control.timeouts_ms[state]))
+    EDGE_CONTROL
+        .get_ptr(0)
+        .map_or(u32::MAX, |control| control_word!(control.settings.timeouts_ms[state]))
 }
 
 /// A source address.
@@ -182,11 +204,12 @@ pub enum Source {
 #[inline(always)]
 pub fn source(is_ipv6: bool, nth: u32) -> Option<Source> {
     let control = EDGE_CONTROL.get_ptr(0)?;
-    let nth = (nth & (MAX_EDGE_SOURCES as u32 - 1)) as usize;
+    // The compiler may know that the mask changes nothing, but the verifier doesn't.
+    let nth = (black_box(nth) & (MAX_EDGE_SOURCES as u32 - 1)) as usize;
     Some(match is_ipv6 {
         // SAFETY: an array's element stays, and the index is within the field.
-        true => Source::V6(unsafe { &raw const (*control).sources6[nth] }),
-        false => Source::V4(control_word!(control.sources[nth])),
+        true => Source::V6(unsafe { &raw const (*control).settings.sources6[nth] }),
+        false => Source::V4(control_word!(control.settings.sources[nth])),
     })
 }
 
@@ -194,7 +217,40 @@ pub fn source(is_ipv6: bool, nth: u32) -> Option<Source> {
 #[inline(always)]
 pub fn n_sources(is_ipv6: bool) -> u32 {
     let Some(control) = EDGE_CONTROL.get_ptr(0) else { return 0 };
-    if is_ipv6 { control_word!(control.n_sources6) } else { control_word!(control.n_sources) }
+    if is_ipv6 {
+        control_word!(control.settings.n_sources6)
+    } else {
+        control_word!(control.settings.n_sources)
+    }
+}
+
+/// The place of the source address and port that a flow to a backend tries, the nth of them; `None` while the
+/// next block of ports rests. Two processors that get the same one find that by its key.
+#[inline(always)]
+pub fn next_port(backend_idx: u32, n_sources: u32, nth: u32, now_ms: u32) -> Option<PortPlace> {
+    let cursor = EDGE_PORTS.get_ptr_mut(backend_idx)?;
+    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because other processors
+    // write it.
+    let last = unsafe { (&raw const (*cursor).last).read_volatile() };
+    let before = PortPlace::of(last, n_sources);
+    let next = PortPlace::of(before.place + 1 + PortPlace::step(nth), n_sources);
+    let left_ms = |block: u32| {
+        // SAFETY: the field has as many words, but for the last one, which is `last`. The mask is for the
+        // verifier.
+        unsafe { (&raw mut (*cursor).left_ms).cast::<u32>().add(black_box(block) as usize & 15) }
+    };
+    if next.block != before.block {
+        // SAFETY: as above.
+        unsafe {
+            if !has_rested(left_ms(next.block).read_volatile(), now_ms) {
+                return None;
+            }
+            left_ms(before.block).write_volatile(if now_ms == 0 { 1 } else { now_ms });
+        }
+    }
+    // SAFETY: as above.
+    unsafe { (&raw mut (*cursor).last).write_volatile(next.place) };
+    Some(next)
 }
 
 /// An account of first packets, by a hash.
@@ -351,12 +407,19 @@ macro_rules! address {
 /// See the fields of [`FlowRecord`].
 impl RecordPtr {
     field!(claims, u32);
-    field!(state, u8, set_state);
-    field!(protocol, u8);
-    field!(flags, u8, set_flags);
+
+    /// What it is, by one load.
+    #[inline(always)]
+    pub fn word(self) -> FlowWord {
+        // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because other
+        // processors write it.
+        zerocopy::transmute!(unsafe { (&raw const (*self.0).word).cast::<u32>().read_volatile() })
+    }
+
     field!(backend_idx, u32);
     field!(generation, u32);
     field!(last_ms, u32, set_last_ms);
+    field!(begun_ms, u32);
     field!(client_port, u16);
     field!(vip_port, u16);
     field!(backend_port, u16);
@@ -375,6 +438,70 @@ impl RecordPtr {
             let claims = &raw mut (*self.0).claims;
             atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(claims, n.cast_unsigned());
         }
+    }
+
+    /// Whether the flow has come to be over, or isn't one yet.
+    #[inline(always)]
+    pub fn is_none(self) -> bool {
+        // SAFETY: an array's element stays, and this is a field of it.
+        unsafe { (&raw const (*self.0).word.client).read_volatile() == 0 }
+    }
+
+    /// Makes it no flow's.
+    #[inline(always)]
+    pub fn clear(self) {
+        // SAFETY: as above. Who claimed it alone does.
+        unsafe { (&raw mut (*self.0).word.client).write_volatile(0) };
+    }
+
+    /// Makes it a flow's: the last step.
+    #[inline(always)]
+    pub fn begin(self) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.0).word.client).write_volatile(FlowWord::FIRST) };
+    }
+
+    /// Sets what a side has shown.
+    #[inline(always)]
+    pub fn set_shown(self, is_back: bool, shown: u8) {
+        // SAFETY: as above; a byte of its own.
+        unsafe {
+            let word = &raw mut (*self.0).word;
+            if is_back {
+                (&raw mut (*word).backend).write_volatile(shown);
+            } else {
+                (&raw mut (*word).client).write_volatile(shown);
+            }
+        }
+    }
+
+    /// Sets the flags. Who claimed it alone does.
+    #[inline(always)]
+    pub fn set_flags(self, flags: u8) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.0).word.flags).write_volatile(flags) };
+    }
+
+    /// When its SYN was sent on, while it is pending, in microseconds.
+    #[inline(always)]
+    pub fn sent_us(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { ((&raw const (*self.0).bytes).read_volatile() >> 32) as u32 }
+    }
+
+    /// Has its bytes be bytes alone: see [`FlowRecord::bytes`].
+    #[inline(always)]
+    pub fn clear_sent_us(self) {
+        let upper = if cfg!(target_endian = "little") { 1 } else { 0 };
+        // SAFETY: as above: half of an aligned word, which others add to whole.
+        unsafe { (&raw mut (*self.0).bytes).cast::<u32>().add(upper).write_volatile(0) };
+    }
+
+    /// The packets of both directions.
+    #[inline(always)]
+    pub fn packets(self) -> u64 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).packets).read_volatile() }
     }
 
     /// Adds a packet.
@@ -423,17 +550,18 @@ impl RecordPtr {
         }
     }
 
-    /// Sets that it begins now.
+    /// Sets that it begins now. `sent_us` is 0 where it is never pending.
     #[inline(always)]
-    pub fn set_begun(self, protocol: u8, flags: u8, now_ms: u32) {
+    pub fn set_begun(self, protocol: u8, flags: u8, now_ms: u32, sent_us: u32) {
         // SAFETY: as above.
         unsafe {
-            (&raw mut (*self.0).protocol).write_volatile(protocol);
-            (&raw mut (*self.0).flags).write_volatile(flags);
+            (&raw mut (*self.0).word.backend).write_volatile(0);
+            (&raw mut (*self.0).word.protocol).write_volatile(protocol);
+            (&raw mut (*self.0).word.flags).write_volatile(flags);
             (&raw mut (*self.0).begun_ms).write_volatile(now_ms);
             (&raw mut (*self.0).last_ms).write_volatile(now_ms);
             (&raw mut (*self.0).packets).write_volatile(0);
-            (&raw mut (*self.0).bytes).write_volatile(0);
+            (&raw mut (*self.0).bytes).write_volatile(u64::from(sent_us) << 32);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! flight or pending, and what ejects.
 
 use lb_common::{
-    BackendEntry, BackendWords as _, EjectionWord, FlowRecord, FlowState, IPPROTO_TCP, Sign,
+    BackendEntry, BackendWords as _, EjectionWord, FlowWord, IPPROTO_TCP, Sign, peak_average_us,
 };
 
 use crate::choice::Kernel;
@@ -45,75 +45,112 @@ fn add(backend: BackendPtr, in_flight: i32, pending: i32) {
     }
 }
 
+/// Whether a backend may still answer a SYN: it is in the table, and neither ejected nor silent.
+#[inline(always)]
+pub fn may_answer(backend_idx: u32, generation: u32) -> bool {
+    maps::is_in_table(backend_idx, generation)
+        && Kernel.state_of(backend_idx, Kernel.now_ns(), false).is_sound()
+}
+
+/// The flags of a TCP flow to a backend that is about to begin with its SYN.
+#[inline(always)]
+pub fn flags_of(backend: BackendPtr) -> u8 {
+    let trial = if backend.ejection().is_claimed() { FlowWord::TRIAL } else { 0 };
+    FlowWord::IN_FLIGHT | FlowWord::PENDING | trial
+}
+
 /// A TCP flow has begun with its SYN.
 #[inline(always)]
 pub fn begun(record: RecordPtr) {
     let Some(backend) = backend_of(record) else { return };
-    let mut flags = record.flags() | FlowRecord::IN_FLIGHT | FlowRecord::PENDING;
-    let ejection = backend.ejection();
-    if ejection.is_claimed()
+    if record.word().flags & FlowWord::TRIAL != 0
         && let Some(limits) = maps::limits()
     {
-        let now_ns = Kernel.now_ns();
+        let (ejection, now_ns) = (backend.ejection(), Kernel.now_ns());
         backend.set_ejection(EjectionWord::of(ejection.at(now_ns).begin_trial(now_ns, &limits)));
-        flags |= FlowRecord::TRIAL;
     }
-    record.set_flags(flags);
     if backend.pending() <= 0 || backend.unanswered_since_us() == 0 {
         store!(backend.unanswered_since_us = now_us());
     }
     add(backend, 1, 1);
 }
 
-/// A TCP flow's state or flags change. Returns nothing of use.
+/// Has what is counted of a backend's connections be what it is to be by the state of a TCP flow, and keeps what
+/// that shows of the backend. Where another processor does so, or ends the flow, that is left to it, or to the
+/// flow's next packet, or to its end. Returns nothing of use.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn nohop_edge_change(record_idx: u64, how: u64) -> u64 {
+pub extern "C" fn nohop_edge_settle(record_idx: u64) -> u64 {
     let Some(record) = maps::record(record_idx as u32) else { return 0 };
-    let (state, next, is_back) = (how as u8, (how >> 8) as u8, how >> 24 & 1 != 0);
-    let mut flags = (how >> 16) as u8;
-    let backend = backend_of(record);
-    let is_closed = next == FlowState::Closed as u8 && state != FlowState::Closed as u8;
+    record.add_claims(1);
+    // The flow's own, and this one.
+    if record.claims() == 2 {
+        settle(record, record_idx as u32);
+    }
+    record.add_claims(-1);
+    0
+}
+
+#[inline(always)]
+fn settle(record: RecordPtr, record_idx: u32) {
+    let word = record.word();
+    let (mut flags, backend) = (word.flags, backend_of(record));
+    if word.client == 0 {
+        return;
+    }
+    let (is_open, is_answered) = (word.is_open(), word.backend & FlowWord::FIRST != 0);
     let mut sign = None;
     let (mut in_flight, mut pending) = (0, 0);
-    if flags & FlowRecord::PENDING != 0 && next != FlowState::SynSent as u8 {
-        flags &= !FlowRecord::PENDING;
+    if flags & FlowWord::PENDING != 0 && (is_answered || !is_open) {
+        flags &= !FlowWord::PENDING;
         pending = -1;
         if let Some(backend) = backend
-            && is_back
+            && word.backend != 0
         {
             store!(backend.unanswered_since_us = 0);
+            // Of a SYN that was sent again it isn't known which one was answered (Karn's algorithm).
+            if is_answered && record.packets() == 2 {
+                let connect_us = now_us().wrapping_sub(record.sent_us());
+                if connect_us <= i32::MAX as u32 {
+                    store!(
+                        backend.connect_us =
+                            peak_average_us(backend.connect_us(), connect_us.max(1))
+                    );
+                }
+            }
         }
-        sign = match (is_closed, is_back) {
-            (false, _) => Some(Sign::Answered),
-            (true, true) => Some(Sign::Refused),
-            (true, false) => (flags & FlowRecord::TRIAL != 0).then_some(Sign::TrialAborted),
+        record.clear_sent_us();
+        sign = if is_answered {
+            Some(Sign::Answered)
+        } else if word.backend & FlowWord::RST != 0 {
+            Some(Sign::Refused)
+        } else {
+            (flags & FlowWord::TRIAL != 0).then_some(Sign::TrialAborted)
         };
-    } else if is_closed {
-        // A RST before the client's FIN, or the end in order.
-        const FINS: u8 = FlowRecord::CLIENT_FIN | FlowRecord::BACKEND_FIN;
-        sign = match flags & FINS {
-            0 if is_back => Some(Sign::Reset),
-            FINS => Some(Sign::Closed),
-            _ => None,
+    } else if !is_open && flags & FlowWord::IN_FLIGHT != 0 {
+        // A RST before any FIN, or the end in order.
+        let (either, both) = (word.client | word.backend, word.client & word.backend);
+        sign = if both & FlowWord::FIN != 0 {
+            Some(Sign::Closed)
+        } else {
+            let is_reset = either & FlowWord::FIN == 0 && word.backend & FlowWord::RST != 0;
+            is_reset.then_some(Sign::Reset)
         };
     }
-    if is_closed && flags & FlowRecord::IN_FLIGHT != 0 {
-        flags &= !FlowRecord::IN_FLIGHT;
-        in_flight = -1;
+    if is_open != (flags & FlowWord::IN_FLIGHT != 0) {
+        flags ^= FlowWord::IN_FLIGHT;
+        in_flight = if is_open { 1 } else { -1 };
     }
     record.set_flags(flags);
-    record.set_state(next);
     if let Some(backend) = backend {
         add(backend, in_flight, pending);
     }
     if let Some(sign) = sign {
         if sign == Sign::Refused {
-            count_failure(record, record_idx as u32);
+            count_failure(record, record_idx);
         }
-        defer(record_idx as u32, sign);
+        defer(record_idx, sign);
     }
-    0
 }
 
 /// Has a sign applied by [`apply`]: not here, as the stacks of all that leads here together have 512 bytes.
@@ -140,9 +177,9 @@ pub fn apply() {
 #[unsafe(no_mangle)]
 pub extern "C" fn nohop_edge_ended(record_idx: u64) -> u64 {
     let Some(record) = maps::record(record_idx as u32) else { return 0 };
-    let flags = record.flags();
-    let is_pending = flags & FlowRecord::PENDING != 0;
-    let in_flight = if flags & FlowRecord::IN_FLIGHT != 0 { -1 } else { 0 };
+    let flags = record.word().flags;
+    let is_pending = flags & FlowWord::PENDING != 0;
+    let in_flight = if flags & FlowWord::IN_FLIGHT != 0 { -1 } else { 0 };
     if let Some(backend) = backend_of(record) {
         add(backend, in_flight, if is_pending { -1 } else { 0 });
     }
@@ -151,14 +188,14 @@ pub extern "C" fn nohop_edge_ended(record_idx: u64) -> u64 {
         count_failure(record, record_idx as u32);
         defer(record_idx as u32, Sign::Failed);
     }
-    record.set_flags(flags & !(FlowRecord::PENDING | FlowRecord::IN_FLIGHT));
+    record.set_flags(flags & !(FlowWord::PENDING | FlowWord::IN_FLIGHT));
     0
 }
 
 /// The service that a flow's VIP leads to now.
 #[inline(always)]
 fn service_of(record: RecordPtr, record_idx: u32) -> Option<u32> {
-    let is_ipv6 = record.flags() & FlowRecord::IPV6 != 0;
+    let is_ipv6 = record.word().is_ipv6();
     let vip = match is_ipv6 {
         // SAFETY: an array's element stays, and it is written before a key leads to the record.
         true => unsafe { (&raw const (*maps::addresses6(record_idx)?).vip).read_volatile() },
@@ -207,7 +244,7 @@ extern "C" fn nohop_edge_sign(record_idx: u64, sign: u64) -> u64 {
 
 /// The low 32 bits of CLOCK_MONOTONIC in microseconds; 1 for 0, which is no time.
 #[inline(always)]
-fn now_us() -> u32 {
+pub fn now_us() -> u32 {
     let now_us = (Kernel.now_ns() / 1_000) as u32;
     if now_us == 0 { 1 } else { now_us }
 }

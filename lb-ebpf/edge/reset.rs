@@ -1,8 +1,8 @@
-//! The RST that answers a packet of no flow, by the interface that it came by.
+//! The RST that answers a packet of no flow, by the interface that it came by; and whether a SYN's checksum is right.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail};
-use lb_common::{checksum_offset, make_reset};
+use lb_common::{IPPROTO_TCP, WINDOW_LEN, checksum_offset, is_checksum_right, make_reset};
 use zerocopy::IntoBytes as _;
 
 use crate::maps;
@@ -13,6 +13,23 @@ use crate::skb::{IP, Skb};
 #[unsafe(no_mangle)]
 pub extern "C" fn nohop_edge_reset(ctx: *mut __sk_buff) -> u64 {
     send(&Skb(ctx)).unwrap_or(TC_ACT_SHOT as u64)
+}
+
+/// Whether the packet that was read may be answered: a SYN whose checksum is wrong isn't, and anyone could have a
+/// backend ejected for its silence. One with so much data that it isn't whole in the window is taken for right.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_is_sound(ctx: *mut __sk_buff) -> u64 {
+    let Some(scratch) = maps::scratch() else { return 0 };
+    let packet = &scratch.packet;
+    if packet.protocol != IPPROTO_TCP
+        || packet.len > WINDOW_LEN as u32
+        || is_checksum_right(&scratch.window, packet)
+    {
+        return 1;
+    }
+    // One that the network card is to complete.
+    is_partial(&Skb(ctx), IP + packet.l4 + checksum_offset(IPPROTO_TCP)).unwrap_or(false).into()
 }
 
 #[inline(always)]

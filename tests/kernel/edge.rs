@@ -4,7 +4,9 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions, EdgeTimeouts};
+use aya::maps::{Array, Map, MapData};
+use lb_common::EdgeControl;
+use lb_userspace::datapath::{Datapath, EdgeFlow, EdgeFlowState, EdgeOptions, EdgeTimeouts};
 use lb_userspace::table::{Protocols, Service};
 
 use crate::fixture::{Place, VIP, service, table};
@@ -19,7 +21,9 @@ const EDGE_OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 pub const PUBLIC: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 pub const SOURCE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 pub const BACKEND: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
-const PORT: u16 = 8_080;
+/// No host has it.
+pub const SILENT: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 9);
+pub const PORT: u16 = 8_080;
 
 /// The network of a trial. This thread's namespace is the edge's.
 pub struct Network {
@@ -30,45 +34,52 @@ pub struct Network {
 impl Network {
     pub fn new() -> Network {
         let network = Network { client: Container::start(), backend: Container::start() };
-        let Network { client, backend } = &network;
-        ip(&format!("link add out type veth peer name v1 netns {}", client.tid));
-        ip(&format!("link add in type veth peer name v1 netns {}", backend.tid));
-        for (device, address) in [
-            ("out", "198.51.100.1/24"),
-            ("out", "fd51::1/64"),
-            ("in", "10.7.0.1/24"),
-            ("in", "fd07::1/64"),
-        ] {
-            let nodad = if address.contains(':') { " nodad" } else { "" };
-            ip(&format!("addr add {address} dev {device}{nodad}"));
-        }
-        for device in ["out", "in"] {
-            ip(&format!("link set {device} up"));
-            for family in ["ipv4", "ipv6"] {
-                let forwarding = format!("/proc/sys/net/{family}/conf/{device}/forwarding");
-                std::fs::write(forwarding, "1").unwrap();
-            }
-        }
-        client.run(|| {
+        network.add_out();
+        network.add_in();
+        network
+    }
+
+    /// The interface to the client.
+    fn add_out(&self) {
+        self.client.add("out", ["198.51.100.1/24", "fd51::1/64"]);
+        self.client.run(|| {
             ip("addr add 198.51.100.2/24 dev v1");
             ip("addr add fd51::2/64 dev v1 nodad");
             ip("link set v1 up");
             ip("route add 203.0.113.0/24 via 198.51.100.1");
             ip("route add fd99::/64 via fd51::1");
         });
-        // It has no way to the client but by the edge's own address.
-        backend.run(|| {
+    }
+
+    /// The interface to the backend, which has no way to the client but by the edge's own address.
+    pub fn add_in(&self) {
+        self.backend.add("in", ["10.7.0.1/24", "fd07::1/64"]);
+        self.backend.run(|| {
             ip("addr add 10.7.0.2/24 dev v1");
             ip("addr add fd07::2/64 dev v1 nodad");
             ip("link set v1 up");
         });
-        network
+    }
+}
+
+impl Container {
+    /// Adds an interface of the edge, to this one's `v1`.
+    fn add(&self, device: &str, [v4, v6]: [&str; 2]) {
+        ip(&format!("link add {device} type veth peer name v1 netns {}", self.tid));
+        ip(&format!("addr add {v4} dev {device}"));
+        ip(&format!("addr add {v6} dev {device} nodad"));
+        ip(&format!("link set {device} up"));
+        for family in ["ipv4", "ipv6"] {
+            let forwarding = format!("/proc/sys/net/{family}/conf/{device}/forwarding");
+            std::fs::write(forwarding, "1").unwrap();
+        }
     }
 }
 
 pub fn options() -> EdgeOptions {
     EdgeOptions {
         interfaces: vec!["out".to_owned(), "in".to_owned()],
+        networks: ["203.0.113.0/24", "fd99::/64"].map(|it| it.parse().unwrap()).into(),
         sources: vec![SOURCE.into(), "fd07::1".parse().unwrap()],
         max_flows: 1_024,
         timeouts: EdgeTimeouts::default(),
@@ -99,8 +110,12 @@ pub fn place() -> Place {
 
 /// A datapath whose edge serves `services`.
 pub fn serve(place: &Place, services: Vec<Service>) -> Datapath {
+    serve_with(place, services, options())
+}
+
+pub fn serve_with(place: &Place, services: Vec<Service>, options: EdgeOptions) -> Datapath {
     let mut datapath = place.start();
-    datapath.configure_edge(Some(options()));
+    datapath.configure_edge(Some(options));
     apply(&mut datapath, services);
     datapath
 }
@@ -118,46 +133,57 @@ pub fn count(datapath: &Datapath, name: &str) -> u64 {
     counts.iter().find(|(named, _)| *named == name).unwrap_or_else(|| panic!("no {name}")).1
 }
 
+/// The flows through an edge.
+pub fn flows(datapath: &Datapath) -> Vec<EdgeFlow> {
+    datapath.edge_flow_reader().unwrap().flows()
+}
+
 /// What a backend sends: its letter, who it saw, and what it got. It serves one connection after the other, until one
 /// without data.
 pub fn start_server(container: &Container, address: IpAddr, letter: char) {
-    container.run(move || {
-        let listener = TcpListener::bind((address, PORT)).unwrap();
-        let socket = UdpSocket::bind((address, PORT)).unwrap();
-        std::thread::spawn(move || {
-            loop {
-                let (mut stream, peer) = listener.accept().unwrap();
-                let mut request = Vec::new();
-                stream.read_to_end(&mut request).unwrap();
-                if request.is_empty() {
-                    break;
-                }
-                let answer = format!("{letter} {} {}", peer.ip(), request.len());
-                stream.write_all(answer.as_bytes()).unwrap();
-                stream.write_all(&request).unwrap();
+    container.run(move || start_server_here(address, letter));
+}
+
+/// The same in this thread's network namespace.
+pub fn start_server_here(address: IpAddr, letter: char) {
+    let listener = TcpListener::bind((address, PORT)).unwrap();
+    let socket = UdpSocket::bind((address, PORT)).unwrap();
+    std::thread::spawn(move || {
+        loop {
+            let (mut stream, peer) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            stream.read_to_end(&mut request).unwrap();
+            if request.is_empty() {
+                break;
             }
-        });
-        std::thread::spawn(move || {
-            let mut message = [0; 2_048];
-            loop {
-                let (len, peer) = socket.recv_from(&mut message).unwrap();
-                if len == 0 {
-                    break;
-                }
-                let answer = format!("{letter} {} {len}", peer.ip());
-                socket.send_to(answer.as_bytes(), peer).unwrap();
+            let answer = format!("{letter} {} {}", peer.ip(), request.len());
+            stream.write_all(answer.as_bytes()).unwrap();
+            stream.write_all(&request).unwrap();
+        }
+    });
+    std::thread::spawn(move || {
+        let mut message = [0; 2_048];
+        loop {
+            let (len, peer) = socket.recv_from(&mut message).unwrap();
+            if len == 0 {
+                break;
             }
-        });
+            let answer = format!("{letter} {} {len}", peer.ip());
+            socket.send_to(answer.as_bytes(), peer).unwrap();
+        }
     });
 }
 
 /// Ends the server's threads.
 pub fn stop_server(container: &Container, address: IpAddr) {
-    container.run(move || {
-        drop(TcpStream::connect((address, PORT)).unwrap());
-        let socket = UdpSocket::bind((address, 0)).unwrap();
-        socket.send_to(b"", (address, PORT)).unwrap();
-    });
+    container.run(move || stop_server_here(address));
+}
+
+/// The same in this thread's network namespace.
+pub fn stop_server_here(address: IpAddr) {
+    drop(TcpStream::connect((address, PORT)).unwrap());
+    let socket = UdpSocket::bind((address, 0)).unwrap();
+    socket.send_to(b"", (address, PORT)).unwrap();
 }
 
 /// Sends a request and reads the answer.
@@ -210,7 +236,7 @@ pub fn clients_reach_backends() {
                 assert_eq!(answer.unwrap(), format!("A {source} {len}"));
             }
             let flows: Vec<_> =
-                datapath.edge_flows().into_iter().filter(|flow| flow.vip == vip).collect();
+                flows(&datapath).into_iter().filter(|flow| flow.vip == vip).collect();
             assert_eq!(flows.len(), 5, "{flows:?}");
             for flow in &flows {
                 assert_eq!(flow.service.as_deref(), Some("web"));
@@ -272,11 +298,7 @@ pub fn what_is_of_no_flow() {
         let stream = network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
         datapath.sweep_edge_after(Duration::from_secs(7_200));
         assert_eq!(
-            datapath
-                .edge_flows()
-                .iter()
-                .filter(|flow| flow.state == EdgeFlowState::Established)
-                .count(),
+            flows(&datapath).iter().filter(|flow| flow.state == EdgeFlowState::Established).count(),
             0
         );
         let reset = network.client.run(move || {
@@ -321,7 +343,7 @@ pub fn what_is_the_hosts() {
             std::thread::yield_now();
         }
         assert_eq!(count(&datapath, "fragment"), 3);
-        assert_eq!(datapath.edge_flows(), []);
+        assert_eq!(flows(&datapath), []);
     });
 }
 
@@ -342,7 +364,7 @@ pub fn flows_outlive_the_daemon() {
         let answer = network.client.run(move || ask(CLIENT.into(), vip, b"b"));
         assert_eq!(answer.unwrap(), format!("A {SOURCE} 1"), "before its first table");
         apply(&mut datapath, vec![web()]);
-        assert_eq!(datapath.edge_flows().len(), 3);
+        assert_eq!(flows(&datapath).len(), 3);
         let answer = network.client.run(move || {
             let mut stream = stream;
             stream.write_all(b"late").unwrap();
@@ -361,5 +383,193 @@ pub fn flows_outlive_the_daemon() {
         assert_ne!(gone, ErrorKind::ConnectionRefused);
         assert!(!place.pin("v3/maps/EDGE_FLOWS").exists());
         stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// A VIP whose service has gone: its connections go on, and new ones are refused by the edge, not by the host.
+pub fn a_service_goes() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let mut datapath = serve(&place, vec![web()]);
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let stream = network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
+        apply(&mut datapath, vec![]);
+        let (kind, answer) = network.client.run(move || {
+            let mut stream = stream;
+            stream.set_read_timeout(Some(LONG)).unwrap();
+            let kind = TcpStream::connect_timeout(&vip, LONG).unwrap_err().kind();
+            stream.write_all(b"more").unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut answer = String::new();
+            (kind, stream.read_to_string(&mut answer).map(|_| answer))
+        });
+        assert_eq!(answer.unwrap(), format!("A {SOURCE} 4more"));
+        assert_eq!(kind, ErrorKind::ConnectionRefused);
+        assert_eq!(count(&datapath, "no_backend"), 1);
+        // Another daemon doesn't know that it had a service, but by the map.
+        drop(datapath);
+        let mut datapath = place.start();
+        datapath.configure_edge(Some(options()));
+        apply(&mut datapath, vec![]);
+        let refused =
+            network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap_err().kind());
+        assert_eq!(refused, ErrorKind::ConnectionRefused);
+        assert_eq!(count(&datapath, "no_backend"), 2);
+        apply(&mut datapath, vec![web()]);
+        let answer = network.client.run(move || request(vip, b"?"));
+        assert_eq!(answer.unwrap(), format!("A {SOURCE} 1"));
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// Datagrams of a flow go to another backend once theirs has left.
+pub fn udp_moves() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let other = Ipv4Addr::new(10, 7, 0, 3);
+        network.backend.run(|| ip("addr add 10.7.0.3/24 dev v1"));
+        start_server(&network.backend, BACKEND.into(), 'A');
+        start_server(&network.backend, other.into(), 'B');
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let by = |backend: Ipv4Addr| vec![public("web", &[(backend, PORT).into()], &[vip])];
+        let mut datapath = serve(&place, by(BACKEND));
+        let socket = network.client.run(move || {
+            let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+            socket.set_read_timeout(Some(LONG)).unwrap();
+            socket.connect(vip).unwrap();
+            socket
+        });
+        let asked = |socket: &UdpSocket| {
+            let mut answer = [0; 64];
+            socket.send(b"?").unwrap();
+            let len = socket.recv(&mut answer).unwrap();
+            String::from_utf8_lossy(&answer[..len]).into_owned()
+        };
+        assert_eq!(asked(&socket), format!("A {SOURCE} 1"));
+        apply(&mut datapath, by(other));
+        assert_eq!(asked(&socket), format!("B {SOURCE} 1"));
+        assert_eq!(flows(&datapath).len(), 1);
+        stop_server(&network.backend, BACKEND.into());
+        stop_server(&network.backend, other.into());
+    });
+}
+
+/// A client whose port is in use by flows to two VIPs at once, and one that uses its port again.
+pub fn clients_reuse_ports() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vips = [10, 11].map(|last| SocketAddr::from(([203, 0, 113, last], 80)));
+        let datapath = serve(&place, vec![public("web", &[(BACKEND, PORT).into()], &vips)]);
+        let listener = network.backend.run(|| TcpListener::bind((BACKEND, PORT)).unwrap());
+        for _ in 0..3 {
+            network.client.run(move || {
+                let stream = crate::edge_room::bound_stream((CLIENT, 7_008), vips[0]);
+                // It ends with a RST, so the port is free at once.
+                crate::edge_room::reset(stream);
+            });
+        }
+        assert_eq!((count(&datapath, "flows_begun"), flows(&datapath).len()), (3, 1));
+        drop(listener);
+
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let answers = network.client.run(move || {
+            let socket = UdpSocket::bind((CLIENT, 7_007)).unwrap();
+            socket.set_read_timeout(Some(LONG)).unwrap();
+            vips.map(|vip| {
+                socket.send_to(b"?", vip).unwrap();
+                let (len, from) = socket.recv_from(&mut [0; 64]).unwrap();
+                (from == vip, len)
+            })
+        });
+        assert_eq!(answers, [(true, format!("A {SOURCE} 1").len()); 2]);
+        assert_eq!(flows(&datapath).len(), 3);
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// A backend on the edge's own host sees the client's own address.
+pub fn a_backend_is_here() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let datapath = serve(&place, vec![public("web", &[(SOURCE, PORT).into()], &[vip])]);
+        start_server_here(SOURCE.into(), 'E');
+        for len in [1usize, 100_000] {
+            let answer = network.client.run(move || request(vip, &vec![7; len]));
+            assert_eq!(answer.unwrap(), format!("E {CLIENT} {len}"));
+        }
+        let answer = network.client.run(move || ask(CLIENT.into(), vip, b"?"));
+        assert_eq!(answer.unwrap(), format!("E {CLIENT} 1"));
+        assert_eq!(count(&datapath, "flows_begun"), 3);
+        stop_server_here(SOURCE.into());
+    });
+}
+
+/// Reverse-path filters, and an interface that goes and comes.
+pub fn interfaces_change() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let mut datapath = serve(&place, vec![web()]);
+        for name in ["all", "out", "in"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"), "1").unwrap();
+        }
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let answer = |network: &Network| {
+            network.client.run(move || request(vip, b"?")).map_err(|error| error.kind())
+        };
+        let expected = format!("A {SOURCE} 1");
+        assert_eq!(answer(&network), Ok(expected.clone()));
+        ip("link del in");
+        datapath.fix();
+        let modes = |datapath: &Datapath| {
+            let interfaces = datapath.edge_status().unwrap().interfaces;
+            interfaces.into_iter().map(|one| (one.name, one.mode.is_some())).collect::<Vec<_>>()
+        };
+        assert_eq!(modes(&datapath), [("out".to_owned(), true), ("in".to_owned(), false)]);
+        network.add_in();
+        datapath.fix();
+        assert_eq!(modes(&datapath), [("out".to_owned(), true), ("in".to_owned(), true)]);
+        assert_eq!(answer(&network), Ok(expected));
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// While connections are only counted, and after a daemon of another version has run, which doesn't keep the frontends,
+/// no flow begins; those that there are go on.
+pub fn no_flow_begins() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let mut datapath = serve(&place, vec![web()]);
+        let listener = network.backend.run(|| TcpListener::bind((BACKEND, PORT)).unwrap());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let mut stream =
+            network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
+        let (mut accepted, _) = listener.accept().unwrap();
+        accepted.set_read_timeout(Some(LONG)).unwrap();
+        // The host has no route to the VIP.
+        let passes = |network: &Network| {
+            let connected =
+                network.client.run(move || TcpStream::connect_timeout(&vip, LONG).map(drop));
+            connected.is_err_and(|error| error.kind() == ErrorKind::NetworkUnreachable)
+        };
+        datapath.set_shadow(true);
+        assert!(passes(&network));
+        datapath.set_shadow(false);
+        assert!(!passes(&network));
+        datapath.heartbeat(None);
+        const LEN: usize = size_of::<EdgeControl>();
+        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_CONTROL")).unwrap();
+        let mut map: Array<_, [u8; LEN]> = Map::Array(pin).try_into().unwrap();
+        let mut control: EdgeControl = zerocopy::transmute!(map.get(&0, 0).unwrap());
+        control.settings.heartbeat_ns -= 10_000_000_000;
+        let octets: [u8; LEN] = zerocopy::transmute!(control);
+        map.set(0, octets, 0).unwrap();
+        assert!(passes(&network));
+        stream.write_all(b"on").unwrap();
+        accepted.read_exact(&mut [0; 2]).unwrap();
+        datapath.heartbeat(None);
+        assert!(!passes(&network));
     });
 }

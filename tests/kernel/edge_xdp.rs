@@ -98,7 +98,7 @@ pub fn established_flows() {
         assert_eq!(sent_back, 0);
         // Some 210 full segments of each family there, as many back.
         assert!(redirected > 400, "{redirected}: {:?}", datapath.edge_counts());
-        let flows = datapath.edge_flows();
+        let flows = crate::edge::flows(&datapath);
         let packets: u64 = flows.iter().map(|flow| flow.packets).sum();
         assert!(packets >= redirected + count(&datapath, "forwarded"), "{packets}");
         // Without a daemon as with one.

@@ -10,6 +10,7 @@ mod connector;
 mod conns;
 mod disconnect;
 mod edge;
+mod edge_room;
 mod edge_xdp;
 mod ejection;
 mod families;
@@ -96,6 +97,16 @@ const TRIALS: &[KernelTrial] = &[
     since((6, 6), "edge_xdp_one_arm", edge_xdp::one_arm),
     since((6, 6), "edge_xdp_attachments", edge_xdp::attachments),
     since((6, 6), "edge_xdp_no_neighbour", edge_xdp::no_neighbour),
+    once("edge_a_service_goes", edge::a_service_goes),
+    once("edge_no_flow_begins", edge::no_flow_begins),
+    once("edge_udp_moves", edge::udp_moves),
+    once("edge_clients_reuse_ports", edge::clients_reuse_ports),
+    since((5, 10), "edge_a_backend_is_here", edge::a_backend_is_here),
+    since((5, 10), "edge_interfaces_change", edge::interfaces_change),
+    once("edge_a_full_table", edge_room::a_full_table),
+    once("edge_a_flood", edge_room::a_flood),
+    once("edge_ports_run_out", edge_room::ports_run_out),
+    once("edge_a_backend_is_silent", edge_room::a_backend_is_silent),
     since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),
     once("weights_are_shares", translation::weights_are_shares),
     since((5, 10), "an_earlier_peer_is_cleared", translation::an_earlier_peer_is_cleared),

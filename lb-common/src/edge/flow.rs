@@ -2,8 +2,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::Address;
 use crate::edge::packet::{Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
+use crate::{Address, IPPROTO_TCP};
 
 /// How many source addresses of each family an edge has room for.
 pub const MAX_EDGE_SOURCES: usize = 4;
@@ -90,22 +90,17 @@ pub struct FlowRef {
 /// The value of `EDGE_RECORDS`: a flow, in one cache line. All zero where there is none. The addresses of
 /// IPv6 are in `EDGE_ADDRESSES6`.
 ///
-/// The programs write it. Who frees or takes it adds 1 to `claims` first, and goes on only where that is
-/// what was to be expected of one alone.
+/// The programs write it. Who frees it, takes it, or changes what is counted of its backend adds 1 to `claims`
+/// first, and goes on only where that is what was to be expected of one alone. What each side has shown is a
+/// byte of its own, so that packets of both sides at once lose nothing of it: see [`FlowWord`].
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct FlowRecord {
     /// 0 where it is free, 1 where it is a flow's, more while others look at it. Changed by atomic additions
     /// alone.
     pub claims: u32,
-    /// The number of a [`FlowState`]. It is written last.
-    pub state: u8,
-    /// The protocol number.
-    pub protocol: u8,
-    /// [`FlowRecord::IPV6`] and others.
-    pub flags: u8,
-    /// Zero.
-    pub padding: u8,
+    /// What it is, and its state.
+    pub word: FlowWord,
     /// The index into `BACKENDS`.
     pub backend_idx: u32,
     /// The backend's generation then.
@@ -132,25 +127,145 @@ pub struct FlowRecord {
     pub source: [u8; 4],
     /// The packets of both directions.
     pub packets: u64,
-    /// Their bytes, from the IP header on.
+    /// Their bytes, from the IP header on. While the flow is pending ([`FlowWord::PENDING`]), the upper half is
+    /// when its SYN was sent on: the low 32 bits of CLOCK_MONOTONIC in microseconds.
     pub bytes: u64,
 }
 
-impl FlowRecord {
+/// What a flow is, and what its sides have shown, within [`FlowRecord`]. All zero for none.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct FlowWord {
+    /// What the client has sent: [`FlowWord::FIRST`] and others. Not zero where there is a flow; written
+    /// last when it begins. Changed for packets of the client alone.
+    pub client: u8,
+    /// What the backend has, likewise.
+    pub backend: u8,
+    /// [`FlowWord::IPV6`] and others. Changed under a claim alone.
+    pub flags: u8,
+    /// The protocol number.
+    pub protocol: u8,
+}
+
+impl FlowWord {
+    /// The client's SYN, or the backend's that acknowledges it; a datagram.
+    pub const FIRST: u8 = 1;
+    /// The client's acknowledgement of the backend's SYN.
+    pub const ACK: u8 = 2;
+    /// A FIN.
+    pub const FIN: u8 = 4;
+    /// A RST, after which nothing else came.
+    pub const RST: u8 = 8;
+
     /// The flow is IPv6.
     pub const IPV6: u8 = 1;
-    /// The client has sent a FIN.
-    pub const CLIENT_FIN: u8 = 2;
-    /// The backend has.
-    pub const BACKEND_FIN: u8 = 4;
     /// It is one of the backend's connections in flight.
-    pub const IN_FLIGHT: u8 = 8;
+    pub const IN_FLIGHT: u8 = 2;
     /// It is one of its pending ones.
-    pub const PENDING: u8 = 16;
+    pub const PENDING: u8 = 4;
     /// The backend is on this host.
-    pub const LOCAL: u8 = 32;
+    pub const LOCAL: u8 = 8;
     /// It was the trial of an ejected backend.
-    pub const TRIAL: u8 = 64;
+    pub const TRIAL: u8 = 16;
+
+    /// For how long nothing may have come after a RST before a packet shows that the RST wasn't its sender's, in
+    /// milliseconds. Packets that were sent before it may come after it.
+    pub const RESET_IS_FINAL_MS: u32 = 1_000;
+
+    /// Whether the flow is IPv6.
+    #[inline(always)]
+    pub const fn is_ipv6(self) -> bool {
+        self.flags & FlowWord::IPV6 != 0
+    }
+
+    /// Whether the backend is on this host.
+    #[inline(always)]
+    pub const fn is_local(self) -> bool {
+        self.flags & FlowWord::LOCAL != 0
+    }
+
+    /// Whether a TCP connection is open or being established.
+    #[inline(always)]
+    pub const fn is_open(self) -> bool {
+        let Self { client, backend, .. } = self;
+        (client | backend) & FlowWord::RST == 0 && client & backend & FlowWord::FIN == 0
+    }
+
+    /// Its state.
+    #[inline(always)]
+    pub const fn state(self) -> FlowState {
+        let Self { client, backend, protocol, .. } = self;
+        let is_answered = backend & FlowWord::FIRST != 0;
+        if client == 0 {
+            return FlowState::None;
+        }
+        if protocol != IPPROTO_TCP {
+            return if is_answered { FlowState::Udp } else { FlowState::UdpUnanswered };
+        }
+        if !self.is_open() {
+            FlowState::Closed
+        } else if (client | backend) & FlowWord::FIN != 0 {
+            FlowState::HalfClosed
+        } else if !is_answered {
+            FlowState::SynSent
+        } else if client & FlowWord::ACK == 0 {
+            FlowState::SynReceived
+        } else {
+            FlowState::Established
+        }
+    }
+
+    /// What a side has shown after a packet of its own. `idle_ms` is for how long none came before it.
+    ///
+    /// The sequence number of a RST isn't known to be right, so it is one of many signs: a side that sends
+    /// something else later wasn't it.
+    #[inline(always)]
+    pub const fn after(self, tcp_flags: u8, is_back: bool, idle_ms: u32) -> u8 {
+        let shown = if is_back { self.backend } else { self.client };
+        if self.protocol != IPPROTO_TCP {
+            return shown | FlowWord::FIRST;
+        }
+        if tcp_flags & TCP_RST != 0 {
+            return shown | FlowWord::RST;
+        }
+        let mut shown = shown;
+        if shown & FlowWord::RST != 0 && idle_ms >= FlowWord::RESET_IS_FINAL_MS {
+            shown &= !FlowWord::RST;
+        }
+        let kind = tcp_flags & (TCP_SYN | TCP_ACK);
+        if is_back && kind == TCP_SYN | TCP_ACK {
+            shown |= FlowWord::FIRST;
+        }
+        // Nothing but the backend's answer leads on.
+        let answers = if is_back { shown } else { self.backend };
+        if answers & FlowWord::FIRST == 0 {
+            return shown;
+        }
+        if !is_back && kind == TCP_ACK {
+            shown |= FlowWord::ACK;
+        }
+        if tcp_flags & TCP_FIN != 0 {
+            shown |= FlowWord::FIN;
+        }
+        shown
+    }
+
+    /// Whether what is counted of the backend's connections isn't what it is to be by the state of this one.
+    #[inline(always)]
+    pub const fn is_unsettled(self) -> bool {
+        let Self { backend, flags, .. } = self;
+        let (is_open, is_answered) = (self.is_open(), backend & FlowWord::FIRST != 0);
+        let is_pending = flags & FlowWord::PENDING != 0;
+        is_open != (flags & FlowWord::IN_FLIGHT != 0) || is_pending && (is_answered || !is_open)
+    }
+}
+
+impl FlowRecord {
+    /// The bytes of its packets.
+    pub const fn n_bytes(&self) -> u64 {
+        let is_pending = self.word.flags & FlowWord::PENDING != 0;
+        if is_pending { self.bytes & u32::MAX as u64 } else { self.bytes }
+    }
 }
 
 /// The value of `EDGE_ADDRESSES6`: the addresses of an IPv6 flow, at the index of its record.
@@ -188,48 +303,8 @@ pub enum FlowState {
     Closed = 5,
     /// UDP.
     Udp = 6,
-}
-
-impl FlowState {
-    /// The state with this number.
-    #[inline(always)]
-    pub const fn from_number(number: u8) -> FlowState {
-        match number {
-            1 => FlowState::SynSent,
-            2 => FlowState::SynReceived,
-            3 => FlowState::Established,
-            4 => FlowState::HalfClosed,
-            5 => FlowState::Closed,
-            6 => FlowState::Udp,
-            _ => FlowState::None,
-        }
-    }
-}
-
-/// The state, and the flags, of a TCP flow after a packet, by which side it came from.
-#[inline(always)]
-pub fn next_state(state: u8, flags: u8, tcp_flags: u8, is_back: bool) -> (u8, u8) {
-    const SYN_SENT: u8 = FlowState::SynSent as u8;
-    const SYN_RECEIVED: u8 = FlowState::SynReceived as u8;
-    const ESTABLISHED: u8 = FlowState::Established as u8;
-    const CLOSED: u8 = FlowState::Closed as u8;
-    if tcp_flags & TCP_RST != 0 || state == CLOSED {
-        return (CLOSED, flags);
-    }
-    let mut state = state;
-    if state == SYN_SENT && is_back && tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN | TCP_ACK {
-        state = SYN_RECEIVED;
-    }
-    if state == SYN_RECEIVED && !is_back && tcp_flags & (TCP_SYN | TCP_ACK) == TCP_ACK {
-        state = ESTABLISHED;
-    }
-    if tcp_flags & TCP_FIN == 0 || state == SYN_SENT {
-        return (state, flags);
-    }
-    const BOTH: u8 = FlowRecord::CLIENT_FIN | FlowRecord::BACKEND_FIN;
-    let flags = flags | if is_back { FlowRecord::BACKEND_FIN } else { FlowRecord::CLIENT_FIN };
-    let is_closed = flags & BOTH == BOTH;
-    (if is_closed { CLOSED } else { FlowState::HalfClosed as u8 }, flags)
+    /// UDP: the backend has sent nothing yet.
+    UdpUnanswered = 7,
 }
 
 /// Whether a packet is a client's first of a TCP connection.
@@ -238,30 +313,120 @@ pub fn is_first_syn(tcp_flags: u8) -> bool {
     tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN) == TCP_SYN
 }
 
-/// The value of `EDGE_CONTROL`, which the daemon writes.
+/// The value of `EDGE_CONTROL`.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct EdgeControl {
+    /// What the daemon writes.
+    pub settings: EdgeSettings,
+    /// 1 once a flow has gone to a backend on this host: what leaves is looked up from then on. The programs
+    /// write it.
+    pub has_local: u32,
+    /// Zero.
+    pub padding: u32,
+}
+
+/// What the daemon writes for the programs, within [`EdgeControl`]. Who reads it may see a part of it changed.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct EdgeSettings {
     /// The networks that public VIPs of IPv4 are in: address and mask, as they lie in memory. Unused ones
     /// have the mask 0xffff_ffff and the address 0.
     pub networks: [[u32; 2]; MAX_EDGE_NETWORKS],
-    /// The source addresses of IPv4, as they lie in memory; 0 for none.
+    /// The source addresses of IPv4, as they lie in memory; 0 for none. Those beyond `n_sources` are former
+    /// ones, which flows still have.
     pub sources: [u32; MAX_EDGE_SOURCES],
     /// The networks of IPv6: the first 64 bits of address and mask, likewise.
     pub networks6: [[u64; 2]; MAX_EDGE_NETWORKS],
-    /// The source addresses of IPv6; all zero for none.
+    /// The source addresses of IPv6, likewise; all zero for none.
     pub sources6: [Address; MAX_EDGE_SOURCES],
-    /// How many of [`EdgeControl::sources`] there are.
+    /// How many of [`EdgeSettings::sources`] new flows get.
     pub n_sources: u32,
-    /// How many of [`EdgeControl::sources6`].
+    /// How many of [`EdgeSettings::sources6`].
     pub n_sources6: u32,
     /// How many records there are.
     pub n_records: u32,
-    /// 1 once a flow has gone to a backend on this host: what leaves is looked up from then on. A program
-    /// writes it.
-    pub has_local: u32,
+    /// Zero.
+    pub padding: u32,
     /// After how long without a packet a flow ends, in milliseconds, by its state.
     pub timeouts_ms: [u32; N_FLOW_STATES],
+    /// The last heartbeat of a daemon that keeps the frontends, in nanoseconds of CLOCK_MONOTONIC. One that
+    /// doesn't know them, because it is of another version, has heartbeats of its own alone.
+    pub heartbeat_ns: u64,
+}
+
+/// For how long the frontends are kept after the last heartbeat of a daemon that keeps them while another one
+/// has heartbeats, in nanoseconds.
+pub const EDGE_HEARTBEAT_NS: u64 = 5_000_000_000;
+
+/// The first port of source addresses. Ordinary sockets get theirs from 32,768 on
+/// (net.ipv4.ip_local_port_range).
+pub const FIRST_EDGE_PORT: u32 = 1_024;
+/// The ports of source addresses are used in so many blocks.
+pub const N_PORT_BLOCKS: usize = 15;
+/// How many ports a block has.
+pub const PORTS_PER_BLOCK: u32 = 2_116;
+/// For how long a block of ports isn't used again by flows to the same backend, in milliseconds: the backend's
+/// TIME_WAIT.
+pub const PORTS_REST_MS: u32 = 60_000;
+
+/// The value of `EDGE_PORTS`, by a backend's index: which source address and port the next flow to it gets.
+///
+/// All ports of all source addresses come one after the other, so that each is used again as late as can be, and
+/// not within [`PORTS_REST_MS`] after a flow got one of its block. A flow that ends keeps its port in its own
+/// record for a while; one whose record was taken from it early, doesn't.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct PortCursor {
+    /// When each block was left, by the low 32 bits of CLOCK_MONOTONIC in milliseconds; 0 for never.
+    pub left_ms: [u32; N_PORT_BLOCKS],
+    /// The place of the last one that a flow got, or tried to.
+    pub last: u32,
+}
+
+/// The place of a port among those of all source addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortPlace {
+    /// Its number.
+    pub place: u32,
+    /// The block, below [`N_PORT_BLOCKS`].
+    pub block: u32,
+    /// The number of the source address.
+    pub source: u32,
+    /// The port.
+    pub port: u16,
+}
+
+impl PortPlace {
+    /// The place with this number, from the first one on again after the last, where there are so many source
+    /// addresses: 1 to [`MAX_EDGE_SOURCES`].
+    #[inline(always)]
+    pub fn of(place: u32, n_sources: u32) -> PortPlace {
+        // The compiler sees no division by zero.
+        let n_sources = n_sources.clamp(1, MAX_EDGE_SOURCES as u32);
+        let place = place % (n_sources * N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK);
+        let nth = place / n_sources;
+        PortPlace {
+            place,
+            block: nth / PORTS_PER_BLOCK,
+            source: place % n_sources,
+            port: (FIRST_EDGE_PORT + nth) as u16,
+        }
+    }
+
+    /// How far from the first place of a search the nth one is: further each time, because the flows that
+    /// have the ports may have begun one after the other.
+    #[inline(always)]
+    pub fn step(nth: u32) -> u32 {
+        if nth == 0 { 0 } else { (1 << nth) - 1 }
+    }
+}
+
+/// Whether a block of ports that was left then may be used again.
+#[inline(always)]
+pub fn has_rested(left_ms: u32, now_ms: u32) -> bool {
+    // Times wrap after 49 days.
+    left_ms == 0 || now_ms.wrapping_sub(left_ms) >= PORTS_REST_MS
 }
 
 /// Whether a time, by the low 32 bits of milliseconds, is that long ago.
@@ -312,15 +477,20 @@ pub enum EdgeCounter {
     HopLimit = 13,
     /// Dropped: longer than the way takes.
     TooLong = 14,
-    /// Flows that ended by their time, or whose record another one got.
+    /// Flows that ended by their time.
     Expired = 15,
     /// Dropped: what was to be changed couldn't be.
     Broken = 16,
+    /// Dropped: a SYN whose checksum is wrong.
+    BadChecksum = 17,
+    /// Flows whose record another one got before their time was over: closed ones, UDP, and connections that
+    /// weren't established.
+    Taken = 18,
 }
 
 impl EdgeCounter {
     /// All, by their names in `status` and in metrics.
-    pub const ALL: [(&'static str, EdgeCounter); 17] = [
+    pub const ALL: [(&'static str, EdgeCounter); 19] = [
         ("forwarded", EdgeCounter::Forwarded),
         ("flows_begun", EdgeCounter::Begun),
         ("icmp_errors", EdgeCounter::Errors),
@@ -338,6 +508,8 @@ impl EdgeCounter {
         ("too_long", EdgeCounter::TooLong),
         ("flows_expired", EdgeCounter::Expired),
         ("broken", EdgeCounter::Broken),
+        ("bad_checksum", EdgeCounter::BadChecksum),
+        ("flows_taken", EdgeCounter::Taken),
     ];
 }
 
@@ -369,5 +541,6 @@ impl FlowKey6 {
 const _: () = {
     assert!(size_of::<FlowKey4>() == 16 && size_of::<FlowKey6>() == 40);
     assert!(size_of::<FlowRecord>() == 64 && size_of::<FlowAddresses6>() == 64);
-    assert!(size_of::<FlowRef>() == 8);
+    assert!(size_of::<FlowRef>() == 8 && size_of::<FlowWord>() == 4);
+    assert!(size_of::<PortCursor>() == 64);
 };

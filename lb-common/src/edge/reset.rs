@@ -1,7 +1,8 @@
 //! The RST that answers a TCP segment of no flow (RFC 9293, section 3.5.2).
 
 use crate::edge::packet::{
-    IPV4_HEADER, IPV6_HEADER, Packet, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, Window,
+    IPV4_HEADER, IPV6_HEADER, Packet, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, WINDOW_LEN,
+    Window,
 };
 use crate::edge::translate::fold;
 use crate::{Address, IPPROTO_TCP};
@@ -90,11 +91,28 @@ fn set_address(window: &mut Window, at: u32, address: &Address, first: usize) ->
     sum
 }
 
+/// Whether the checksum of a TCP segment that is whole in the window is right (RFC 9293, section 3.1).
+#[inline(always)]
+pub fn is_checksum_right(window: &Window, packet: &Packet) -> bool {
+    let &Packet { l4, len, .. } = packet;
+    let segment_len = len.wrapping_sub(l4);
+    let addresses = match packet.is_ipv6 {
+        0 => sum(window, 12, 8),
+        _ => sum(window, 8, 32),
+    };
+    let pseudo =
+        u32::from(u16::from(IPPROTO_TCP).to_be()) + u32::from((segment_len as u16).to_be());
+    let is_odd = segment_len & 1 != 0;
+    let last = if is_odd { u16::from_ne_bytes([window.octet(len.wrapping_sub(1)), 0]) } else { 0 };
+    let segment = sum(window, l4, segment_len & !1) + u32::from(last);
+    fold(addresses + pseudo + segment) == 0xffff
+}
+
 /// The sum of words, likewise.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn sum(window: &Window, begin: u32, len: u32) -> u32 {
     let (mut sum, mut at) = (0, 0);
-    while at < len {
+    while at < len && at < WINDOW_LEN as u32 {
         sum += u32::from(window.word(begin + at));
         at += 2;
     }

@@ -1,3 +1,4 @@
+use std::vec;
 use std::vec::Vec;
 
 use proptest::prelude::*;
@@ -311,6 +312,25 @@ fn a_reset_answers_a_segment() {
     }
 }
 
+/// A SYN whose checksum is wrong mustn't be waited for: its receiver doesn't answer it.
+#[test]
+fn checksums_of_segments() {
+    for is_ipv6 in [false, true] {
+        for len in 0..40 {
+            let spec = Spec { payload: vec![0xa5; len], ..plain(is_ipv6, IPPROTO_TCP) };
+            let mut octets = packet(&spec);
+            let parsed = parsed(&octets, is_ipv6).unwrap();
+            // What is behind the packet doesn't count.
+            let mut whole = window(&octets);
+            whole.octets[octets.len()..].fill(0xee);
+            assert!(is_checksum_right(&whole, &parsed), "{len}");
+            let last = octets.len() - 1;
+            octets[last] ^= 1;
+            assert!(!is_checksum_right(&window(&octets), &parsed), "{len}");
+        }
+    }
+}
+
 /// States by what each side sends: `c` for the client, `b` for the backend.
 #[test]
 fn states_of_a_connection() {
@@ -325,22 +345,87 @@ fn states_of_a_connection() {
         &[('c', FIN_ACK, HalfClosed), ('c', FIN_ACK, HalfClosed), ('b', FIN_ACK, Closed)],
         &[('b', FIN_ACK, HalfClosed), ('c', FIN_ACK, Closed), ('b', TCP_ACK, Closed)],
         &[('b', TCP_RST, Closed), ('c', TCP_ACK, Closed)],
-        &[('c', TCP_RST | TCP_ACK, Closed)],
+        &[('c', TCP_RST | TCP_ACK, Closed), ('c', TCP_ACK, Closed)],
         // Again, as their answers were lost.
         &[('c', TCP_SYN, Established), ('b', SYN_ACK, Established)],
     ];
+    let next = |word: FlowWord, side, tcp_flags, idle_ms| {
+        let after = word.after(tcp_flags, side == 'b', idle_ms);
+        match side {
+            'b' => FlowWord { backend: after, ..word },
+            _ => FlowWord { client: after, ..word },
+        }
+    };
+    let begun = FlowWord { client: FlowWord::FIRST, protocol: IPPROTO_TCP, ..FlowWord::default() };
     for row in rows {
-        let (mut state, mut flags) = (SynSent as u8, 0);
+        let mut word = begun;
         for &(side, tcp_flags, expected) in OPEN.iter().chain(*row) {
-            (state, flags) = next_state(state, flags, tcp_flags, side == 'b');
-            assert_eq!(FlowState::from_number(state), expected, "{row:?}");
+            word = next(word, side, tcp_flags, 0);
+            assert_eq!(word.state(), expected, "{row:?}");
         }
     }
     // Nothing but the backend's answer leads on.
-    assert_eq!(next_state(SynSent as u8, 0, TCP_ACK, false).0, SynSent as u8);
-    assert_eq!(next_state(SynSent as u8, 0, TCP_ACK, true).0, SynSent as u8);
-    assert_eq!(next_state(SynSent as u8, 0, FIN_ACK, false), (SynSent as u8, 0));
+    for (side, tcp_flags) in [('c', TCP_ACK), ('b', TCP_ACK), ('c', FIN_ACK)] {
+        assert_eq!(next(begun, side, tcp_flags, 0), begun);
+    }
+    // A RST that wasn't the client's is one of many signs: what it sends later shows that.
+    let open = OPEN.iter().fold(begun, |word, &(side, flags, _)| next(word, side, flags, 0));
+    let reset = next(open, 'c', TCP_RST, 0);
+    assert_eq!(next(reset, 'b', TCP_ACK, 9_000).state(), Closed);
+    assert_eq!(next(reset, 'c', TCP_ACK, 999).state(), Closed);
+    assert_eq!(next(reset, 'c', TCP_ACK, 1_000), open);
     assert!(is_first_syn(TCP_SYN) && !is_first_syn(SYN_ACK) && !is_first_syn(TCP_SYN | TCP_FIN));
+}
+
+/// Both sides at once: each packet changes what its own side has shown, whatever it saw of the other's.
+#[test]
+fn packets_of_both_sides_at_once_lose_nothing() {
+    const FIN_ACK: u8 = TCP_FIN | TCP_ACK;
+    let open = FlowWord {
+        client: FlowWord::FIRST | FlowWord::ACK,
+        backend: FlowWord::FIRST,
+        flags: FlowWord::IN_FLIGHT,
+        protocol: IPPROTO_TCP,
+    };
+    let sent = FlowWord { backend: 0, flags: open.flags | FlowWord::PENDING, ..open };
+    let rows = [
+        (open, FIN_ACK, FIN_ACK, FlowState::Closed),
+        (sent, TCP_RST, TCP_SYN | TCP_ACK, FlowState::Closed),
+        (open, TCP_ACK, TCP_RST, FlowState::Closed),
+    ];
+    for (before, by_client, by_backend, expected) in rows {
+        assert!(!before.is_unsettled());
+        let client = before.after(by_client, false, 0);
+        let after = FlowWord { client, backend: before.after(by_backend, true, 0), ..before };
+        assert_eq!(after.state(), expected);
+        assert!(after.is_unsettled(), "{after:?}");
+        let flags = after.flags & !(FlowWord::IN_FLIGHT | FlowWord::PENDING);
+        assert!(!FlowWord { flags, ..after }.is_unsettled());
+    }
+}
+
+#[test]
+fn ports_come_one_after_the_other() {
+    let n_ports = N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK;
+    for n_sources in 1..=4 {
+        let mut all: Vec<_> = (0..n_ports * n_sources)
+            .map(|place| {
+                let at = PortPlace::of(place, n_sources);
+                assert!(at.place == place && at.block < N_PORT_BLOCKS as u32);
+                (at.source, at.port)
+            })
+            .collect();
+        assert_eq!(PortPlace::of(n_ports * n_sources + 7, n_sources), PortPlace::of(7, n_sources));
+        assert!(
+            all.iter().all(|&(source, port)| source < n_sources && (1_024..32_768).contains(&port))
+        );
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len() as u32, n_ports * n_sources);
+    }
+    assert_eq!([0, 1, 2, 3].map(PortPlace::step), [0, 1, 3, 7]);
+    assert!(has_rested(0, 5) && has_rested(1, 60_001) && !has_rested(1, 60_000));
+    assert!(!has_rested(u32::MAX - 9, 20_000) && has_rested(u32::MAX - 9, 59_990));
 }
 
 #[test]

@@ -88,7 +88,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     if config.edge.is_on() {
         let running = daemon.as_ref().ok().and_then(|status| status.edge.as_ref());
         let files = edge_check::HostFiles::here();
-        let found = edge_check::check(&config, &files, edge_check::try_bind, running);
+        let found = edge_check::check(&config, &files, edge_check::is_own, running);
         checks.extend(found.into_iter().map(|(what, required, it)| finding(&what, required, it)));
     }
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));

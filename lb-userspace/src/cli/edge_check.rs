@@ -3,8 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::net::{IpAddr, UdpSocket};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use crate::admin::api;
@@ -72,7 +71,7 @@ impl HostFiles {
 pub fn check(
     config: &Config,
     files: &HostFiles,
-    can_bind: impl Fn(IpAddr) -> io::Result<()>,
+    is_own: impl Fn(IpAddr) -> bool,
     running: Option<&api::EdgeDocument>,
 ) -> Vec<EdgeFinding> {
     let edge = &config.edge;
@@ -88,7 +87,7 @@ pub fn check(
         }
     }
     for source in &edge.source {
-        found.push((format!("edge.source {source}"), true, source_address(*source, &can_bind)));
+        found.push((format!("edge.source {source}"), true, source_address(*source, &is_own)));
     }
     for (family, is_used) in families(edge) {
         let is_v4 = family == "ipv4";
@@ -115,9 +114,9 @@ pub fn check(
     found
 }
 
-/// Whether an address can be bound to, so that it is one of this host's.
-pub fn try_bind(source: IpAddr) -> io::Result<()> {
-    UdpSocket::bind((source, 0)).map(drop)
+/// Whether an address is this host's. That one can be bound to proves nothing (net.ipv4.ip_nonlocal_bind).
+pub fn is_own(source: IpAddr) -> bool {
+    crate::datapath::is_own(&source)
 }
 
 fn families(edge: &EdgeConfig) -> [(&'static str, bool); 2] {
@@ -223,15 +222,15 @@ fn rp_filter(name: &str, files: &HostFiles) -> Result<String, (String, String)> 
 
 fn source_address(
     source: IpAddr,
-    can_bind: &impl Fn(IpAddr) -> io::Result<()>,
+    is_own: &impl Fn(IpAddr) -> bool,
 ) -> Result<String, (String, String)> {
-    match can_bind(source) {
-        Ok(()) => Ok("an address of this host".to_owned()),
-        Err(error) => Err((
-            format!("no address of this host ({error}), so replies of backends don't come here"),
-            format!("add it: ip addr add {source} dev INTERFACE; or correct edge.source"),
-        )),
+    if is_own(source) {
+        return Ok("an address of this host".to_owned());
     }
+    Err((
+        "no address of this host, so replies of backends don't come here".to_owned(),
+        format!("add it: ip addr add {source} dev INTERFACE; or correct edge.source"),
+    ))
 }
 
 /// The host's own connections must not use the edge's ports: a backend would see two connections of one
@@ -311,12 +310,9 @@ mod tests {
         config.edge.interfaces = ["eth0", "eth0.7", "eth9"].map(str::to_owned).into();
         config.edge.source = ["10.0.0.2", "10.0.0.3"].map(|it| it.parse().unwrap()).into();
         config.vip.public = vec!["2001:db8::/64".parse().unwrap()];
-        let can_bind = |address: IpAddr| match address.to_string().as_str() {
-            "10.0.0.2" => Ok(()),
-            _ => Err(io::ErrorKind::AddrNotAvailable.into()),
-        };
+        let is_own = |address: IpAddr| address.to_string() == "10.0.0.2";
         let findings = |config: &Config, running: Option<&api::EdgeDocument>| {
-            let found = check(config, &files, can_bind, running);
+            let found = check(config, &files, is_own, running);
             let found = found.into_iter().map(|(what, _, found)| match found {
                 Ok(detail) => (what, Ok(detail)),
                 Err((problem, fix)) => {

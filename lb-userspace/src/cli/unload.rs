@@ -7,16 +7,19 @@ use serde_json::json;
 use crate::config::Config;
 use crate::datapath::{self, public_routes, route};
 
-/// Detaches the pinned programs, removes the pins and the routes of public VIPs; with `all`, removes the unreachable route too.
+/// Removes the routes of public VIPs, detaches the pinned programs and removes the pins; with `all`, removes the
+/// unreachable route too.
 ///
 /// # Errors
 /// When a daemon still runs on the pins, or the kernel refuses.
 pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     let bpffs = &config.bpffs;
-    let n_detached = datapath::unload(bpffs)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // No edge serves them any more.
-    let (_, withdrawn) = runtime.block_on(public_routes::announce(&BTreeSet::new()))?;
+    // Routers have to know before the programs are gone.
+    let mut withdrawn = None;
+    let withdraw = || runtime.block_on(public_routes::announce(&BTreeSet::new()));
+    let n_detached = datapath::unload_after(bpffs, || withdrawn = Some(withdraw()))?;
+    let (_, withdrawn) = withdrawn.transpose()?.unwrap_or_default();
     let mut removed = Vec::new();
     if all {
         for pool in config.vip.pools() {
@@ -28,7 +31,12 @@ pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     if as_json {
         println!(
             "{}",
-            json!({ "detached": n_detached, "bpffs": bpffs, "route_removed": !removed.is_empty() })
+            json!({
+                "detached": n_detached,
+                "bpffs": bpffs,
+                "route_removed": !removed.is_empty(),
+                "withdrawn": withdrawn,
+            })
         );
         return Ok(());
     }

@@ -1,13 +1,15 @@
 //! Public VIPs and the edge in the configuration.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::Serialize;
 
 use super::address::socket_address;
 use super::builder::ConfigBuilder;
 use super::toml_value::{Parsed, TomlValue};
-use super::{MAX_PUBLIC_NETWORKS, WatchPolicy};
+use super::{MAX_PUBLIC_NETWORKS, WatchPolicy, text};
 
 /// The longest name of an interface, in bytes: the kernel's IFNAMSIZ without the zero at the end.
 const MAX_INTERFACE_NAME: usize = 15;
@@ -116,6 +118,65 @@ pub(super) fn public_vip(text: &str) -> Result<SocketAddr, String> {
         Some(special) => Err(format!("{vip} lies in {special}, which isn't public; {usual}")),
         None => Ok(vip),
     }
+}
+
+/// After how long without a packet flows through an edge end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FlowTimeouts {
+    /// An established TCP connection.
+    #[serde(serialize_with = "text::write_duration")]
+    pub established: Duration,
+    /// One that one side has closed.
+    #[serde(serialize_with = "text::write_duration")]
+    pub half_closed: Duration,
+    /// One that both have closed, or that was reset, or that isn't established yet.
+    #[serde(serialize_with = "text::write_duration")]
+    pub closed: Duration,
+    /// UDP.
+    #[serde(serialize_with = "text::write_duration")]
+    pub udp: Duration,
+}
+
+impl Default for FlowTimeouts {
+    fn default() -> FlowTimeouts {
+        FlowTimeouts {
+            established: Duration::from_secs(3_600),
+            half_closed: Duration::from_secs(120),
+            closed: Duration::from_secs(60),
+            udp: Duration::from_secs(60),
+        }
+    }
+}
+
+/// The longest timeout: the programs have times of milliseconds in 31 bits.
+const MAX_TIMEOUT: Duration = Duration::from_secs(7 * 86_400);
+
+/// A table of some of [`FlowTimeouts`]' fields; the others have their defaults.
+pub(super) fn timeouts(value: &TomlValue) -> Parsed<FlowTimeouts> {
+    let mut timeouts = FlowTimeouts::default();
+    let mut faults = Vec::new();
+    let timeout = |text: &str| match text::duration(text)? {
+        time if time <= MAX_TIMEOUT => Ok(time),
+        _ => Err(format!("'{text}' is out of range; write 7d or less")),
+    };
+    for (name, entry) in value.entries()? {
+        let place = match &*name {
+            "established" => &mut timeouts.established,
+            "half_closed" => &mut timeouts.half_closed,
+            "closed" => &mut timeouts.closed,
+            "udp" => &mut timeouts.udp,
+            _ => {
+                let known = "unknown entry; established, half_closed, closed and udp are known";
+                faults.extend(entry.fault::<()>(known).err().into_iter().flatten());
+                continue;
+            }
+        };
+        match entry.text(timeout) {
+            Ok(time) => *place = time,
+            Err(more) => faults.extend(more),
+        }
+    }
+    if faults.is_empty() { Ok(timeouts) } else { Err(faults) }
 }
 
 /// Notes each rule about public VIPs and the edge that is broken. `own_addresses` are those that the

@@ -148,6 +148,12 @@ pub const KEYS: &[Key] = keys! {
         "addresses of this edge that backends see, four at most of each family"
     live "edge.vips" config.edge.vips: |value| value.table(address::service_name, |vip| vip.text(edge::public_vip));
         "public VIPs, beside those that services declare: { web = \"203.0.113.10:80\" }"
+    restart("open flows are in maps of that size")
+    "edge.max_flows" config.edge.max_flows: |value| value.integer(1_024..=16_777_216);
+        "flows that this edge has room for, at some 200 bytes each, and twice that with IPv6"
+    restart("the edge's programs have them from the start")
+    "edge.timeouts" config.edge.timeouts: edge::timeouts;
+        "after how long without a packet flows end, up to 7d: established, half_closed, closed, udp"
     restart(LISTENS) "dns.listen" config.dns.listen: |value| value.list(|it| it.text(address::socket_address));
         "addresses of the DNS server, UDP and TCP"
     restart(LISTENS) "dns.listen_tls" config.dns.listen_tls: |value| value.list_or_none(|it| it.text(address::socket_address));

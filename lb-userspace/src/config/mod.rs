@@ -29,6 +29,7 @@ pub use balance::{
 pub use builder::{Flag, FlagValue};
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use diagnostic::{ConfigErrors, Location, Problem};
+pub use edge::FlowTimeouts;
 pub use parse::LoadedConfig;
 
 /// The configuration file without `--config`.
@@ -202,7 +203,7 @@ impl VipConfig {
 }
 
 /// The edge: what takes packets of clients outside for public VIPs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct EdgeConfig {
     /// The interfaces where packets of clients and of backends arrive; empty where this node is no edge.
     pub interfaces: Vec<String>,
@@ -210,6 +211,22 @@ pub struct EdgeConfig {
     pub source: Vec<IpAddr>,
     /// Public VIPs by service, beside those that services declare themselves; within [`VipConfig::public`].
     pub vips: BTreeMap<String, SocketAddr>,
+    /// How many flows there is room for.
+    pub max_flows: u32,
+    /// After how long without a packet flows end.
+    pub timeouts: FlowTimeouts,
+}
+
+impl Default for EdgeConfig {
+    fn default() -> EdgeConfig {
+        EdgeConfig {
+            interfaces: Vec::new(),
+            source: Vec::new(),
+            vips: BTreeMap::new(),
+            max_flows: 131_072,
+            timeouts: FlowTimeouts::default(),
+        }
+    }
 }
 
 impl EdgeConfig {

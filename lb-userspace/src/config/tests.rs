@@ -147,6 +147,8 @@ const EVERY_KEY: &str = r#"
     interfaces = ["eth0", "eth1.100"]
     source = ["10.0.0.2", "2001:db8::2"]
     vips = { Web = "203.0.113.10:80" }
+    max_flows = 1048576
+    timeouts = { established = "2h", udp = "20s" }
     [dns]
     listen = ["127.0.0.2:53", "[::1]:53"]
     listen_tls = ["10.0.0.9:853"]
@@ -239,6 +241,12 @@ fn every_key_is_taken() {
             interfaces: vec!["eth0".into(), "eth1.100".into()],
             source: vec!["10.0.0.2".parse().unwrap(), "2001:db8::2".parse().unwrap()],
             vips: BTreeMap::from([("web".into(), "203.0.113.10:80".parse().unwrap())]),
+            max_flows: 1_048_576,
+            timeouts: FlowTimeouts {
+                established: Duration::from_secs(7_200),
+                udp: Duration::from_secs(20),
+                ..FlowTimeouts::default()
+            },
         },
         dns: DnsConfig {
             listen: vec!["127.0.0.2:53".parse().unwrap(), "[::1]:53".parse().unwrap()],
@@ -387,6 +395,14 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "edge.source = ['10.0.0.1', '10.0.0.2', '10.0.0.3', '10.0.0.4', '10.0.0.5', 'fd00::1']",
             &["f:1: edge.source: has 5 IPv4 addresses, and 4 is the most; write fewer"],
+        ),
+        (
+            "edge.timeouts = { established = '8d', tcp = '1m' }\nedge.max_flows = 1000",
+            &[
+                "f:1: edge.timeouts.established: '8d' is out of range; write 7d or less",
+                "f:1: edge.timeouts.tcp: unknown entry; established, half_closed, closed and udp are known",
+                "f:2: edge.max_flows: 1000 is out of range; write a number from 1024 to 16777216",
+            ],
         ),
         (
             "edge.interfaces = ['eth0']\ncatalog.watch = 'used'",

@@ -163,6 +163,27 @@ struct File {
     /// The boot that the times are of.
     boot: String,
     drains: Vec<Entry>,
+    /// That of [`DrainTarget::Edge`]. Versions before it ignore a field that they don't know, and reject a whole file
+    /// with a target that they don't.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    edge: Option<Drain>,
+}
+
+impl File {
+    fn of(boot: String, drains: &Drains) -> File {
+        let edge = drains.get(&DrainTarget::Edge).cloned();
+        let others = drains.iter().filter(|(target, _)| **target != DrainTarget::Edge);
+        let entry = |(target, drain): (&DrainTarget, &Drain)| Entry {
+            target: target.clone(),
+            drain: drain.clone(),
+        };
+        File { version: VERSION, boot, drains: others.map(entry).collect(), edge }
+    }
+
+    fn into_entries(self) -> impl Iterator<Item = Entry> {
+        let edge = self.edge.map(|drain| Entry { target: DrainTarget::Edge, drain });
+        self.drains.into_iter().chain(edge)
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -188,12 +209,7 @@ impl Snapshot for DrainSnapshot {
     }
 
     fn to_json(&self) -> Vec<u8> {
-        let entry = |(target, drain): (&DrainTarget, &Drain)| Entry {
-            target: target.clone(),
-            drain: drain.clone(),
-        };
-        let drains = self.drains.iter().map(entry).collect();
-        let file = File { version: VERSION, boot: self.boot.clone(), drains };
+        let file = File::of(self.boot.clone(), &self.drains);
         // Names and numbers are always JSON.
         serde_json::to_vec(&file).unwrap_or_default()
     }
@@ -326,7 +342,8 @@ impl DrainBook {
             durable::replace(&file, &[&snapshot.to_json()])
         };
         let recorder = Arc::new(Recorder::start_with(path.clone(), FIRST_PAUSE, write)?);
-        let (problem, drains) = (watch::Sender::new(None), watch::Sender::new(Arc::default()));
+        let (problem, drains) =
+            (watch::Sender::new(None), watch::Sender::new(Arc::new(Drains::incomplete())));
         let (result_out, result) = oneshot::channel();
         let thread = std::thread::Builder::new().name("drains".into());
         let (file, problem_out) = (path.clone(), problem.clone());
@@ -360,7 +377,8 @@ impl DrainBook {
         let now = boottime_ms();
         let mut drains = Drains::clone(&self.drains());
         let n_before = drains.len();
-        for Entry { target, drain } in file.into_iter().flat_map(|file| file.drains) {
+        drains.complete();
+        for Entry { target, drain } in file.into_iter().flat_map(File::into_entries) {
             // No connection outlives a boot, so the deadline may begin again.
             let boottime_ms = if is_other { now } else { drain.boottime_ms.min(now) };
             if !undrained.contains(&target) {
@@ -774,6 +792,9 @@ mod tests {
         let result = result(Change::Drain, &changed, &drains, &fleet.table, &fleet.obstacles);
         assert_eq!((result.kind.as_deref(), result.drained), (Some("edge"), true));
         recorded(&book).await;
+        // A version that knows no edge reads the file, but for that.
+        let text = std::fs::read_to_string(dir.path().join(FILE_NAME)).unwrap();
+        assert!(text.contains("\"drains\":[],\"edge\":{\"since\":"), "{text}");
         let mut next = DrainBook::open(dir.path()).await.unwrap();
         // Also where it is no edge any more.
         let edge = find_edge("edge", &next.drains(), false).unwrap();
@@ -866,6 +887,7 @@ mod tests {
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
         rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
         let mut book = DrainBook::open_within(dir.path(), Duration::ZERO).await.unwrap();
+        assert!(book.drains().is_incomplete());
         let view = book.view();
         let problem = view.problems().collect::<Vec<_>>().join("\n");
         assert!(problem.contains("drains.json isn't read yet (the disk doesn't"), "{problem}");
@@ -888,7 +910,7 @@ mod tests {
             Entry { target, drain: Drain { since: 7, boottime_ms: at } }
         };
         let drains = vec![entry("n1", 1), entry("n2", 2), entry("n3", 3)];
-        let file = File { version: VERSION, boot: book.boot.clone(), drains };
+        let file = File { version: VERSION, boot: book.boot.clone(), drains, edge: None };
         let text = serde_json::to_vec(&file).unwrap();
         let (to, read) = (path.clone(), book.read());
         let (_, read) = tokio::join!(
@@ -900,6 +922,7 @@ mod tests {
         let shown: Vec<_> =
             now.iter().map(|(target, drain)| (target.name(), drain.boottime_ms)).collect();
         assert_eq!(shown, [("n1".into(), 1), ("n2".into(), 2)]);
+        assert!(!now.is_incomplete());
         assert_eq!(view.problems().count(), 0);
         book.flush().await.unwrap();
         assert_eq!(DrainBook::open(dir.path()).await.unwrap().drains(), now);

@@ -9,26 +9,26 @@ use tokio::sync::watch;
 
 use super::timers::ticks;
 use crate::admin::api;
-use crate::config::EdgeConfig;
+use crate::config::{Config, FlowTimeouts};
 use crate::datapath::{
     EdgeFlow, EdgeInterface, EdgeOptions, EdgeStatus, EdgeTimeouts, Mode, SharedDatapath,
     public_routes,
 };
 use crate::table::{DrainTarget, Drains, Table};
 
-/// How many flows an edge has room for: about 25 MB of IPv4 ones.
-const MAX_FLOWS: u32 = 131_072;
-
 /// How often the routes are compared with what is to be announced.
 const TICK: Duration = Duration::from_secs(1);
 
 /// What the datapath is to do; `None` where this node is no edge.
-pub fn options(config: &EdgeConfig) -> Option<EdgeOptions> {
-    config.is_on().then(|| EdgeOptions {
-        interfaces: config.interfaces.clone(),
-        sources: config.source.clone(),
-        max_flows: MAX_FLOWS,
-        timeouts: EdgeTimeouts::default(),
+pub fn options(config: &Config) -> Option<EdgeOptions> {
+    let edge = &config.edge;
+    let &FlowTimeouts { established, half_closed, closed, udp } = &edge.timeouts;
+    edge.is_on().then(|| EdgeOptions {
+        interfaces: edge.interfaces.clone(),
+        networks: config.vip.public.clone(),
+        sources: edge.source.clone(),
+        max_flows: edge.max_flows,
+        timeouts: EdgeTimeouts { established, half_closed, closed, udp },
     })
 }
 
@@ -61,6 +61,13 @@ impl Announcement {
                 "the programs aren't attached to {}: {why}",
                 interface.name
             ));
+        }
+        if let Some(problem) = edge.problems.first() {
+            return Announcement::Withdraw(problem.clone());
+        }
+        if drains.is_incomplete() {
+            let why = "what is drained isn't read from the state directory yet";
+            return Announcement::Unknown(why.to_owned());
         }
         if !table.is_synced() {
             return Announcement::Unknown("discovery has not reported in full yet".to_owned());
@@ -279,6 +286,8 @@ mod tests {
     fn public_vips_are_announced_while_the_edge_can_serve_them() {
         let (attached, detached) = (status(Some(EdgeMode::Tcx)), status(None));
         let (new, synced) = (Table::default(), Table { generation: 1, ..Table::default() });
+        let unread = Drains::incomplete();
+        let no_forwarding = EdgeStatus { problems: vec!["no".to_owned()], ..attached.clone() };
         let (none, mut drained) = (Drains::default(), Drains::default());
         let drain = Drain { since: 0, boottime_ms: 0 };
         drained.add(DrainTarget::Edge, drain).unwrap();
@@ -296,6 +305,15 @@ mod tests {
                 &none,
                 Announcement::Withdraw(
                     "the programs aren't attached to eth0: no such interface".to_owned(),
+                ),
+            ),
+            (&synced, &no_forwarding, &none, Announcement::Withdraw("no".to_owned())),
+            (
+                &synced,
+                &attached,
+                &unread,
+                Announcement::Unknown(
+                    "what is drained isn't read from the state directory yet".to_owned(),
                 ),
             ),
             (

@@ -201,7 +201,7 @@ impl Daemon {
         let counters = datapath.counters();
         let datapath = Arc::new(SharedDatapath::new(datapath));
         tokio::task::block_in_place(|| datapath.probe_hooks());
-        datapath.configure_edge(edge::options(&config.edge));
+        datapath.configure_edge(edge::options(&config));
         datapath.set_mode(shadow.mode(sources.is_off()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 
 use super::activity::Usage;
 use super::bpf::netns_cookie;
-use super::edge::{Edge, EdgeFlow, EdgeOptions, EdgeStatus};
+use super::edge::{Edge, EdgeOptions, EdgeStatus, FlowReader};
 use super::error::DatapathError;
 use super::events::Reports;
 use super::features::{Features, Limit};
@@ -77,6 +77,7 @@ impl Datapath {
         daemon.tgid = daemon.pid;
         daemon.heartbeat_ns = monotonic_ns();
         self.names.heartbeat(daemon.heartbeat_ns);
+        self.edge.set_heartbeat(daemon.heartbeat_ns);
         daemon.trace = TraceSwitch::default();
         daemon.is_inherited = daemon.is_synced;
         // Until what releases them is attached, which comes last.
@@ -256,6 +257,7 @@ impl Datapath {
         let mut daemon = self.control_block.daemon();
         daemon.heartbeat_ns = now;
         self.names.heartbeat(now);
+        self.edge.set_heartbeat(now);
         self.intercept.heartbeat(now);
         // What the maps have of an earlier daemon has no news.
         if let Some(age) = table_age.filter(|_| daemon.is_inherited == 0) {
@@ -301,9 +303,9 @@ impl Datapath {
         self.edge.status()
     }
 
-    /// The flows through the edge, in no order.
-    pub fn edge_flows(&self) -> Vec<EdgeFlow> {
-        self.edge.flows()
+    /// Reads the flows through the edge without this; `None` where there is none.
+    pub fn edge_flow_reader(&self) -> Option<FlowReader> {
+        self.edge.flow_reader()
     }
 
     /// What the edge decided on packets, by name.

@@ -100,6 +100,25 @@ impl Counters {
         Ejected::of(ejection, now_ns, &limits).map(|ejected| ejected.cause)
     }
 
+    /// Applies what a connection has shown of a backend that still has this generation. Returns what that changed.
+    pub(super) fn apply_sign(
+        &self,
+        backend_idx: u32,
+        generation: u32,
+        sign: Sign,
+    ) -> Option<EventKind> {
+        let (word, limits) = (self.ejection_word(backend_idx)?, self.balance().limits());
+        let mut event = None;
+        let change = |former: u64| {
+            let former: EjectionWord = zerocopy::transmute!(former);
+            let (next, changed) = former.after(sign, monotonic_ns(), &limits);
+            event = changed;
+            (self.generation(backend_idx) == generation).then(|| zerocopy::transmute!(next))
+        };
+        word.try_update(Ordering::AcqRel, Ordering::Acquire, change).ok()?;
+        event
+    }
+
     /// Applies what the daemon's connect() has shown of an ejected backend, [`Sign::Probed`] or
     /// [`Sign::Refused`]. Returns what that changed; `None` for nothing, as where the backend isn't ejected
     /// any more or has left the table.

@@ -292,9 +292,10 @@ impl SharedDatapath {
         lock(&self.datapath).edge_status()
     }
 
-    /// As [`Datapath::edge_flows`].
+    /// The flows through the edge, in no order. Changes don't wait while they are read.
     pub fn edge_flows(&self) -> Vec<EdgeFlow> {
-        lock(&self.datapath).edge_flows()
+        let reader = lock(&self.datapath).edge_flow_reader();
+        reader.map_or_else(Vec::new, |reader| reader.flows())
     }
 
     /// As [`Datapath::edge_counts`].

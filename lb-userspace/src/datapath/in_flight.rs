@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use lb_common::{ConnRecord, FlowRecord, FlowState, NOT_COUNTED, RevNat};
+use lb_common::{ConnRecord, FlowRecord, FlowWord, NOT_COUNTED, RevNat};
 
 use super::conns::{Suspects, TcpConns, canonical};
 use super::diag::Stored;
@@ -61,11 +61,10 @@ impl EdgeRecords {
         let records = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some(records) = records else { return Vec::new() };
         let connection = |idx| {
-            let FlowRecord { claims, state, flags, backend_idx, generation, .. } =
-                records.load(idx);
-            let is_one =
-                claims != 0 && state != FlowState::None as u8 && flags & FlowRecord::IN_FLIGHT != 0;
-            is_one.then_some((backend_idx, generation, flags & FlowRecord::PENDING != 0))
+            let FlowRecord { claims, word, backend_idx, generation, .. } = records.load(idx);
+            let FlowWord { client, flags, .. } = word;
+            let is_one = claims != 0 && client != 0 && flags & FlowWord::IN_FLIGHT != 0;
+            is_one.then_some((backend_idx, generation, flags & FlowWord::PENDING != 0))
         };
         (0..records.len()).filter_map(connection).collect()
     }

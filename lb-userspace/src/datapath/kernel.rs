@@ -17,9 +17,9 @@ use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray};
 use lb_common::{
     Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, ConnClaim,
-    ConnRecord, Control, Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, Index,
-    IndexBucket, N_GROUPS, Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef,
-    ServiceStats, Slot, SlotRange, UdpConnects,
+    ConnRecord, Control, Counter, EventKind, Fallback, Frontend, Frontend6, GlobalCounters, Group,
+    Index, IndexBucket, N_GROUPS, Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef,
+    ServiceStats, Sign, Slot, SlotRange, UdpConnects,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -359,6 +359,19 @@ impl Counters {
         };
         // The closure never gives up.
         let _ = word.try_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(with(word)));
+    }
+
+    /// Applies that a connection to a backend that still has this generation got no answer, and counts it, also of
+    /// its service.
+    pub(super) fn count_failure(&self, backend_idx: u32, generation: u32, service: Option<u32>) {
+        let more = |n: u64| Some(n.wrapping_add(1));
+        self.backend_failures.exchange_word(backend_idx, 0, more);
+        let event = self.apply_sign(backend_idx, generation, Sign::Failed);
+        let Some(service_idx) = service else { return };
+        self.stats.exchange_word(service_idx, offset_of!(ServiceStats, failed), more);
+        if event == Some(EventKind::Ejected) {
+            self.stats.exchange_word(service_idx, offset_of!(ServiceStats, ejections), more);
+        }
     }
 
     /// Forgets the connections of a backend that are being established: those that the programs don't see

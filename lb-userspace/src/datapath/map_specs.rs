@@ -152,8 +152,9 @@ pub fn names_shapes(sizes: &Sizes) -> Vec<MapShape> {
     sized.into_iter().chain(fixed).filter_map(shape).collect()
 }
 
-/// The pinned maps of the unit `edge`, for so many flows. All came to this layout after its first version.
-pub fn edge_shapes(max_flows: u32, has_ipv6: bool) -> Vec<MapShape> {
+/// The pinned maps of the unit `edge`, for so many flows, with tables of these sizes. All came to this layout
+/// after its first version.
+pub fn edge_shapes(sizes: &Sizes, max_flows: u32, has_ipv6: bool) -> Vec<MapShape> {
     let keys = max_flows.saturating_mul(2);
     let of_ipv6 = |size| if has_ipv6 { size } else { 1 };
     let sized = [
@@ -162,6 +163,7 @@ pub fn edge_shapes(max_flows: u32, has_ipv6: bool) -> Vec<MapShape> {
         ("EDGE_RECORDS", max_flows),
         ("EDGE_HOPS", max_flows),
         ("EDGE_ADDRESSES6", of_ipv6(max_flows)),
+        ("EDGE_PORTS", sizes.backends),
     ];
     let sized = sized.into_iter().filter_map(|(name, max_entries)| {
         shape(name).map(|shape| MapShape { max_entries, ..shape })

@@ -50,6 +50,7 @@ pub use bpf::{AttachType, netns_cookie};
 pub use control::{COUNTERS, Datapath, exclusion_problems};
 pub use edge::{
     EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeOptions, EdgeStatus, EdgeTimeouts,
+    FlowReader, is_own,
 };
 pub use ejected::{BackendRef, Ejected};
 pub use error::DatapathError;
@@ -75,7 +76,7 @@ pub use pins::{
 };
 pub use prog_stats::{Cost, Measuring};
 pub use reconcile::{Indices, Pressure, ReconcileError};
-pub use start::{find_obstacle, unload};
+pub use start::{find_obstacle, unload, unload_after};
 pub use tc::Interface as IngressInterface;
 pub use tcp_terminator::{TcpTerminator, VipConnection, VipConnections};
 pub use trace::{Begun, TraceEvents, TraceStep, Traced, now_ns as trace_now_ns};

@@ -121,7 +121,7 @@ impl Datapath {
         let names = Names::load(&sizes, &pins, options.map_creator.as_deref());
         let intercept = Intercept::new(&options.vip, &sizes);
         let records = recounter.edge().clone();
-        let edge = Edge::new(&sizes, options.map_creator.clone(), counters.clone(), records);
+        let edge = Edge::new(&sizes, options.map_creator.clone(), counters.clone(), records, &pins);
         let mut datapath = Datapath {
             reconciler,
             counters,
@@ -302,7 +302,17 @@ fn obstacle(units: &'static [Unit], scope: &Path, bpffs: &Path) -> io::Result<Op
 /// # Errors
 /// When a daemon still runs there, or the kernel refuses.
 pub fn unload(bpffs: &Path) -> Result<usize, DatapathError> {
-    let Some(pins) = Pins::open_existing(bpffs)? else { return Ok(0) };
+    unload_after(bpffs, || {})
+}
+
+/// [`unload`], after something that has to be done once it is known that no daemon runs there.
+///
+/// # Errors
+/// See there.
+pub fn unload_after(bpffs: &Path, first: impl FnOnce()) -> Result<usize, DatapathError> {
+    let pins = Pins::open_existing(bpffs)?;
+    first();
+    let Some(pins) = pins else { return Ok(0) };
     let n_links = links::detach_pinned(&pins)?;
     let n_filters = names::detach_filters(&pins) + edge::detach_filters(&pins);
     pins.remove_all()?;

@@ -156,9 +156,28 @@ fn utc(time: SystemTime) -> String {
 
 /// All that is drained.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Drains(BTreeMap<DrainTarget, Drain>);
+pub struct Drains {
+    drains: BTreeMap<DrainTarget, Drain>,
+    /// Those of an earlier daemon aren't known yet.
+    is_incomplete: bool,
+}
 
 impl Drains {
+    /// None, before those of an earlier daemon are known.
+    pub fn incomplete() -> Drains {
+        Drains { is_incomplete: true, ..Drains::default() }
+    }
+
+    /// Whether those of an earlier daemon aren't known yet.
+    pub fn is_incomplete(&self) -> bool {
+        self.is_incomplete
+    }
+
+    /// They are known.
+    pub fn complete(&mut self) {
+        self.is_incomplete = false;
+    }
+
     /// The drain that covers an instance, the earliest of several.
     pub fn find(
         &self,
@@ -166,7 +185,7 @@ impl Drains {
         id: &str,
         address: Option<SocketAddr>,
     ) -> Option<(&DrainTarget, &Drain)> {
-        let covering = self.0.iter().filter(|(target, _)| target.covers(node, id, address));
+        let covering = self.drains.iter().filter(|(target, _)| target.covers(node, id, address));
         covering.min_by_key(|(_, drain)| drain.boottime_ms)
     }
 
@@ -175,19 +194,19 @@ impl Drains {
     /// # Errors
     /// When there are [`MAX_DRAINS`].
     pub fn add(&mut self, target: DrainTarget, drain: Drain) -> Result<bool, DrainError> {
-        if self.0.contains_key(&target) {
+        if self.drains.contains_key(&target) {
             return Ok(false);
         }
-        if self.0.len() >= MAX_DRAINS {
+        if self.drains.len() >= MAX_DRAINS {
             return Err(DrainError::TooMany);
         }
-        self.0.insert(target, drain);
+        self.drains.insert(target, drain);
         Ok(true)
     }
 
     /// Adds a drain of an earlier run; of two of one target the earlier applies.
     pub fn restore(&mut self, target: DrainTarget, drain: Drain) {
-        let known = self.0.entry(target).or_insert_with(|| drain.clone());
+        let known = self.drains.entry(target).or_insert_with(|| drain.clone());
         if drain.boottime_ms < known.boottime_ms {
             *known = drain;
         }
@@ -195,33 +214,33 @@ impl Drains {
 
     /// Removes a drain; returns whether there was one.
     pub fn remove(&mut self, target: &DrainTarget) -> bool {
-        self.0.remove(target).is_some()
+        self.drains.remove(target).is_some()
     }
 
     /// When it was drained.
     pub fn get(&self, target: &DrainTarget) -> Option<&Drain> {
-        self.0.get(target)
+        self.drains.get(target)
     }
 
     /// All of them, by kind and name.
     pub fn iter(&self) -> impl Iterator<Item = (&DrainTarget, &Drain)> {
-        self.0.iter()
+        self.drains.iter()
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.drains.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.drains.is_empty()
     }
 }
 
 impl FromIterator<(DrainTarget, Drain)> for Drains {
     fn from_iter<T: IntoIterator<Item = (DrainTarget, Drain)>>(drains: T) -> Drains {
-        Drains(drains.into_iter().collect())
+        Drains { drains: drains.into_iter().collect(), is_incomplete: false }
     }
 }
 

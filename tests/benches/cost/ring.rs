@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use aya::maps::{Array, HashMap, Map, MapData, MapInfo};
 use aya::programs::{ProgramFd, loaded_programs};
-use lb_common::{FlowKey4, FlowRecord, FlowRef, FlowState, IPPROTO_TCP, TCP_ACK, TCP_SYN};
+use lb_common::{FlowKey4, FlowRecord, FlowRef, FlowWord, IPPROTO_TCP, TCP_ACK, TCP_SYN};
 use lb_tests::fixture::{Bed, service};
 use lb_tests::prog_run::{ProgRun, prog_run};
 use lb_userspace::datapath::{Cost, EdgeOptions, EdgeTimeouts};
@@ -151,6 +151,8 @@ impl Edge {
         });
         bed.datapath.configure_edge(Some(EdgeOptions {
             interfaces: vec![INTERFACE.to_owned()],
+            // Of both kinds of VIPs.
+            networks: vec!["10.64.0.0/10".parse().expect("a network")],
             sources: vec![SOURCE.into()],
             max_flows: MAX_FLOWS,
             timeouts: EdgeTimeouts::default(),
@@ -247,15 +249,7 @@ fn chain() -> Vec<Service> {
     let address = |nth: u32| SocketAddrV4::new((u32::from(FIRST_OF_CHAIN) + nth).into(), 80);
     let web = |nth: u32| -> Service {
         let backend = (address(nth + 1).into(), 1);
-        let public = match nth {
-            // Around those of established flows; and so far away that these are joined to one network.
-            250 => {
-                ["10.64.0.0:80", "10.127.255.255:80", "1.0.0.1:80", "100.0.0.1:80", "200.0.0.1:80"]
-                    .map(|address| address.parse().expect("an address"))
-                    .into()
-            }
-            _ => vec![address(nth).into()],
-        };
+        let public = vec![address(nth).into()];
         Service { public, ..service(&format!("edge-{nth}"), *vip(nth).ip(), &[backend]) }
     };
     (0..=N_HOPS as u32).map(web).collect()
@@ -276,8 +270,12 @@ fn fill(maps: &Path) {
             let idx = ring.first + (u64::from(nth) * u64::from(STRIDE) % u64::from(size)) as u32;
             let record = FlowRecord {
                 claims: 1,
-                state: FlowState::Established as u8,
-                protocol: IPPROTO_TCP,
+                word: FlowWord {
+                    client: FlowWord::FIRST | FlowWord::ACK,
+                    backend: FlowWord::FIRST,
+                    flags: FlowWord::IN_FLIGHT,
+                    protocol: IPPROTO_TCP,
+                },
                 last_ms: u32::MAX / 2,
                 client_port: client.port(),
                 vip_port: vip.port(),

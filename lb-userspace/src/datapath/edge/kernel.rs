@@ -10,10 +10,12 @@ use std::sync::Arc;
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray};
 use lb_common::{
-    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, FlowAddresses6, FlowKey4,
-    FlowKey6, FlowRecord, FlowRef, FlowState, Frontend, Frontend6, N_FAST_PATHS, ServiceRef,
-    is_long_ago,
+    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, EdgeSettings, FlowAddresses6,
+    FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6,
+    N_FAST_PATHS, ServiceRef, is_long_ago,
 };
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::super::bpf::ProgramWait;
 use super::super::error::DatapathError;
@@ -21,6 +23,7 @@ use super::super::kernel::{
     AtomicArray, Hash, Plain, io_error, take_hash, take_per_cpu, wait_for_programs,
 };
 use super::super::maps::FrontendKey;
+use super::super::pins::Pins;
 
 /// The maps.
 #[derive(Debug)]
@@ -29,8 +32,7 @@ pub struct EdgeMaps {
     frontends6: Hash<Frontend6, ServiceRef>,
     flows: Hash<FlowKey4, FlowRef>,
     flows6: Hash<FlowKey6, FlowRef>,
-    records: Arc<AtomicArray<FlowRecord>>,
-    addresses6: Arc<AtomicArray<FlowAddresses6>>,
+    records: FlowRecords,
     control: Arc<AtomicArray<EdgeControl>>,
     counters: Arc<AtomicArray<EdgeCounters>>,
     interfaces: Arc<AtomicArray<EdgeInterface>>,
@@ -46,6 +48,31 @@ struct Processors(PerCpuArray<MapData, Plain<EdgeProcessor>>);
 impl fmt::Debug for Processors {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("Processors")
+    }
+}
+
+/// The records of flows, which are read without a lock.
+#[derive(Clone, Debug)]
+pub struct FlowRecords {
+    records: Arc<AtomicArray<FlowRecord>>,
+    addresses6: Arc<AtomicArray<FlowAddresses6>>,
+}
+
+/// Where a daemon that keeps the frontends has its heartbeat.
+#[derive(Clone, Debug)]
+pub struct Heartbeat(Arc<AtomicArray<EdgeControl>>);
+
+impl Heartbeat {
+    /// An earlier daemon's, whose programs go on until this one's are loaded.
+    pub fn inherited(pins: &Pins) -> Option<Heartbeat> {
+        let name = "EDGE_CONTROL";
+        AtomicArray::pinned(&pins.maps().join(name), name).ok().map(Heartbeat)
+    }
+
+    /// Writes it.
+    pub fn set(&self, now_ns: u64) {
+        let at = offset_of!(EdgeControl, settings) + offset_of!(EdgeSettings, heartbeat_ns);
+        self.0.store_field(0, at, &now_ns);
     }
 }
 
@@ -75,8 +102,10 @@ impl EdgeMaps {
             frontends6: take_hash(ebpf, "EDGE_FRONTENDS6")?,
             flows: take_hash(ebpf, "EDGE_FLOWS")?,
             flows6: take_hash(ebpf, "EDGE_FLOWS6")?,
-            records: AtomicArray::take(ebpf, "EDGE_RECORDS")?,
-            addresses6: AtomicArray::take(ebpf, "EDGE_ADDRESSES6")?,
+            records: FlowRecords {
+                records: AtomicArray::take(ebpf, "EDGE_RECORDS")?,
+                addresses6: AtomicArray::take(ebpf, "EDGE_ADDRESSES6")?,
+            },
             control: AtomicArray::take(ebpf, "EDGE_CONTROL")?,
             counters: AtomicArray::take(ebpf, "EDGE_COUNTERS")?,
             interfaces: AtomicArray::take(ebpf, "EDGE_INTERFACES")?,
@@ -87,18 +116,23 @@ impl EdgeMaps {
     }
 
     /// The records of flows.
-    pub fn records(&self) -> &Arc<AtomicArray<FlowRecord>> {
+    pub fn records(&self) -> &FlowRecords {
         &self.records
     }
 
     /// What the daemon writes for the programs.
-    pub fn control(&self) -> EdgeControl {
-        self.control.load(0)
+    pub fn settings(&self) -> EdgeSettings {
+        self.control.load_field(0, offset_of!(EdgeControl, settings))
     }
 
-    /// Changes that.
-    pub fn set_control(&self, control: &EdgeControl) {
-        self.control.store(0, control);
+    /// Changes that. What the programs write stays.
+    pub fn set_settings(&self, settings: &EdgeSettings) {
+        self.control.store_field(0, offset_of!(EdgeControl, settings), settings);
+    }
+
+    /// Where the heartbeat is.
+    pub fn heartbeat(&self) -> Heartbeat {
+        Heartbeat(self.control.clone())
     }
 
     /// What was decided on packets.
@@ -193,81 +227,32 @@ impl EdgeMaps {
         }
     }
 
-    /// All flows.
-    pub fn flows(&self) -> impl Iterator<Item = RawFlow> {
-        (0..self.records.len()).filter_map(|idx| self.flow(idx))
-    }
-
-    fn flow(&self, idx: u32) -> Option<RawFlow> {
-        let [claims, state] = self.word(idx);
-        if claims == 0 || state as u8 == FlowState::None as u8 {
-            return None;
-        }
-        let record = self.records.load(idx);
-        let FlowRecord { client_port, vip_port, backend_port, source_port, .. } = record;
-        let [client, vip, backend, source] = if record.flags & FlowRecord::IPV6 != 0 {
-            let FlowAddresses6 { client, vip, backend, source } = self.addresses6.load(idx);
-            [client, vip, backend, source]
-                .map(|address| IpAddr::from(Ipv6Addr::from(address.octets)))
-        } else {
-            let FlowRecord { client, vip, backend, source, .. } = record;
-            [client, vip, backend, source].map(IpAddr::from)
-        };
-        Some(RawFlow {
-            record,
-            client: (client, client_port).into(),
-            vip: (vip, vip_port).into(),
-            backend: (backend, backend_port).into(),
-            source: (source, source_port).into(),
-        })
-    }
-
-    /// The claims, and the state with what follows it.
-    fn word(&self, idx: u32) -> [u32; 2] {
-        const { assert!(offset_of!(FlowRecord, claims) == 0 && offset_of!(FlowRecord, state) == 4) };
-        self.records.load_field(idx, 0)
-    }
-
-    /// Ends the flows whose time is over, and calls the function with the record of each. Returns how many
+    /// Ends the flows whose time is over, and calls the function with each. Returns how many
     /// are left.
-    pub fn sweep(&mut self, now_ms: u32, mut ended: impl FnMut(&FlowRecord)) -> u32 {
-        let control = self.control();
+    pub fn sweep(&mut self, now_ms: u32, mut ended: impl FnMut(&RawFlow)) -> u32 {
+        let timeouts_ms = self.settings().timeouts_ms;
         let mut n_left = 0;
         for idx in 0..self.records.len() {
-            let [claims, state] = self.word(idx);
-            let state = state as u8;
-            if claims == 0 || state == FlowState::None as u8 {
-                continue;
-            }
-            let [last_ms, _]: [u32; 2] =
-                self.records.load_field(idx, offset_of!(FlowRecord, last_ms));
-            let timeout_ms = control.timeouts_ms.get(usize::from(state)).copied();
-            let is_over = is_long_ago(last_ms, now_ms, timeout_ms.unwrap_or_default());
+            let Some(state) = self.records.state(idx) else { continue };
+            let timeout_ms = timeouts_ms.get(state as usize).copied();
+            let is_over =
+                is_long_ago(self.records.last_ms(idx), now_ms, timeout_ms.unwrap_or_default());
             match is_over.then(|| self.end(idx)).flatten() {
-                Some(record) => ended(&record),
+                Some(flow) => ended(&flow),
                 None => n_left += 1,
             }
         }
         n_left
     }
 
-    /// Ends a flow, unless a program does. Returns its record.
-    fn end(&mut self, idx: u32) -> Option<FlowRecord> {
-        let halves = |word: u64| -> [u32; 2] { zerocopy::transmute!(word) };
-        let claim = |word| {
-            let [claims, state] = halves(word);
-            (claims == 1 && state as u8 != 0).then(|| zerocopy::transmute!([2, state]))
-        };
-        self.records.exchange_word(idx, 0, claim)?;
-        let RawFlow { record, client, vip, backend, source } = self.flow(idx)?;
-        self.remove_key(client, vip, record.protocol);
-        self.remove_key(backend, source, record.protocol);
-        let free = |word| {
-            let [claims, _] = halves(word);
-            Some(zerocopy::transmute!([claims.wrapping_sub(2), 0]))
-        };
-        self.records.exchange_word(idx, 0, free);
-        Some(record)
+    /// Ends a flow, unless a program does something with it. Returns it.
+    fn end(&mut self, idx: u32) -> Option<RawFlow> {
+        let flow = self.records.claim(idx)?;
+        let protocol = flow.record.word.protocol;
+        self.remove_key(flow.client, flow.vip, protocol);
+        self.remove_key(flow.backend, flow.source, protocol);
+        self.records.free(idx);
+        Some(flow)
     }
 
     fn remove_key(&mut self, from: SocketAddr, to: SocketAddr, protocol: u8) {
@@ -292,3 +277,83 @@ impl EdgeMaps {
         }
     }
 }
+
+impl FlowRecords {
+    /// How many there are.
+    pub fn len(&self) -> u32 {
+        self.records.len()
+    }
+
+    /// The array.
+    pub fn array(&self) -> &Arc<AtomicArray<FlowRecord>> {
+        &self.records
+    }
+
+    /// All flows.
+    pub fn flows(&self) -> impl Iterator<Item = RawFlow> {
+        (0..self.len()).filter_map(|idx| self.flow(idx))
+    }
+
+    fn flow(&self, idx: u32) -> Option<RawFlow> {
+        self.state(idx)?;
+        let record = self.records.load(idx);
+        let FlowRecord { client_port, vip_port, backend_port, source_port, .. } = record;
+        let [client, vip, backend, source] = if record.word.is_ipv6() {
+            let FlowAddresses6 { client, vip, backend, source } = self.addresses6.load(idx);
+            [client, vip, backend, source]
+                .map(|address| IpAddr::from(Ipv6Addr::from(address.octets)))
+        } else {
+            let FlowRecord { client, vip, backend, source, .. } = record;
+            [client, vip, backend, source].map(IpAddr::from)
+        };
+        Some(RawFlow {
+            record,
+            client: (client, client_port).into(),
+            vip: (vip, vip_port).into(),
+            backend: (backend, backend_port).into(),
+            source: (source, source_port).into(),
+        })
+    }
+
+    /// A flow's state; `None` where the record is none's.
+    fn state(&self, idx: u32) -> Option<FlowState> {
+        let Claimed { claims, word } = self.records.load_field(idx, 0);
+        Some(word.state()).filter(|state| claims != 0 && *state != FlowState::None)
+    }
+
+    fn last_ms(&self, idx: u32) -> u32 {
+        let [last_ms, _]: [u32; 2] = self.records.load_field(idx, offset_of!(FlowRecord, last_ms));
+        last_ms
+    }
+
+    /// Claims a flow, unless a program does something with it.
+    fn claim(&self, idx: u32) -> Option<RawFlow> {
+        let claim = |both| {
+            let Claimed { claims, word } = zerocopy::transmute!(both);
+            (claims == 1 && word.client != 0)
+                .then(|| zerocopy::transmute!(Claimed { claims: 2, word }))
+        };
+        self.records.exchange_word(idx, 0, claim)?;
+        self.flow(idx)
+    }
+
+    /// Frees what was claimed.
+    fn free(&self, idx: u32) {
+        let free = |both| {
+            let Claimed { claims, .. } = zerocopy::transmute!(both);
+            let (claims, word) = (claims.wrapping_sub(2), FlowWord::default());
+            Some(zerocopy::transmute!(Claimed { claims, word }))
+        };
+        self.records.exchange_word(idx, 0, free);
+    }
+}
+
+/// The first word of a record.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
+struct Claimed {
+    claims: u32,
+    word: FlowWord,
+}
+
+const _: () = assert!(offset_of!(FlowRecord, claims) == 0 && offset_of!(FlowRecord, word) == 4);

@@ -6,8 +6,10 @@
 //! one's index can be, and inserted after.
 
 mod device;
+mod flows;
 mod kernel;
 mod networks;
+mod sources;
 mod status;
 mod xdp;
 
@@ -16,13 +18,14 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use ipnet::IpNet;
 use lb_common::{
-    ANY_PORT, Address, DEFAULT_MAX_FLOWS, EdgeControl, EdgeCounter, FastPath, FlowRecord,
-    FlowState, IPPROTO_TCP, IPPROTO_UDP, MAX_EDGE_SOURCES, N_FLOW_STATES,
+    ANY_PORT, DEFAULT_MAX_FLOWS, EdgeCounter, EdgeSettings, FastPath, FlowState, FlowWord,
+    IPPROTO_TCP, IPPROTO_UDP, N_FLOW_STATES,
 };
 
 use super::error::DatapathError;
@@ -39,7 +42,9 @@ use super::tc::{
 use super::units::{UnitHealth, UnitState};
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table};
-use kernel::EdgeMaps;
+pub use flows::FlowReader;
+use kernel::{EdgeMaps, Heartbeat, RawFlow};
+pub use sources::is_own;
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
 use xdp::Fast;
 pub use xdp::PIN_PREFIX;
@@ -48,6 +53,8 @@ pub use xdp::PIN_PREFIX;
 const UNIT: &str = "edge";
 /// The index of no service.
 const NO_SERVICE: u32 = u32::MAX;
+/// For how long a VIP that no service has any more is refused rather than left to the host.
+const LEFT_FOR: Duration = Duration::from_secs(3_600);
 
 /// The programs, in the order in which they are attached: the way back first.
 const PROGRAMS: [(&str, Direction); 2] =
@@ -58,6 +65,8 @@ const PROGRAMS: [(&str, Direction); 2] =
 pub struct EdgeOptions {
     /// The interfaces by which clients and backends send their packets here.
     pub interfaces: Vec<String>,
+    /// The networks that public VIPs may come from, at most four.
+    pub networks: Vec<IpNet>,
     /// This host's addresses from which packets go to backends, at most four of each address family.
     pub sources: Vec<IpAddr>,
     /// How many flows there are room for.
@@ -73,7 +82,8 @@ pub struct EdgeTimeouts {
     pub established: Duration,
     /// One that one side has closed.
     pub half_closed: Duration,
-    /// One that both have closed or that was reset, and one that isn't established yet.
+    /// One that both have closed or that was reset, and one that isn't established yet. Where room is short, it
+    /// is over as soon as another flow needs its place.
     pub closed: Duration,
     /// UDP.
     pub udp: Duration,
@@ -98,12 +108,16 @@ pub struct Edge {
     counters: Counters,
     records: EdgeRecords,
     options: Option<EdgeOptions>,
+    heartbeat: Option<Heartbeat>,
     /// Loaded when it is first configured.
     loaded: Option<Result<LoadedEdge, String>>,
     /// The services of the last table.
     seen: OrdMap<Arc<str>, Arc<Service>>,
     /// Their frontends, each with its service.
-    wanted: BTreeMap<FrontendKey, Arc<str>>,
+    wanted: Arc<BTreeMap<FrontendKey, Arc<str>>>,
+    /// Frontends that no service has any more, and since when. They are VIPs still, to which nobody else on this
+    /// host is to answer.
+    left: BTreeMap<FrontendKey, Instant>,
     /// Whether there was a table. Until then an earlier daemon's frontends stay: its flows are looked up only
     /// where they lead.
     has_table: bool,
@@ -141,6 +155,7 @@ impl Edge {
         map_creator: Option<PathBuf>,
         counters: Counters,
         records: EdgeRecords,
+        pins: &Pins,
     ) -> Edge {
         Edge {
             sizes: *sizes,
@@ -148,9 +163,11 @@ impl Edge {
             counters,
             records,
             options: None,
+            heartbeat: Heartbeat::inherited(pins),
             loaded: None,
             seen: OrdMap::new(),
-            wanted: BTreeMap::new(),
+            wanted: Arc::default(),
+            left: BTreeMap::new(),
             has_table: false,
             is_tidy: false,
         }
@@ -161,7 +178,7 @@ impl Edge {
         let Some(wanted) = options else {
             if self.options.is_some() || !self.is_tidy {
                 self.detach(pins);
-                remove_pins(pins);
+                remove_pins(&self.sizes, pins);
             }
             self.is_tidy = true;
             return;
@@ -180,16 +197,28 @@ impl Edge {
         let loaded = self.loaded.get_or_insert_with(|| {
             let loaded = LoadedEdge::load(sizes, creator, wanted.max_flows, has_ipv6, pins);
             match &loaded {
-                Ok(loaded) => records.set(Some(loaded.maps.records().clone())),
+                Ok(loaded) => records.set(Some(loaded.maps.records().array().clone())),
                 Err(reason) => tracing::error!("the unit {UNIT} doesn't run: {reason}"),
             }
             loaded
         });
+        self.heartbeat = None;
         if let Ok(loaded) = loaded {
+            self.heartbeat = Some(loaded.maps.heartbeat());
             loaded.configure(&wanted);
             loaded.attach(&wanted, pins);
+            // An earlier daemon's may have been others.
+            detach_filters_but(pins, &wanted.interfaces);
         }
         self.options = Some(wanted);
+    }
+
+    /// Writes the heartbeat of a daemon that keeps the frontends: without it the programs begin no flows while
+    /// another daemon runs, which may not know them.
+    pub fn set_heartbeat(&self, now_ns: u64) {
+        if let Some(heartbeat) = &self.heartbeat {
+            heartbeat.set(now_ns);
+        }
     }
 
     /// Removes the frontends that don't lead to the same service in `table`: before that changes.
@@ -200,17 +229,30 @@ impl Edge {
         let is_concerned = changed.any(|(name, service)| {
             is_public(service) || self.seen.get(name).is_some_and(is_public)
         });
-        let wanted = if is_concerned { frontends(table) } else { self.wanted.clone() };
+        let wanted = if is_concerned { Arc::new(frontends(table)) } else { self.wanted.clone() };
         self.seen = table.services.clone();
-        if let Some(Ok(loaded)) = &mut self.loaded {
-            let is_gone = |(key, service): &(&FrontendKey, &Arc<str>)| {
-                wanted.get(*key).is_none_or(|name| name != *service)
-            };
-            for (key, _) in self.wanted.iter().filter(is_gone) {
-                loaded.remove(key);
+        for (key, service) in self.wanted.iter() {
+            match wanted.get(key) {
+                Some(name) if name == service => {}
+                Some(_) => {
+                    if let Some(Ok(loaded)) = &mut self.loaded {
+                        loaded.remove(key);
+                    }
+                }
+                None => {
+                    self.left.insert(*key, Instant::now());
+                    if let Some(Ok(loaded)) = &mut self.loaded {
+                        loaded.insert(*key, NO_SERVICE);
+                    }
+                }
             }
         }
         self.wanted = wanted;
+        if let Some(Ok(loaded)) = self.loaded.as_ref().filter(|_| !self.has_table) {
+            // Of an earlier daemon.
+            let known = loaded.present.keys().filter(|key| key.port != ANY_PORT);
+            self.left.extend(known.map(|key| (*key, Instant::now())));
+        }
         self.has_table = true;
     }
 
@@ -218,9 +260,14 @@ impl Edge {
     /// service.
     pub fn apply(&mut self, index: impl Fn(&str) -> Option<u32>) {
         let Some(Ok(loaded)) = self.loaded.as_mut().filter(|_| self.has_table) else { return };
+        let is_left = |key: &FrontendKey, since: &Instant| {
+            !self.wanted.contains_key(key) && since.elapsed() < LEFT_FOR
+        };
+        self.left.retain(|key, since| is_left(key, since));
         let wanted = self.wanted.iter();
         let mut wanted: BTreeMap<_, _> =
-            wanted.filter_map(|(key, name)| Some((*key, index(name)?))).collect();
+            wanted.map(|(key, name)| (*key, index(name).unwrap_or(NO_SERVICE))).collect();
+        wanted.extend(self.left.keys().map(|key| (*key, NO_SERVICE)));
         // What no service has of a VIP is dropped: one of any port shows that an address is a VIP.
         let addresses: BTreeSet<IpAddr> = wanted.keys().map(|key| key.address).collect();
         for address in addresses {
@@ -238,17 +285,14 @@ impl Edge {
             tracing::debug!("the maps of the unit {UNIT} can't be pinned again: {error}");
         }
         loaded.attach(options, pins);
-        let counters = &self.counters;
-        loaded.n_flows = loaded.maps.sweep(now_ms(), |record| ended(record, counters));
+        loaded.sweep(now_ms(), &self.counters);
         self.apply(index);
     }
 
     /// Ends the flows whose time is over, as if it were so much later.
     pub fn sweep_after(&mut self, time: Duration) {
         if let Some(Ok(loaded)) = &mut self.loaded {
-            let now_ms = now_ms().wrapping_add(time.as_millis() as u32);
-            let counters = &self.counters;
-            loaded.n_flows = loaded.maps.sweep(now_ms, |record| ended(record, counters));
+            loaded.sweep(now_ms().wrapping_add(time.as_millis() as u32), &self.counters);
         }
     }
 
@@ -261,7 +305,7 @@ impl Edge {
             }
         }
         self.records.set(None);
-        self.options = None;
+        (self.options, self.heartbeat) = (None, None);
         // An earlier daemon's, too.
         end_links(pins, PIN_PREFIX, |_| true);
         detach_filters(pins);
@@ -289,41 +333,10 @@ impl Edge {
         })
     }
 
-    /// The flows, in no order.
-    pub fn flows(&self) -> Vec<EdgeFlow> {
-        let Some(Ok(loaded)) = &self.loaded else { return Vec::new() };
-        let now_ms = now_ms();
-        let since = |ms: u32| {
-            // Another processor's clock may be ahead.
-            Duration::from_millis(u64::try_from(now_ms.wrapping_sub(ms) as i32).unwrap_or(0))
-        };
-        let flow = |raw: kernel::RawFlow| {
-            let FlowRecord { protocol, packets, bytes, begun_ms, last_ms, state, .. } = raw.record;
-            let (address, port) = (raw.vip.ip(), raw.vip.port());
-            let service = self.wanted.get(&FrontendKey { address, port, protocol }).cloned();
-            Some(EdgeFlow {
-                service,
-                client: raw.client,
-                vip: raw.vip,
-                backend: raw.backend,
-                source: raw.source,
-                protocol,
-                state: match FlowState::from_number(state) {
-                    FlowState::None => return None,
-                    FlowState::SynSent => EdgeFlowState::SynSent,
-                    FlowState::SynReceived => EdgeFlowState::SynReceived,
-                    FlowState::Established => EdgeFlowState::Established,
-                    FlowState::HalfClosed => EdgeFlowState::HalfClosed,
-                    FlowState::Closed => EdgeFlowState::Closed,
-                    FlowState::Udp => EdgeFlowState::Udp,
-                },
-                packets,
-                bytes,
-                age: since(begun_ms),
-                idle: since(last_ms),
-            })
-        };
-        loaded.maps.flows().filter_map(flow).collect()
+    /// Reads the flows, without the datapath; `None` where it isn't loaded.
+    pub fn flow_reader(&self) -> Option<FlowReader> {
+        let Some(Ok(loaded)) = &self.loaded else { return None };
+        Some(FlowReader::new(loaded.maps.records().clone(), self.wanted.clone()))
     }
 
     /// What was decided on packets, by name; none where it isn't loaded.
@@ -362,14 +375,14 @@ impl Edge {
         &self,
         pins: &Pins,
     ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
-        let shapes = edge_shapes(DEFAULT_MAX_FLOWS, true);
+        let shapes = edge_shapes(&self.sizes, DEFAULT_MAX_FLOWS, true);
         let mut loader = loader(&shapes, &self.sizes, pins);
         loader.verifier_log_level(VerifierLogLevel::STATS);
         let mut ebpf = loader.load(EDGE).map_err(DatapathError::Load)?;
         let names = PROGRAMS.iter().map(|(name, _)| *name).chain([xdp::PROGRAM]);
         let counts = names.map(|name| processed(&mut ebpf, name)).collect();
         if self.loaded.is_none() {
-            remove_pins(pins);
+            remove_pins(&self.sizes, pins);
         }
         counts
     }
@@ -392,13 +405,19 @@ fn frontends(table: &Table) -> BTreeMap<FrontendKey, Arc<str>> {
     all
 }
 
-/// Takes a flow that ended off its backend's connections.
-fn ended(record: &FlowRecord, counters: &Counters) {
-    let one = |flag: u8| if record.flags & flag != 0 { -1 } else { 0 };
-    let (n, n_pending) = (one(FlowRecord::IN_FLIGHT), one(FlowRecord::PENDING));
-    let is_same = counters.generation(record.backend_idx) == record.generation;
-    if is_same && (n, n_pending) != (0, 0) {
-        counters.add_in_flight(record.backend_idx, n, n_pending);
+/// Takes a flow that ended off its backend's connections. One that the backend never answered is a failure of the
+/// backend and of its service, as one of a socket is.
+fn ended(flow: &RawFlow, service: Option<u32>, counters: &Counters) {
+    let FlowWord { flags, .. } = flow.record.word;
+    let (backend_idx, generation) = (flow.record.backend_idx, flow.record.generation);
+    let one = |flag: u8| if flags & flag != 0 { -1 } else { 0 };
+    let (n, n_pending) = (one(FlowWord::IN_FLIGHT), one(FlowWord::PENDING));
+    if counters.generation(backend_idx) != generation || (n, n_pending) == (0, 0) {
+        return;
+    }
+    counters.add_in_flight(backend_idx, n, n_pending);
+    if n_pending != 0 {
+        counters.count_failure(backend_idx, generation, service);
     }
 }
 
@@ -416,12 +435,12 @@ impl LoadedEdge {
         pins: &Pins,
     ) -> Result<LoadedEdge, String> {
         let failed = |error: DatapathError| error.to_string();
-        let shapes = edge_shapes(max_flows, has_ipv6);
+        let shapes = edge_shapes(sizes, max_flows, has_ipv6);
         // Of another size they are replaced by empty ones. Keys without records, or the other way round, are of no use.
         pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
         let is_there = |name: &str| pins.maps().join(name).exists();
         if is_there("EDGE_FLOWS") != is_there("EDGE_RECORDS") {
-            remove_pins(pins);
+            remove_pins(sizes, pins);
         }
         if let Some(program) = map_creator {
             // With those of the first unit, which are there: the mark is about all of them.
@@ -461,43 +480,38 @@ impl LoadedEdge {
 
     /// Writes what the programs read.
     fn configure(&mut self, options: &EdgeOptions) {
-        let EdgeOptions { sources, timeouts, .. } = options;
+        let EdgeOptions { sources, networks, timeouts, .. } = options;
         let ms = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(i32::MAX as u32);
-        let mut control = EdgeControl {
+        let before = self.maps.settings();
+        let mut settings = EdgeSettings {
             timeouts_ms: [ms(timeouts.closed); N_FLOW_STATES],
             n_records: self.maps.records().len(),
-            sources: [0; MAX_EDGE_SOURCES],
-            sources6: [Address::default(); MAX_EDGE_SOURCES],
-            n_sources: 0,
-            n_sources6: 0,
-            ..self.maps.control()
+            heartbeat_ns: monotonic_ns(),
+            ..before
         };
         let longer = [
             (FlowState::Established, timeouts.established),
             (FlowState::HalfClosed, timeouts.half_closed),
             (FlowState::Udp, timeouts.udp),
+            (FlowState::UdpUnanswered, timeouts.udp),
         ];
         for (state, timeout) in longer {
-            control.timeouts_ms[state as usize] = ms(timeout);
+            settings.timeouts_ms[state as usize] = ms(timeout);
         }
-        for source in sources {
-            match source {
-                IpAddr::V4(ip) => {
-                    if let Some(place) = control.sources.get_mut(control.n_sources as usize) {
-                        *place = u32::from_ne_bytes(ip.octets());
-                        control.n_sources += 1;
-                    }
-                }
-                IpAddr::V6(ip) => {
-                    if let Some(place) = control.sources6.get_mut(control.n_sources6 as usize) {
-                        *place = Address { octets: ip.octets() };
-                        control.n_sources6 += 1;
-                    }
-                }
-            }
-        }
-        networks::set(&mut control, self.present.keys().map(|key| key.address));
-        self.maps.set_control(&control);
+        sources::set(&mut settings, sources, sources::is_own);
+        networks::set(&mut settings, networks);
+        self.maps.set_settings(&settings);
+    }
+
+    /// Ends the flows whose time is over.
+    fn sweep(&mut self, now_ms: u32, counters: &Counters) {
+        let LoadedEdge { maps, present, .. } = self;
+        let service = |flow: &RawFlow| {
+            let (address, port) = (flow.vip.ip(), flow.vip.port());
+            let key = FrontendKey { address, port, protocol: flow.record.word.protocol };
+            present.get(&key).copied()
+        };
+        self.n_flows = maps.sweep(now_ms, |flow| ended(flow, service(flow), counters));
     }
 
     fn remove(&mut self, key: &FrontendKey) {
@@ -514,31 +528,26 @@ impl LoadedEdge {
         if *wanted == self.present {
             return;
         }
-        let is_same = |(key, service): &(&FrontendKey, &u32)| wanted.get(*key) == Some(*service);
+        // What no service has any more stays, for none.
+        let is_kept = |(key, service): &(&FrontendKey, &u32)| {
+            wanted.get(*key).is_some_and(|wanted| wanted == *service || *wanted == NO_SERVICE)
+        };
         let gone: Vec<_> =
-            self.present.iter().filter(|one| !is_same(one)).map(|(key, _)| *key).collect();
+            self.present.iter().filter(|one| !is_kept(one)).map(|(key, _)| *key).collect();
         gone.iter().for_each(|key| self.remove(key));
-        self.set_networks(wanted.keys().chain(self.present.keys()).map(|key| key.address));
         for (key, service) in wanted {
-            if self.present.get(key) == Some(service) {
-                continue;
-            }
-            match self.maps.insert(*key, *service) {
-                Ok(()) => {
-                    self.present.insert(*key, *service);
-                }
-                Err(error) => tracing::error!("EDGE_FRONTENDS: {error}"),
+            if self.present.get(key) != Some(service) {
+                self.insert(*key, *service);
             }
         }
-        self.set_networks(self.present.keys().map(|key| key.address));
     }
 
-    fn set_networks(&self, addresses: impl Iterator<Item = IpAddr>) {
-        let before = self.maps.control();
-        let mut control = before;
-        networks::set(&mut control, addresses);
-        if control != before {
-            self.maps.set_control(&control);
+    fn insert(&mut self, key: FrontendKey, service: u32) {
+        match self.maps.insert(key, service) {
+            Ok(()) => {
+                self.present.insert(key, service);
+            }
+            Err(error) => tracing::error!("EDGE_FRONTENDS: {error}"),
         }
     }
 
@@ -688,8 +697,8 @@ fn loader(shapes: &[MapShape], sizes: &Sizes, pins: &Pins) -> EbpfLoader<'static
 }
 
 /// Removes the pins of the unit's maps.
-fn remove_pins(pins: &Pins) {
-    for shape in edge_shapes(DEFAULT_MAX_FLOWS, true) {
+fn remove_pins(sizes: &Sizes, pins: &Pins) {
+    for shape in edge_shapes(sizes, DEFAULT_MAX_FLOWS, true) {
         if let Err(error) = unpin(&pins.maps().join(shape.name)) {
             tracing::debug!("{error}");
         }
@@ -698,12 +707,17 @@ fn remove_pins(pins: &Pins) {
 
 /// Removes the filters that no link holds. Returns how many there were.
 pub fn detach_filters(pins: &Pins) -> usize {
+    detach_filters_but(pins, &[])
+}
+
+/// The same, but for those of some interfaces.
+fn detach_filters_but(pins: &Pins, kept: &[String]) -> usize {
     let handle = FilterHandle::of_unit(pins.dir(), UNIT);
     let detach = |name: &String| {
         let directions = [Direction::Ingress, Direction::Egress].into_iter();
         directions.filter(|direction| detach_filter(name, handle, *direction).is_ok()).count()
     };
-    interface_names().map(|name| detach(&name)).sum()
+    interface_names().filter(|name| !kept.contains(name)).map(|name| detach(&name)).sum()
 }
 
 /// The interfaces of this network namespace, by name.

@@ -1,86 +1,49 @@
 //! The networks that public VIPs are in, which the programs compare each packet with.
 
-use std::net::IpAddr;
+use ipnet::IpNet;
+use lb_common::{EdgeSettings, MAX_EDGE_NETWORKS};
 
-use lb_common::{EdgeControl, MAX_EDGE_NETWORKS};
-
-/// Sets the networks that these addresses are in: as few and as small as the programs have room for.
-pub fn set(control: &mut EdgeControl, addresses: impl Iterator<Item = IpAddr>) {
-    let (mut ipv4, mut ipv6) = (Vec::new(), Vec::new());
-    for address in addresses {
-        match address {
-            IpAddr::V4(ip) => ipv4.push(u64::from(u32::from(ip)) << 32),
-            IpAddr::V6(ip) => ipv6.push((u128::from(ip) >> 64) as u64),
+/// Sets the networks that public VIPs may come from. The programs have room for as many as there may be.
+pub fn set(settings: &mut EdgeSettings, public: &[IpNet]) {
+    settings.networks = [[0, u32::MAX]; MAX_EDGE_NETWORKS];
+    settings.networks6 = [[0, u64::MAX]; MAX_EDGE_NETWORKS];
+    let (mut places, mut places6) = (settings.networks.iter_mut(), settings.networks6.iter_mut());
+    for network in public {
+        match network {
+            IpNet::V4(network) => {
+                if let Some(place) = places.next() {
+                    let words = [network.network(), network.netmask()];
+                    *place = words.map(|word| u32::from_ne_bytes(word.octets()));
+                }
+            }
+            IpNet::V6(network) => {
+                if let Some(place) = places6.next() {
+                    // The upper half: what is in a smaller network is found by its frontend.
+                    let words = [network.network(), network.netmask()];
+                    *place = words.map(|word| ((u128::from(word) >> 64) as u64).to_be());
+                }
+            }
         }
     }
-    control.networks = [[0, u32::MAX]; MAX_EDGE_NETWORKS];
-    control.networks6 = [[0, u64::MAX]; MAX_EDGE_NETWORKS];
-    for (place, (network, mask)) in control.networks.iter_mut().zip(around(ipv4, 32)) {
-        *place = [((network >> 32) as u32).to_be(), ((mask >> 32) as u32).to_be()];
-    }
-    for (place, (network, mask)) in control.networks6.iter_mut().zip(around(ipv6, 64)) {
-        *place = [network.to_be(), mask.to_be()];
-    }
-}
-
-/// At most [`MAX_EDGE_NETWORKS`] networks, each with its mask, around addresses of so many bits, which are the upper
-/// ones. Of neighbours those are joined that have most in common.
-fn around(mut addresses: Vec<u64>, n_bits: u32) -> Vec<(u64, u64)> {
-    addresses.sort_unstable();
-    addresses.dedup();
-    let whole = u64::MAX << (64 - n_bits);
-    let mut networks: Vec<_> = addresses.into_iter().map(|address| (address, whole)).collect();
-    while networks.len() > MAX_EDGE_NETWORKS {
-        let common = |nth: usize| joined(networks[nth], networks[nth + 1]);
-        let best = (0..networks.len() - 1).max_by_key(|nth| common(*nth).1).unwrap_or(0);
-        let both = common(best);
-        networks.splice(best..=best + 1, [both]);
-    }
-    networks
-}
-
-/// The smallest network around two.
-fn joined((one, mask): (u64, u64), (other, other_mask): (u64, u64)) -> (u64, u64) {
-    let n_common = (one ^ other).leading_zeros();
-    let common = u64::MAX.checked_shl(64 - n_common).unwrap_or(0);
-    let mask = mask & other_mask & if n_common == 0 { 0 } else { common };
-    (one & mask, mask)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use super::*;
 
     #[test]
-    fn networks_around_addresses() {
-        let shown = |addresses: &[&str]| {
-            let addresses = addresses.iter().map(|ip| ip.parse().unwrap());
-            let mut control = EdgeControl::default();
-            set(&mut control, addresses);
-            let network = |[network, mask]: [u32; 2]| {
-                let ip = Ipv4Addr::from(u32::from_be(network));
-                format!("{ip}/{}", u32::from_be(mask).count_ones())
-            };
-            control.networks.map(network).join(" ")
-        };
-        let none = "0.0.0.0/32";
-        assert_eq!(shown(&[]), [none; 4].join(" "));
-        assert_eq!(shown(&["203.0.113.10"]), format!("203.0.113.10/32 {none} {none} {none}"));
-        assert_eq!(
-            shown(&["10.0.0.1", "10.0.0.2", "10.0.0.3", "192.0.2.1", "203.0.113.9", "203.0.113.9"]),
-            "10.0.0.1/32 10.0.0.2/31 192.0.2.1/32 203.0.113.9/32"
-        );
-        assert_eq!(
-            shown(&["1.0.0.0", "2.0.0.0", "4.0.0.0", "8.0.0.0", "16.0.0.0", "128.0.0.0"]),
-            "0.0.0.0/5 8.0.0.0/32 16.0.0.0/32 128.0.0.0/32"
-        );
-        let ips = ["2001:db8::1", "2001:db8::2", "fd00::1"].map(|ip| ip.parse().unwrap());
-        let mut control = EdgeControl::default();
-        set(&mut control, ips.into_iter());
-        let [first, second, third, _] = control.networks6.map(|pair| pair.map(u64::from_be));
-        assert_eq!(first, [0x2001_0db8_0000_0000, u64::MAX]);
-        assert_eq!((second, third), ([0xfd00 << 48, u64::MAX], [0, u64::MAX]));
+    fn networks_of_public_vips() {
+        let public = ["203.0.113.0/24", "192.0.2.7/32", "2001:db8::/32", "fd00::10/124"];
+        let mut settings = EdgeSettings::default();
+        set(&mut settings, &public.map(|network| network.parse().unwrap()));
+        let networks = settings.networks.map(|pair| pair.map(u32::from_be));
+        let none = [0, u32::MAX];
+        let expected = [[0xcb00_7100, 0xffff_ff00], [0xc000_0207, u32::MAX], none, none];
+        assert_eq!(networks, expected);
+        let networks6 = settings.networks6.map(|pair| pair.map(u64::from_be));
+        let none = [0, u64::MAX];
+        let expected =
+            [[0x2001_0db8 << 32, 0xffff_ffff << 32], [0xfd00 << 48, u64::MAX], none, none];
+        assert_eq!(networks6, expected);
     }
 }

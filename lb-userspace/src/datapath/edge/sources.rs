@@ -1,0 +1,82 @@
+//! The addresses from which packets go to backends.
+
+use std::net::IpAddr;
+
+use lb_common::{Address, EdgeSettings, MAX_EDGE_SOURCES};
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+
+/// Sets the addresses that new flows get. Former ones follow, as far as there is room and they are this host's
+/// still: flows have them.
+pub fn set(settings: &mut EdgeSettings, sources: &[IpAddr], is_own: impl Fn(&IpAddr) -> bool) {
+    let former = of(settings);
+    (settings.sources, settings.sources6) = Default::default();
+    (settings.n_sources, settings.n_sources6) = (0, 0);
+    let (mut n_v4, mut n_v6) = (0, 0);
+    let is_kept = |source: &&IpAddr| !sources.contains(source) && is_own(source);
+    let all = sources.iter().map(|source| (source, true));
+    for (source, is_new) in all.chain(former.iter().filter(is_kept).map(|source| (source, false))) {
+        match source {
+            IpAddr::V4(ip) if n_v4 < MAX_EDGE_SOURCES => {
+                settings.sources[n_v4] = u32::from_ne_bytes(ip.octets());
+                n_v4 += 1;
+                settings.n_sources += u32::from(is_new);
+            }
+            IpAddr::V6(ip) if n_v6 < MAX_EDGE_SOURCES => {
+                settings.sources6[n_v6] = Address { octets: ip.octets() };
+                n_v6 += 1;
+                settings.n_sources6 += u32::from(is_new);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// All that are set.
+fn of(settings: &EdgeSettings) -> Vec<IpAddr> {
+    let v4 = settings.sources.iter().filter(|source| **source != 0);
+    let v6 = settings.sources6.iter().filter(|source| **source != Address::default());
+    let v4 = v4.map(|source| IpAddr::from(source.to_ne_bytes()));
+    v4.chain(v6.map(|source| IpAddr::from(source.octets))).collect()
+}
+
+/// Whether an address is this host's, in this network namespace.
+pub fn is_own(address: &IpAddr) -> bool {
+    let is_it = |one: InterfaceAddress| {
+        let Some(own) = one.address else { return false };
+        match address {
+            IpAddr::V4(ip) => own.as_sockaddr_in().is_some_and(|own| own.ip() == *ip),
+            IpAddr::V6(ip) => own.as_sockaddr_in6().is_some_and(|own| own.ip() == *ip),
+        }
+    };
+    getifaddrs().is_ok_and(|mut all| all.any(is_it))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn former_addresses_stay_for_the_flows_that_have_them() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let is_own = |address: &IpAddr| *address != ip("10.0.0.9");
+        let mut settings = EdgeSettings::default();
+        let rows: [(&[&str], &[&str], [u32; 2]); 5] = [
+            (&["10.0.0.1", "fd00::1"], &["10.0.0.1", "fd00::1"], [1, 1]),
+            (&["10.0.0.2"], &["10.0.0.2", "10.0.0.1", "fd00::1"], [1, 0]),
+            (&["10.0.0.9"], &["10.0.0.9", "10.0.0.2", "10.0.0.1", "fd00::1"], [1, 0]),
+            (&["10.0.0.1"], &["10.0.0.1", "10.0.0.2", "fd00::1"], [1, 0]),
+            (
+                &["10.0.0.3", "10.0.0.4", "10.0.0.5"],
+                &["10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.1", "fd00::1"],
+                [3, 0],
+            ),
+        ];
+        for (sources, expected, n) in rows {
+            let sources: Vec<_> = sources.iter().map(|text| ip(text)).collect();
+            set(&mut settings, &sources, is_own);
+            let expected: Vec<_> = expected.iter().map(|text| ip(text)).collect();
+            assert_eq!(of(&settings), expected);
+            assert_eq!([settings.n_sources, settings.n_sources6], n);
+        }
+    }
+}

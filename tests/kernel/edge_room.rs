@@ -1,0 +1,232 @@
+//! The unit `edge` where room, ports or backends are short: what is established loses nothing.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use aya::maps::{Array, Map, MapData};
+use lb_common::{N_PORT_BLOCKS, PORTS_PER_BLOCK, PortCursor};
+use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+
+use crate::edge::{
+    BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, flows, options,
+    place, public, request, serve, serve_with, start_server, stop_server,
+};
+use crate::names::Container;
+use crate::netns::inside;
+
+/// How many flows there is room for.
+const ROOM: usize = 64;
+
+fn small() -> EdgeOptions {
+    EdgeOptions { max_flows: ROOM as u32, ..options() }
+}
+
+fn socket(flags: SocketFlags) -> OwnedFd {
+    let (family, kind) = (AddressFamily::INET, SocketType::STREAM);
+    rustix::net::socket_with(family, kind, flags | SocketFlags::CLOEXEC, None).unwrap()
+}
+
+/// A connection from an address and port, which may have been used by one before.
+pub fn bound_stream(from: (Ipv4Addr, u16), to: SocketAddr) -> TcpStream {
+    let socket = socket(SocketFlags::empty());
+    sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+    rustix::net::bind(&socket, &SocketAddrV4::new(from.0, from.1)).unwrap();
+    rustix::net::connect(&socket, &to).unwrap();
+    socket.into()
+}
+
+/// Ends a connection with a RST.
+pub fn reset(stream: TcpStream) {
+    sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+}
+
+/// Begins connections, and waits for none.
+fn begin(n: usize, to: SocketAddr) -> Vec<OwnedFd> {
+    let begun = |_| {
+        let socket = socket(SocketFlags::NONBLOCK);
+        assert_eq!(rustix::net::connect(&socket, &to), Err(Errno::INPROGRESS));
+        socket
+    };
+    (0..n).map(begun).collect()
+}
+
+/// A backend's connections, in pairs of both ends.
+struct Connections {
+    listener: TcpListener,
+    pairs: Vec<(TcpStream, TcpStream)>,
+}
+
+impl Connections {
+    fn new(network: &Network) -> Connections {
+        let listener = network.backend.run(|| TcpListener::bind((BACKEND, PORT)).unwrap());
+        Connections { listener, pairs: Vec::new() }
+    }
+
+    /// Opens some more. What keeps their places may have to wait for a second.
+    fn open(&mut self, client: &Container, vip: SocketAddr, n: usize) {
+        let connect = move || TcpStream::connect_timeout(&vip, LONG);
+        for _ in 0..n {
+            let start = Instant::now();
+            let stream = loop {
+                match client.run(connect) {
+                    Ok(stream) => break stream,
+                    Err(error) => assert!(start.elapsed() < LONG, "{error}"),
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            };
+            let (accepted, _) = self.listener.accept().unwrap();
+            accepted.set_read_timeout(Some(LONG)).unwrap();
+            self.pairs.push((stream, accepted));
+        }
+    }
+
+    fn all_go_on(&mut self) {
+        for (stream, accepted) in &mut self.pairs {
+            stream.write_all(b"on").unwrap();
+            accepted.read_exact(&mut [0; 2]).unwrap();
+        }
+    }
+}
+
+/// A table that is full of established connections refuses new ones; those that are closed make room in seconds,
+/// not after a minute.
+pub fn a_full_table() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let web = public("web", &[(BACKEND, PORT).into()], &[vip]);
+        let datapath = serve_with(&place, vec![web], small());
+        let mut connections = Connections::new(&network);
+        connections.open(&network.client, vip, ROOM);
+        let refused = move || TcpStream::connect_timeout(&vip, LONG).map_err(|error| error.kind());
+        for _ in 0..3 {
+            assert_eq!(network.client.run(refused).unwrap_err(), ErrorKind::ConnectionRefused);
+        }
+        assert_eq!(count(&datapath, "table_full"), 3);
+        connections.all_go_on();
+        assert_eq!(flows(&datapath).len(), ROOM);
+
+        connections.pairs.truncate(ROOM / 2);
+        let start = Instant::now();
+        while network.client.run(refused).is_err() {
+            assert!(start.elapsed() < LONG, "{:?}", datapath.edge_counts());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // As many as have ended, one after the other.
+        connections.listener.accept().unwrap();
+        connections.open(&network.client, vip, ROOM / 4);
+        assert!(count(&datapath, "flows_taken") > ROOM as u64 / 4, "{:?}", datapath.edge_counts());
+        assert_eq!(count(&datapath, "flows_expired"), 0);
+        connections.all_go_on();
+    });
+}
+
+/// SYNs and datagrams that nothing answers take no record of an established connection, and don't keep others out.
+pub fn a_flood() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let (vip, other) =
+            (SocketAddr::from((PUBLIC, 80)), SocketAddr::from(([203, 0, 113, 11], 80)));
+        let services = vec![
+            public("web", &[(BACKEND, PORT).into()], &[vip]),
+            public("silent", &[(SILENT, PORT).into()], &[other]),
+        ];
+        let datapath = serve_with(&place, services, small());
+        let mut connections = Connections::new(&network);
+        connections.open(&network.client, vip, ROOM / 2);
+        let begun = network.client.run(move || begin(4 * ROOM, other));
+        let refused =
+            |datapath: &Datapath| count(datapath, "syn_flood") + count(datapath, "table_full");
+        assert!(refused(&datapath) >= ROOM as u64, "{:?}", datapath.edge_counts());
+        connections.all_go_on();
+        // Those that wait give way.
+        connections.open(&network.client, vip, 1);
+        drop(begun);
+        let n_before = refused(&datapath);
+        network.client.run(move || {
+            for _ in 0..4 * ROOM {
+                let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+                socket.send_to(b"?", other).unwrap();
+            }
+        });
+        assert!(refused(&datapath) > n_before, "{:?}", datapath.edge_counts());
+        connections.all_go_on();
+        connections.open(&network.client, vip, 1);
+        let established = |state| state == EdgeFlowState::Established;
+        let n = flows(&datapath).iter().filter(|flow| established(flow.state)).count();
+        assert_eq!(n, ROOM / 2 + 2);
+    });
+}
+
+/// Where all ports are in use, or not to be used again yet, new flows are refused.
+pub fn ports_run_out() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let datapath = serve(&place, vec![public("web", &[(BACKEND, PORT).into()], &[vip])]);
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let answer = |network: &Network| {
+            network.client.run(move || request(vip, b"?")).map_err(|error| error.kind())
+        };
+        let expected = Ok(format!("A {SOURCE} 1"));
+        assert_eq!(answer(&network), expected);
+        let idx = datapath.indices("web").unwrap().backends[&(BACKEND, PORT).into()];
+        let now_ms =
+            (rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec * 1_000) as u32;
+        // One port is left of the last block, and the others have been used just now.
+        let n_ports = N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK;
+        let mut cursor = PortCursor { left_ms: [now_ms.max(1); N_PORT_BLOCKS], last: n_ports - 2 };
+        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_PORTS")).unwrap();
+        let mut ports: Array<_, [u8; 64]> = Map::Array(pin).try_into().unwrap();
+        let mut set = |cursor: &PortCursor| {
+            let octets: [u8; 64] = zerocopy::transmute!(*cursor);
+            ports.set(idx, octets, 0).unwrap();
+        };
+        set(&cursor);
+        assert_eq!(answer(&network), expected);
+        assert_eq!(answer(&network), Err(ErrorKind::ConnectionRefused));
+        assert_eq!(count(&datapath, "no_port"), 1);
+        // A port that a flow has is passed over.
+        (cursor.left_ms[0], cursor.last) = (0, n_ports - 2);
+        set(&cursor);
+        assert_eq!(answer(&network), expected);
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// SYNs that are sent again go to another backend, where the first one doesn't answer; without another one they
+/// count as its failures when their time is over.
+pub fn a_backend_is_silent() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let silent = SocketAddr::from((SILENT, PORT));
+        let mut datapath = serve(&place, vec![public("web", &[silent], &[vip])]);
+        let begun = network.client.run(move || begin(3, vip));
+        datapath.sweep_edge_after(Duration::from_secs(3_600));
+        let indices = datapath.indices("web").unwrap();
+        let (counters, idx) = (datapath.counters(), indices.backends[&silent]);
+        assert_eq!(counters.service(indices.service).failed, 3);
+        assert_eq!(counters.backend_failures(idx), 3);
+        assert_eq!(counters.outcomes(idx).pending, 0);
+        assert!(counters.ejected(idx).is_some());
+        drop(begun);
+
+        let both = public("other", &[silent, (BACKEND, PORT).into()], &[vip]);
+        apply(&mut datapath, vec![both]);
+        start_server(&network.backend, BACKEND.into(), 'A');
+        for _ in 0..8 {
+            let answer = network.client.run(move || request(vip, b"?"));
+            assert_eq!(answer.unwrap(), format!("A {SOURCE} 1"));
+        }
+        // What is measured of a backend that answers decides how long it may take.
+        let idx = datapath.indices("other").unwrap().backends[&(BACKEND, PORT).into()];
+        let connect_us = counters.connect_us(idx).unwrap();
+        assert!(connect_us < 20_000_000, "{connect_us}");
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
