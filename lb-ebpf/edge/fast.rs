@@ -1,5 +1,5 @@
 //! The fast path: the plain packets of flows that go on as they are. What is anything else is left to the
-//! rest of the program at TC, untouched.
+//! rest of the program at TC, untouched. It runs at XDP and at TC.
 
 use core::ffi::c_void;
 
@@ -37,6 +37,9 @@ pub trait Frame: Copy {
     fn is_to_host(self, ethernet: Headers) -> bool;
     /// Whether it may leave by an interface from here.
     fn may_leave_by(self, egress: u32) -> bool;
+    /// Takes note of by how much the sum of the packet differs, from its IP header on: IPv4's stays the same, as
+    /// its checksum makes up for all else of it.
+    fn set_difference(self, difference: u64);
 }
 
 /// Where parts of a plain packet lie, by its address family.
@@ -268,10 +271,13 @@ fn forward_as<const N: usize, F: Family<N>>(
     ethernet.set_word::<0>(addresses[0]);
     ethernet.set_word::<4>(addresses[1]);
     ethernet.set_word::<8>(addresses[2]);
+    let mut hops_difference = 0;
     if F::IS_IPV6 {
         let word = ip.half::<6>();
         let [next, hops] = word.to_ne_bytes();
-        ip.set_half::<6>(u16::from_ne_bytes([next, hops.wrapping_sub(1)]));
+        let less = u16::from_ne_bytes([next, hops.wrapping_sub(1)]);
+        hops_difference = u64::from(!word) + u64::from(less);
+        ip.set_half::<6>(less);
     } else {
         let difference = addresses_difference(&[before[0], before[1], 0], &[after[0], after[1], 0]);
         let (hops, checksum) = forwarded(ip.half::<8>(), ip.half::<10>(), difference);
@@ -279,8 +285,15 @@ fn forward_as<const N: usize, F: Family<N>>(
         ip.set_half::<10>(checksum);
     }
     F::set_ends(ip, after);
+    let before_sum = checksum;
     let checksum = transport_checksum(protocol, checksum, words_difference(&before, &after));
     checksum_at.set_half::<0>(checksum);
+    let sums = u64::from(!before_sum) + u64::from(checksum);
+    let difference = match F::IS_IPV6 {
+        true => words_difference(&before, &after) + hops_difference,
+        false => words_difference(&[before[N - 1]], &[after[N - 1]]),
+    };
+    frame.set_difference(difference + sums);
     Some(egress)
 }
 

@@ -12,6 +12,7 @@ mod begin;
 mod choice;
 mod config;
 mod fast;
+mod fast_tc;
 mod fib;
 mod flows;
 mod forward;
@@ -28,6 +29,7 @@ mod tables;
 mod xdp;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use lb_common::{EdgeCounter, FlowState, NoFlow, is_first_syn, parse_ipv4, parse_ipv6};
@@ -57,6 +59,11 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
     let side = skb.side();
     if side == Side::None {
         return TC_ACT_UNSPEC;
+    }
+    let egress = fast_tc::nohop_edge_fast(skb.0);
+    if egress != 0 {
+        // SAFETY: the helper has no preconditions.
+        return unsafe { bpf_redirect(egress as u32, 0) as i32 };
     }
     let read = nohop_edge_read(skb.0);
     if read != 0 {

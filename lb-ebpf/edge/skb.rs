@@ -51,6 +51,18 @@ impl Skb {
         }
     }
 
+    /// Where it begins, with its Ethernet header.
+    #[inline(always)]
+    pub fn begin(&self) -> usize {
+        read!(self.data) as usize
+    }
+
+    /// Where the part of it ends that can be read directly.
+    #[inline(always)]
+    pub fn end(&self) -> usize {
+        read!(self.data_end) as usize
+    }
+
     /// The interface that it came by.
     #[inline(always)]
     pub fn ifindex(&self) -> u32 {

@@ -60,6 +60,10 @@ impl Frame for XdpFrame<'_> {
         let wanted = if egress == self.ifindex() { any } else { redirected };
         hops::interface(egress) >> 48 & wanted != 0
     }
+
+    /// There is no sum of it yet.
+    #[inline(always)]
+    fn set_difference(self, _: u64) {}
 }
 
 /// Attached to interfaces whose driver runs it. What it leaves goes to [`nohop_edge`](crate::nohop_edge).
