@@ -263,6 +263,7 @@ pub fn run() -> Result<()> {
         Download::start(&site, vip)?.finish(&servers, vip)?;
     }
     commands(&nohop)?;
+    checks(&site, &nohop)?;
     restarts(&site, &servers, &mut nohop)?;
     small_mtu(&site, &servers, &nohop)
 }
@@ -328,6 +329,7 @@ fn restarts(site: &Site, servers: &Servers, nohop: &mut Nohop) -> Result<()> {
     let (first, second) = (first?, second?);
 
     nohop.kill()?;
+    ensure!(edge_findings(nohop)?.iter().all(|line| line.starts_with("ok ")));
     first.finish(servers, "while the daemon is dead")?;
     flow.goes_on("while the daemon is dead")?;
     web(site, VIPS[1])?;
@@ -416,5 +418,47 @@ fn commands(nohop: &Nohop) -> Result<()> {
     let explained = cli(nohop, &format!("explain {}", bracketed(VIPS[1], 80)))?;
     let reached = "which only connections to [2001:db8:1::10]:80 reach";
     ensure!(explained.contains("web.service") && explained.contains(reached), "{explained}");
+    Ok(())
+}
+
+/// The lines of `nohop check` about the edge; with the running daemon, if there is one.
+fn edge_findings(nohop: &Nohop) -> Result<Vec<String>> {
+    let config = nohop.state_dir().with_file_name("nohop.toml").display().to_string();
+    let report = String::from_utf8(nohop.cli(&format!("check --config {config}"))?.stdout)?;
+    let is_of_edge = |line: &&str| {
+        let words = ["edge", "rp_filter", "forwarding", "source ports"];
+        !line.contains("fix: ") && words.iter().any(|word| line.contains(word))
+    };
+    let lines: Vec<String> = report.lines().filter(is_of_edge).map(str::to_owned).collect();
+    ensure!(lines.len() == 11, "{report}");
+    Ok(lines)
+}
+
+/// What `nohop check` reports of the edge is so.
+fn checks(site: &Site, nohop: &Nohop) -> Result<()> {
+    let found = edge_findings(nohop)?;
+    for expected in [
+        "ok    edge interface eth0: attached, tcx",
+        "ok    edge interface eth1: attached, tcx",
+        "ok    rp_filter of eth0: off",
+        "ok    ipv4 forwarding of eth1: on",
+        "ok    ipv6 forwarding of eth1: on",
+        "ok    edge.source 10.99.9.9: an address of this host",
+        "ok    edge.source fd99:9::9: an address of this host",
+    ] {
+        ensure!(found.iter().any(|line| line == expected), "no {expected:?}: {found:#?}");
+    }
+    for (key, bad, expected) in [
+        ("ipv4/conf/eth0/rp_filter", "1", "note  rp_filter of eth0: strict"),
+        ("ipv4/conf/eth1/forwarding", "0", "FAIL  ipv4 forwarding of eth1: eth1 forwards no ipv4"),
+    ] {
+        let path = format!("/proc/sys/net/{key}");
+        let good = site.edge.enter(|| Ok(fs::read_to_string(&path)?))?;
+        let set = |value: &str| site.edge.enter(|| Ok(fs::write(&path, value)?));
+        set(bad)?;
+        let found = edge_findings(nohop)?;
+        ensure!(found.iter().any(|line| line.starts_with(expected)), "no {expected:?}: {found:#?}");
+        set(&good)?;
+    }
     Ok(())
 }

@@ -130,7 +130,8 @@ fn interface(
     running: Option<&api::EdgeDocument>,
 ) -> Result<String, (String, String)> {
     let directory = files.sys.join("class/net").join(name);
-    if !directory.exists() {
+    // /sys may be another network namespace's, /proc/sys/net never is.
+    if !files.sysctl.join("net/ipv4/conf").join(name).exists() {
         let problem = format!("there is no interface {name}");
         return Err((problem, "correct edge.interfaces: `ip -br link` lists them".to_owned()));
     }
