@@ -158,6 +158,12 @@ pub enum Command {
         #[arg(value_name = "PATH=ENTRIES")]
         maps: Vec<OsString>,
     },
+    /// Write what packages contain beside the binary: manual pages, completions, the configuration file
+    #[command(hide = true)]
+    PackageFiles {
+        /// The directory; what is there is replaced
+        dir: PathBuf,
+    },
     /// Detach the programs and remove all pins, after the daemon has stopped
     Unload {
         /// The configuration.
@@ -213,6 +219,18 @@ pub enum ConfigCommand {
     Check {
         /// The file [default: /etc/nohop/nohop.toml if it exists]
         file: Option<PathBuf>,
+        /// Print one JSON document
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give the keys in a file of an earlier version their present names; without --apply, print what
+    /// would change
+    Migrate {
+        /// The file [default: /etc/nohop/nohop.toml]
+        file: Option<PathBuf>,
+        /// Write it; FILE.old keeps the former one
+        #[arg(long)]
+        apply: bool,
         /// Print one JSON document
         #[arg(long)]
         json: bool,

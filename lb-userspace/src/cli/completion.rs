@@ -12,10 +12,15 @@ pub fn script(shell: CompletionShell) -> String {
         CompletionShell::Zsh => Shell::Zsh,
         CompletionShell::Fish => Shell::Fish,
     };
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut visible(), "nohop", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
+/// The command line as people see it.
+pub fn visible() -> Command {
     let all = Arguments::command();
     let visible = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
-    let mut command = Command::new("nohop").version(env!("CARGO_PKG_VERSION")).subcommands(visible);
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut command, "nohop", &mut script);
-    String::from_utf8_lossy(&script).into_owned()
+    let about = all.get_about().cloned().unwrap_or_default();
+    Command::new("nohop").version(env!("CARGO_PKG_VERSION")).about(about).subcommands(visible)
 }

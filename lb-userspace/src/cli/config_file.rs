@@ -1,15 +1,20 @@
-//! `nohop config`: checks or shows the configuration.
+//! `nohop config`: checks, migrates or shows the configuration.
 
-use std::path::Path;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::{fs, io};
 
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use super::args::RunArguments;
 use super::process::{USAGE, environment, print_error, write};
 use crate::catalog;
 use crate::config::keys::{toml, values};
+use crate::config::migrate::{self, Migrated};
 use crate::config::{Config, DEFAULT_PATH, LoadedConfig};
+use crate::durable;
 
 /// The result of `nohop config check`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,6 +43,67 @@ pub fn check(file: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
         report.problems.iter().for_each(|problem| print_error(problem));
     }
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(USAGE) })
+}
+
+/// The result of `nohop config migrate`.
+#[derive(Debug, Serialize, Deserialize)]
+struct MigrationReport {
+    file: PathBuf,
+    /// Whether the file was written.
+    applied: bool,
+    /// Each with its line.
+    changes: Vec<String>,
+}
+
+/// Gives the keys of a file their present names. It is written only if this version reads it then, as a
+/// whole, and the former one stays beside it.
+pub fn migrate(file: Option<&Path>, apply: bool, json: bool) -> anyhow::Result<ExitCode> {
+    let file = file.unwrap_or(Path::new(DEFAULT_PATH));
+    let before =
+        fs::read_to_string(file).with_context(|| format!("can't read {}", file.display()))?;
+    let Migrated { text, changes } = migrate::migrate(&before);
+    if let Err(errors) = LoadedConfig::parse(file, text.as_bytes(), &[], &environment) {
+        errors.0.iter().for_each(|problem| print_error(&problem.to_string()));
+        print_error(&format!("{} was left as it is", file.display()));
+        return Ok(ExitCode::from(USAGE));
+    }
+    let applied = apply && !changes.is_empty();
+    if applied {
+        replace(file, &text).with_context(|| format!("can't write {}", file.display()))?;
+    }
+    let report = MigrationReport { file: file.to_owned(), applied, changes };
+    write(json, &report, migration_text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn migration_text(report: &MigrationReport) -> String {
+    let file = report.file.display();
+    if report.changes.is_empty() {
+        return format!("{file}: nothing to change\n");
+    }
+    let lines = report.changes.iter().map(|change| format!("{file}:{change}\n"));
+    let end = match report.applied {
+        true => format!("written; {file}.old is the former file\n"),
+        false => "nothing was written: --apply writes it\n".to_owned(),
+    };
+    lines.chain([end]).collect()
+}
+
+/// Writes the file with the owner and the mode that it has, and keeps the former one.
+fn replace(file: &Path, text: &str) -> io::Result<()> {
+    // A link stays one.
+    let file = fs::canonicalize(file)?;
+    let beside = |ending: &str| {
+        let mut name = file.clone().into_os_string();
+        name.push(ending);
+        PathBuf::from(name)
+    };
+    let metadata = fs::metadata(&file)?;
+    fs::copy(&file, beside(".old"))?;
+    durable::replace(&beside(".new"), &[text.as_bytes()])?;
+    std::os::unix::fs::chown(beside(".new"), Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(beside(".new"), metadata.permissions())?;
+    fs::rename(beside(".new"), &file)
 }
 
 /// A key with its value, as `nohop config show --json` prints it.

@@ -10,6 +10,7 @@ mod edge_check;
 mod flows;
 mod format;
 mod instance;
+mod package_files;
 mod process;
 mod reload;
 mod top;
@@ -129,6 +130,10 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config { command: ConfigCommand::Show { config, json } } => {
             config_file::show(&config, json)?;
         }
+        Command::Config { command: ConfigCommand::Migrate { file, apply, json } } => {
+            return config_file::migrate(file.as_deref(), apply, json);
+        }
+        Command::PackageFiles { dir } => package_files::write(&dir)?,
         Command::Completion { shell } => write_text(&completion::script(shell))?,
         Command::Version { json } => {
             let version = env!("CARGO_PKG_VERSION");

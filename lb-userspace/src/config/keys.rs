@@ -199,7 +199,7 @@ pub const KEYS: &[Key] = keys! {
 };
 
 /// Former names of keys, and the present ones.
-const RENAMED: &[(&str, &str)] = &[
+pub(super) const RENAMED: &[(&str, &str)] = &[
     ("plane.max_services", "datapath.max_services"),
     ("plane.max_backends", "datapath.max_backends"),
     ("plane.exclude_cgroups", "datapath.exclude_cgroups"),

@@ -8,7 +8,9 @@ pub mod consul;
 mod diagnostic;
 mod edge;
 pub mod keys;
+pub mod migrate;
 mod parse;
+pub mod template;
 #[cfg(test)]
 mod tests;
 mod text;
