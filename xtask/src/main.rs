@@ -4,6 +4,7 @@
 mod bench;
 mod compile;
 mod demo;
+mod dist;
 mod fuzz;
 #[cfg(test)]
 mod imports;
@@ -18,6 +19,7 @@ mod test_report;
 mod type_names;
 mod vm;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -46,6 +48,16 @@ enum Task {
         /// Optimised
         #[arg(long)]
         release: bool,
+    },
+    /// Make the packages: .deb, .rpm, a static binary, an OCI image
+    #[command(after_help = dist::AFTER_HELP)]
+    Dist {
+        /// For which architecture; may be repeated
+        #[arg(long = "arch", value_enum, default_value = "x86_64")]
+        architectures: Vec<dist::Architecture>,
+        /// Where to write them
+        #[arg(long, value_name = "DIR", default_value_os_t = repository::root().join("target/dist"))]
+        out: PathBuf,
     },
     /// The main job, in a namespace and cgroup of its own: Consul, three helloworlds, nohop, curl
     Demo {
@@ -123,6 +135,7 @@ fn run(task: Task) -> Result<ExitCode> {
                 println!("helper: {}", helper.display());
             }
         }
+        Task::Dist { architectures, out } => dist::run(&dist::Options { architectures, out })?,
         Task::Demo { keep, built } => {
             if !built {
                 compile::build(Purpose::Demo, false)?;

@@ -5,6 +5,7 @@ mod apt;
 mod common;
 mod consul;
 pub mod deny;
+pub mod dist;
 mod envoy;
 pub mod fuzz;
 pub mod kernels;

@@ -4,6 +4,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::dist;
 use crate::process::{self, is_root};
 use crate::setup::{self, toolchain};
 use crate::test_report::Tally;
@@ -53,6 +54,9 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
     vm::run_matrix(tally, None, filter, extent);
     if filter.is_none() {
         let verified = tally.verified.clone();
+        if extent == Extent::Full {
+            dist::check::run(tally);
+        }
         tally.check("what the verifier goes through", || vm::verifier::check(&verified));
     }
 }

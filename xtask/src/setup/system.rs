@@ -102,6 +102,11 @@ pub fn provide_for_bench() -> Result<String> {
     Ok(provided)
 }
 
+/// A program, by its name, from these packages.
+pub fn provide_program(name: &str, packages: &str) -> Result<()> {
+    provide_tools(&[(name, packages)]).map(drop)
+}
+
 /// Returns what is there in the end, and of each program that isn't, why.
 pub fn provide_clients() -> (String, Vec<String>) {
     let mut there = Vec::new();
@@ -130,7 +135,7 @@ fn prepare(program: &str) -> Result<()> {
     process::output(as_root("sh").args(["-c", &command])).map(drop)
 }
 
-fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
+fn provide_tools(tools: &[(&str, &str)]) -> Result<String> {
     let absent = absent(tools);
     if absent.is_empty() {
         return Ok(tools.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", "));
@@ -159,7 +164,7 @@ fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
     Ok(format!("installed {names}"))
 }
 
-fn absent(tools: &[(&'static str, &'static str)]) -> Vec<(&'static str, &'static str)> {
+fn absent<'a>(tools: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     tools.iter().copied().filter(|(tool, _)| !is_there(tool)).collect()
 }
 

@@ -1,0 +1,79 @@
+# The same from the container image, where raw_exec isn't allowed. The client's configuration needs:
+#
+#   plugin "docker" {
+#     config {
+#       volumes { enabled = true }
+#       allow_caps = ["bpf", "perfmon", "net_admin", "net_bind_service", "sys_admin", "sys_ptrace", "dac_read_search"]
+#     }
+#   }
+
+variable "image" {
+  type        = string
+  description = "Such as registry.example/nohop:0.1.0"
+}
+
+job "nohop" {
+  type     = "system"
+  priority = 90
+
+  update {
+    max_parallel     = 1
+    min_healthy_time = "10s"
+    auto_revert      = true
+  }
+
+  group "nohop" {
+    restart {
+      delay    = "1s"
+      mode     = "delay"
+      attempts = 20
+      interval = "5m"
+    }
+
+    network {
+      mode = "host"
+    }
+
+    task "nohop" {
+      driver = "docker"
+      user   = "root"
+
+      config {
+        image        = var.image
+        network_mode = "host"
+        # In a cgroup namespace of its own it would serve itself alone, so it refuses to start there.
+        cgroupns = "host"
+        cap_drop = ["all"]
+        # The last three disconnect UDP sockets whose backend left (docs/security.md).
+        cap_add = ["bpf", "perfmon", "net_admin", "net_bind_service", "sys_admin", "sys_ptrace", "dac_read_search"]
+        # To find sockets of other processes.
+        pid_mode = "host"
+        volumes = [
+          "/sys/fs/bpf:/sys/fs/bpf", # pins outlive the container
+          "/sys/fs/cgroup:/sys/fs/cgroup",
+          "/var/lib/nohop:/var/lib/nohop",
+          "/run/nohop:/run/nohop", # `nohop status` on the node
+          "/etc/resolv.conf:/etc/resolv.conf:ro",
+          "local/nohop.toml:/etc/nohop/nohop.toml:ro",
+        ]
+      }
+
+      template {
+        destination = "local/nohop.toml"
+        change_mode = "restart"
+        data        = <<-EOF
+          [dns]
+          listen = ["169.254.53.53:53"] # see docs/nomad.md, step 1
+          EOF
+      }
+
+      kill_timeout = "5s"
+
+      resources {
+        cpu        = 100
+        memory     = 128
+        memory_max = 512
+      }
+    }
+  }
+}

@@ -1,0 +1,18 @@
+#!/bin/sh
+# dpkg: `remove`, or `upgrade`; rpm: the number of versions that stay.
+set -e
+
+case "$1" in
+remove | 0) ;;
+*) exit 0 ;;
+esac
+
+if [ -d /run/systemd/system ]; then
+    # The socket too: a query would start the daemon again.
+    systemctl disable --now nohop.socket nohop.service || true
+fi
+# The programs serve without a daemon, so they would outlive the package: connections to VIPs end here.
+# With mistakes in the configuration, what lies where the defaults are.
+if ! /usr/bin/nohop unload --all && ! /usr/bin/nohop unload --all --config /dev/null; then
+    echo "nohop: the programs in the kernel are still attached; a reboot removes them" >&2
+fi

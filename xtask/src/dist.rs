@@ -1,0 +1,173 @@
+//! Packages: what a person installs who has neither a compiler nor this repository.
+
+mod bill;
+mod build;
+pub mod check;
+mod image;
+mod package;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::process;
+use crate::repository;
+use crate::setup::{self, Purpose};
+use build::Target;
+
+pub const AFTER_HELP: &str = "\
+Written to target/dist (the bytes depend on the commit alone):
+  nohop_VERSION_ARCH.deb, nohop-VERSION.ARCH.rpm   linked with glibc; with units, configuration, manual pages,
+                                                   completions, alert rules
+  nohop-VERSION-ARCH-static.tar.gz                 one binary, linked with musl, for any distribution
+  nohop-VERSION-ARCH-oci.tar                       an OCI image layout with that binary
+  nohop-VERSION.cdx.json                           all crates in it (CycloneDX)
+  nohop-VERSION-licenses.txt                       their licences
+  SHA256SUMS                                       signed (SHA256SUMS.minisig) where NOHOP_SIGN_KEY names a
+                                                   secret key of minisign";
+
+/// How the packages are made.
+pub struct Options {
+    /// The architectures, such as `x86_64`.
+    pub architectures: Vec<Architecture>,
+    /// Where they are written.
+    pub out: PathBuf,
+}
+
+/// An architecture that packages are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Architecture {
+    #[value(name = "x86_64")]
+    X86_64,
+    Aarch64,
+}
+
+impl Architecture {
+    fn name(self) -> &'static str {
+        match self {
+            Architecture::X86_64 => "x86_64",
+            Architecture::Aarch64 => "aarch64",
+        }
+    }
+
+    /// As Debian, Go and OCI call it.
+    fn debian(self) -> &'static str {
+        match self {
+            Architecture::X86_64 => "amd64",
+            Architecture::Aarch64 => "arm64",
+        }
+    }
+}
+
+/// What all packages share.
+struct Release {
+    version: String,
+    /// The time of the commit, in seconds since 1970: that of every file.
+    epoch: String,
+    commit: String,
+    out: PathBuf,
+    work: PathBuf,
+}
+
+impl Release {
+    fn path(&self, name: &str) -> PathBuf {
+        self.out.join(name)
+    }
+}
+
+/// Makes all packages.
+///
+/// # Errors
+/// When something that they need isn't there, with the way to get it, or a build fails.
+pub fn run(options: &Options) -> Result<()> {
+    setup::run(Purpose::Build)?;
+    let nfpm = setup::dist::provide()?;
+    let release = release(&options.out)?;
+    let mut files = Vec::new();
+    // The commands' manual pages and completions are the same for all architectures.
+    let own = Target::glibc(Architecture::X86_64);
+    let native = build::build(own, &release)?;
+    let written = release.work.join("files");
+    process::output(Command::new(&native).arg("package-files").arg(&written))?;
+    let licenses = bill::licenses(&release)?;
+    for &architecture in &options.architectures {
+        let glibc = match architecture {
+            Architecture::X86_64 => native.clone(),
+            other => build::build(Target::glibc(other), &release)?,
+        };
+        let stage = package::stage(architecture, &glibc, &written, &licenses, &release)?;
+        files.extend(package::packages(&nfpm, architecture, &stage, &release)?);
+        if architecture == Architecture::X86_64 {
+            let binary = build::build(Target::musl(architecture), &release)?;
+            files.push(package::tarball(architecture, &binary, &written, &licenses, &release)?);
+            files.push(image::layout(architecture, &binary, &licenses, &release)?);
+        }
+    }
+    files.push(bill::sbom(&release)?);
+    files.push(licenses);
+    sums(&files, &release)?;
+    for file in &files {
+        println!("{}", file.display());
+    }
+    Ok(())
+}
+
+fn release(out: &Path) -> Result<Release> {
+    let git = |arguments: &[&str]| {
+        let mut git = Command::new("git");
+        let printed = process::output(git.args(arguments).current_dir(repository::root()))?;
+        Ok::<_, anyhow::Error>(printed.trim().to_owned())
+    };
+    let manifest = fs::read_to_string(repository::root().join("Cargo.toml"))?;
+    let version = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("version = \"")?.strip_suffix('"'))
+        .context("Cargo.toml has no version")?;
+    let out = std::path::absolute(out)?;
+    let work = repository::root().join("target/dist-work");
+    for folder in [&out, &work] {
+        fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
+    }
+    Ok(Release {
+        version: version.to_owned(),
+        epoch: git(&["log", "-1", "--format=%ct"])?,
+        commit: git(&["rev-parse", "HEAD"])?,
+        out,
+        work,
+    })
+}
+
+/// SHA256SUMS, and its signature where a key is given.
+fn sums(files: &[PathBuf], release: &Release) -> Result<()> {
+    let mut names: Vec<_> = files.iter().filter_map(|file| file.file_name()).collect();
+    names.sort_unstable();
+    let mut sha256sum = Command::new("sha256sum");
+    let sums = process::output(sha256sum.args(names).current_dir(&release.out))?;
+    let file = release.path("SHA256SUMS");
+    fs::write(&file, sums).with_context(|| format!("can't write {}", file.display()))?;
+    let Some(key) = std::env::var_os("NOHOP_SIGN_KEY") else { return Ok(()) };
+    ensure!(Path::new(&key).is_file(), "NOHOP_SIGN_KEY is {}, which is no file", key.display());
+    let comment = format!("nohop {}", release.version);
+    let mut minisign = Command::new("minisign");
+    minisign.args(["-S", "-t", &comment, "-s"]).arg(key).arg("-m").arg(&file);
+    process::stream(&mut minisign).context("minisign signs; Debian's package has that name")
+}
+
+/// The SHA-256 of a file, in hexadecimal digits.
+fn sha256(file: &Path) -> Result<String> {
+    let printed = process::output(Command::new("sha256sum").arg(file))?;
+    let digits = printed.split_whitespace().next().context("sha256sum prints a sum")?;
+    // Of a name with a backslash it escapes the line.
+    Ok(digits.trim_start_matches('\\').to_owned())
+}
+
+/// An archive of a folder whose bytes depend on what is in it alone.
+fn tar(folder: &Path, to: &Path, epoch: &str) -> Result<()> {
+    let mut tar = Command::new("tar");
+    tar.args(["--format=ustar", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"]);
+    tar.arg(format!("--mtime=@{epoch}")).arg("-cf").arg(to).arg("-C").arg(folder).arg(".");
+    process::output(&mut tar).map(drop)
+}

@@ -1,0 +1,150 @@
+//! What the binary is made of: a software bill of materials (CycloneDX 1.5) and the licences of all crates.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::Release;
+use crate::process;
+use crate::repository;
+
+/// A crate that is a part of the binary, or of an object for the kernel.
+struct Crate {
+    name: String,
+    version: String,
+    /// An SPDX expression.
+    license: String,
+    /// Its folder.
+    folder: PathBuf,
+    /// Whether it comes from crates.io.
+    is_published: bool,
+}
+
+/// All crates: by name and version.
+fn crates() -> Result<BTreeMap<(String, String), Crate>> {
+    let mut all = BTreeMap::new();
+    for (manifest, root) in [("Cargo.toml", "lb-userspace"), ("lb-ebpf/Cargo.toml", "lb-ebpf")] {
+        let mut cargo = Command::new("cargo");
+        cargo.args(["metadata", "--format-version", "1", "--locked", "--manifest-path", manifest]);
+        if root == "lb-userspace" {
+            cargo.args(["--filter-platform", "x86_64-unknown-linux-gnu"]);
+        }
+        let metadata = process::output(cargo.current_dir(repository::root()))?;
+        let metadata = serde_json::from_str(&metadata).context("can't parse cargo's metadata")?;
+        for found in linked(&metadata, root)? {
+            all.insert((found.name.clone(), found.version.clone()), found);
+        }
+    }
+    Ok(all)
+}
+
+/// The crates that `root` is linked with.
+fn linked(metadata: &Value, root: &str) -> Result<Vec<Crate>> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let packages = list(&metadata["packages"]);
+    let by_id: BTreeMap<String, &Value> =
+        packages.iter().map(|package| (text(&package["id"]), package)).collect();
+    let dependencies: BTreeMap<String, Vec<String>> = list(&metadata["resolve"]["nodes"])
+        .iter()
+        .map(|node| {
+            // Of kind null are those that aren't for builds or tests alone.
+            let is_linked =
+                |dep: &Value| list(&dep["dep_kinds"]).iter().any(|k| k["kind"].is_null());
+            let linked = list(&node["deps"]).into_iter().filter(is_linked);
+            (text(&node["id"]), linked.map(|dep| text(&dep["pkg"])).collect())
+        })
+        .collect();
+    let root = packages.iter().find(|package| package["name"] == root);
+    let mut left = vec![text(&root.with_context(|| format!("there is no {root:?}"))?["id"])];
+    let mut seen = BTreeSet::new();
+    while let Some(id) = left.pop() {
+        if seen.insert(id.clone()) {
+            left.extend(dependencies.get(&id).into_iter().flatten().cloned());
+        }
+    }
+    let read = |id: &String| {
+        let package = by_id.get(id)?;
+        let folder = Path::new(package["manifest_path"].as_str()?).parent()?.to_owned();
+        Some(Crate {
+            name: text(&package["name"]),
+            version: text(&package["version"]),
+            license: text(&package["license"]),
+            folder,
+            is_published: package["source"].is_string(),
+        })
+    };
+    Ok(seen.iter().filter_map(read).collect())
+}
+
+/// Writes the bill.
+pub fn sbom(release: &Release) -> Result<PathBuf> {
+    let component = |it: &Crate| {
+        let purl = format!("pkg:cargo/{}@{}", it.name, it.version);
+        json!({
+            "type": "library", "bom-ref": purl, "purl": purl,
+            "name": it.name, "version": it.version,
+            "licenses": [{ "expression": it.license }],
+        })
+    };
+    let components: Vec<Value> =
+        crates()?.values().filter(|it| it.is_published).map(component).collect();
+    let own = format!("pkg:generic/nohop@{}", release.version);
+    let bill = json!({
+        "bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1,
+        "metadata": { "component": {
+            "type": "application", "bom-ref": own, "purl": own,
+            "name": "nohop", "version": release.version,
+            "licenses": [{ "expression": "MIT OR Apache-2.0" }],
+        } },
+        "components": components,
+    });
+    let file = release.path(&format!("nohop-{}.cdx.json", release.version));
+    fs::write(&file, serde_json::to_string_pretty(&bill)? + "\n")
+        .with_context(|| format!("can't write {}", file.display()))?;
+    Ok(file)
+}
+
+/// Writes the licences: each text once, with the crates that it is of.
+pub fn licenses(release: &Release) -> Result<PathBuf> {
+    let mut texts: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut list = String::new();
+    for it in crates()?.values().filter(|it| it.is_published) {
+        list += &format!("{} {}: {}\n", it.name, it.version, it.license);
+        for text in license_texts(&it.folder)? {
+            texts.entry(text).or_default().insert(format!("{} {}", it.name, it.version));
+        }
+    }
+    let mut document = format!("nohop {} contains these crates:\n\n{list}", release.version);
+    // The text that most crates have comes first.
+    let mut texts: Vec<_> = texts.into_iter().collect();
+    texts.sort_by_key(|(text, crates)| (std::cmp::Reverse(crates.len()), text.clone()));
+    for (text, crates) in texts {
+        let crates = crates.into_iter().collect::<Vec<_>>().join(", ");
+        document += &format!("\n{}\nOf {crates}:\n\n{}\n", "-".repeat(80), text.trim_end());
+    }
+    let file = release.path(&format!("nohop-{}-licenses.txt", release.version));
+    fs::write(&file, document).with_context(|| format!("can't write {}", file.display()))?;
+    Ok(file)
+}
+
+/// The files of a crate that are about its licence.
+fn license_texts(folder: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().to_uppercase();
+        let is_about =
+            ["LICENSE", "LICENCE", "COPYING", "NOTICE"].iter().any(|n| name.starts_with(n));
+        if is_about && path.is_file() {
+            files.push(path);
+        }
+    }
+    files.sort();
+    let read = |path: &PathBuf| Ok(String::from_utf8_lossy(&fs::read(path)?).replace("\r\n", "\n"));
+    files.iter().map(read).collect()
+}

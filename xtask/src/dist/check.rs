@@ -1,0 +1,153 @@
+//! What is tried with the packages: `cargo xtask test --full`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Architecture, Options, Release, package, release};
+use crate::process;
+use crate::repository;
+use crate::setup;
+use crate::test_report::Tally;
+
+/// The first version with the command `run`; its configuration had other names of keys.
+const OLD: &str = "423192f";
+const OLD_VERSION: &str = "0.0.1";
+
+/// Makes the packages and tries them.
+pub fn run(tally: &mut Tally) {
+    let out = repository::root().join("target/dist");
+    let options = Options { architectures: vec![Architecture::X86_64], out: out.clone() };
+    tally.check("packages: made", || super::run(&options));
+    tally.check("packages: the same bytes from another folder", || same_bytes(&out));
+    tally.check(
+        "packages: the static binary runs without the system's files, and resolves names",
+        || static_binary(&out),
+    );
+    tally.check("packages: installed, upgraded and removed", || in_a_root(&out));
+}
+
+/// Makes them once more in a clone in another folder.
+fn same_bytes(out: &Path) -> Result<()> {
+    let folder = tempfile()?;
+    let clone = folder.join("a folder with another name");
+    let root = repository::root();
+    process::output(Command::new("git").args(["clone", "--quiet"]).arg(root).arg(&clone))?;
+    process::output(Command::new("cp").arg("-a").arg(root.join(".tools")).arg(&clone))?;
+    let other = folder.join("dist");
+    let mut dist = Command::new("cargo");
+    dist.args(["xtask", "dist", "--out"]).arg(&other).current_dir(&clone);
+    process::stream(&mut dist)?;
+    let read = |folder: &Path| fs::read_to_string(folder.join("SHA256SUMS"));
+    let (here, there) = (read(out)?, read(&other)?);
+    ensure!(here == there, "the sums differ:\n{here}\n{there}");
+    fs::remove_dir_all(folder)?;
+    Ok(())
+}
+
+fn tempfile() -> Result<PathBuf> {
+    let folder = repository::root().join("target/dist-work/again");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+/// The archive's binary needs no file of the system's: it runs in a root of its own that has none.
+fn static_binary(out: &Path) -> Result<()> {
+    let Release { version, work, .. } = release(out)?;
+    let name = format!("nohop-{version}-x86_64-static");
+    let folder = work.join("unpacked");
+    fs::create_dir_all(&folder)?;
+    let archive = out.join(format!("{name}.tar.gz"));
+    process::output(Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(&folder))?;
+    let root = folder.join(name);
+    let printed = process::output(Command::new("chroot").arg(&root).args(["/nohop", "version"]))?;
+    ensure!(printed.contains(&version), "it printed {printed:?}");
+    // musl's resolver reads /etc/hosts and /etc/resolv.conf of the root, and nothing of nsswitch.conf: the
+    // name of an agent is found, and nobody listens there.
+    fs::create_dir_all(root.join("etc"))?;
+    fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n127.0.0.9 agent.test\n")?;
+    let mut check = Command::new("unshare");
+    let up =
+        "ip link set lo up && exec chroot \"$0\" /nohop check --consul-addr http://agent.test:8500";
+    check.args(["--net", "sh", "-c", up]).arg(&root);
+    let output = check.output().context("can't run unshare")?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let expected = "can't reach Consul at agent.test:8500 (Connection refused";
+    ensure!(printed.contains(expected), "{expected:?} isn't in:\n{printed}");
+    Ok(())
+}
+
+/// A Debian of its own in which the packages are installed.
+fn in_a_root(out: &Path) -> Result<()> {
+    setup::dist::provide_debootstrap()?;
+    let release = release(out)?;
+    let root = debian(&release.work)?;
+    let name = format!("nohop_{}_amd64.deb", release.version);
+    fs::copy(out.join(&name), root.join("new.deb"))?;
+    fs::copy(old_package(&release)?, root.join("old.deb"))?;
+    let script = include_str!("check.sh");
+    fs::write(root.join("check.sh"), script)?;
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--mount", "--pid", "--fork", "--mount-proc", "--net", "chroot"]).arg(&root);
+    process::output(unshare.args(["/bin/sh", "/check.sh", OLD_VERSION, &release.version]))
+        .map(|printed| print!("{printed}"))
+}
+
+/// Debian's least system, from its mirror; kept for the next time.
+fn debian(work: &Path) -> Result<PathBuf> {
+    let (kept, root) = (work.join("debian.tar"), work.join("debian"));
+    if root.exists() {
+        fs::remove_dir_all(&root)?;
+    }
+    fs::create_dir_all(&root)?;
+    if !kept.exists() {
+        let mut debootstrap = Command::new("debootstrap");
+        debootstrap.args(["--variant=minbase", "bookworm"]).arg(&root);
+        process::output(&mut debootstrap)?;
+        process::output(Command::new("tar").arg("-cf").arg(&kept).arg("-C").arg(&root).arg("."))?;
+        return Ok(root);
+    }
+    process::output(Command::new("tar").arg("-xf").arg(&kept).arg("-C").arg(&root))?;
+    Ok(root)
+}
+
+/// A package of an old version, packed as today.
+fn old_package(release: &Release) -> Result<PathBuf> {
+    let Release { work, .. } = release;
+    let clone = work.join("old");
+    if !clone.exists() {
+        let root = repository::root();
+        process::output(Command::new("git").args(["clone", "--quiet"]).arg(root).arg(&clone))?;
+        process::output(Command::new("cp").arg("-a").arg(root.join(".tools")).arg(&clone))?;
+    }
+    let mut checkout = Command::new("git");
+    process::output(checkout.args(["checkout", "--quiet", OLD]).current_dir(&clone))
+        .with_context(|| format!("the history has no {OLD}: clone the repository as a whole"))?;
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--locked", "--package", "lb-userspace", "--bin", "nohop"]);
+    cargo.arg("--target-dir").arg(work.join("build-old"));
+    process::stream(cargo.current_dir(&clone))?;
+    let binary = work.join("nohop-old");
+    let built = work.join("build-old/debug/nohop");
+    process::output(Command::new("strip").arg("-o").arg(&binary).arg(built))?;
+    let old = Release {
+        version: OLD_VERSION.to_owned(),
+        epoch: release.epoch.clone(),
+        commit: OLD.to_owned(),
+        out: work.clone(),
+        work: work.join("old-stage"),
+    };
+    fs::create_dir_all(&old.work)?;
+    let files = work.join("files");
+    let licenses = release.path(&format!("nohop-{}-licenses.txt", release.version));
+    let stage = package::stage(Architecture::X86_64, &binary, &files, &licenses, &old)?;
+    fs::write(stage.join("etc/nohop/nohop.toml"), "# All keys have their defaults.\n")?;
+    let nfpm = setup::dist::provide()?;
+    let packages = package::packages(&nfpm, Architecture::X86_64, &stage, &old)?;
+    packages.into_iter().next().context("a .deb is made")
+}
