@@ -80,8 +80,12 @@ pub fn build(target: Target, release: &Release) -> Result<PathBuf> {
     cargo.env("NOHOP_REMAP", remapped.join("\x1f"));
     let variable = |name: &str| format!("{name}_{}", triple.replace('-', "_"));
     let compiler = target.compiler();
-    cargo
-        .env(format!("CARGO_TARGET_{}_LINKER", triple.to_uppercase().replace('-', "_")), &compiler);
+    let linker = match target.libc {
+        Libc::Glibc => PathBuf::from(&compiler),
+        Libc::Musl => linker(&release.work)?,
+    };
+    let name = triple.to_uppercase().replace('-', "_");
+    cargo.env(format!("CARGO_TARGET_{name}_LINKER"), linker);
     let c_flags: Vec<_> =
         prefixes()?.iter().map(|(from, to)| format!("-ffile-prefix-map={from}={to}")).collect();
     cargo.env(variable("CC"), &compiler).env(variable("CFLAGS"), c_flags.join(" "));
