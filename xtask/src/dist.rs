@@ -5,6 +5,7 @@ mod build;
 pub mod check;
 mod image;
 mod package;
+mod release;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,9 +14,10 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::process;
-use crate::repository;
 use crate::setup::{self, Purpose};
 use build::Target;
+pub use release::Architecture;
+use release::{Release, release};
 
 pub const AFTER_HELP: &str = "\
 Written to target/dist (the bytes depend on the commit alone):
@@ -34,48 +36,6 @@ pub struct Options {
     pub architectures: Vec<Architecture>,
     /// Where they are written.
     pub out: PathBuf,
-}
-
-/// An architecture that packages are made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub enum Architecture {
-    #[value(name = "x86_64")]
-    X86_64,
-    Aarch64,
-}
-
-impl Architecture {
-    fn name(self) -> &'static str {
-        match self {
-            Architecture::X86_64 => "x86_64",
-            Architecture::Aarch64 => "aarch64",
-        }
-    }
-
-    /// As Debian, Go and OCI call it.
-    fn debian(self) -> &'static str {
-        match self {
-            Architecture::X86_64 => "amd64",
-            Architecture::Aarch64 => "arm64",
-        }
-    }
-}
-
-/// What all packages share.
-struct Release {
-    version: String,
-    /// The time of the commit, in seconds since 1970: that of every file.
-    epoch: String,
-    commit: String,
-    out: PathBuf,
-    work: PathBuf,
-}
-
-impl Release {
-    fn path(&self, name: &str) -> PathBuf {
-        self.out.join(name)
-    }
 }
 
 /// Makes all packages.
@@ -115,31 +75,6 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn release(out: &Path) -> Result<Release> {
-    let git = |arguments: &[&str]| {
-        let mut git = Command::new("git");
-        let printed = process::output(git.args(arguments).current_dir(repository::root()))?;
-        Ok::<_, anyhow::Error>(printed.trim().to_owned())
-    };
-    let manifest = fs::read_to_string(repository::root().join("Cargo.toml"))?;
-    let version = manifest
-        .lines()
-        .find_map(|line| line.strip_prefix("version = \"")?.strip_suffix('"'))
-        .context("Cargo.toml has no version")?;
-    let out = std::path::absolute(out)?;
-    let work = repository::root().join("target/dist-work");
-    for folder in [&out, &work] {
-        fs::create_dir_all(folder).with_context(|| format!("can't make {}", folder.display()))?;
-    }
-    Ok(Release {
-        version: version.to_owned(),
-        epoch: git(&["log", "-1", "--format=%ct"])?,
-        commit: git(&["rev-parse", "HEAD"])?,
-        out,
-        work,
-    })
-}
-
 /// SHA256SUMS, and its signature where a key is given.
 fn sums(files: &[PathBuf], release: &Release) -> Result<()> {
     let mut names: Vec<_> = files.iter().filter_map(|file| file.file_name()).collect();
@@ -154,20 +89,4 @@ fn sums(files: &[PathBuf], release: &Release) -> Result<()> {
     let mut minisign = Command::new("minisign");
     minisign.args(["-S", "-t", &comment, "-s"]).arg(key).arg("-m").arg(&file);
     process::stream(&mut minisign).context("minisign signs; Debian's package has that name")
-}
-
-/// The SHA-256 of a file, in hexadecimal digits.
-fn sha256(file: &Path) -> Result<String> {
-    let printed = process::output(Command::new("sha256sum").arg(file))?;
-    let digits = printed.split_whitespace().next().context("sha256sum prints a sum")?;
-    // Of a name with a backslash it escapes the line.
-    Ok(digits.trim_start_matches('\\').to_owned())
-}
-
-/// An archive of a folder whose bytes depend on what is in it alone.
-fn tar(folder: &Path, to: &Path, epoch: &str) -> Result<()> {
-    let mut tar = Command::new("tar");
-    tar.args(["--format=ustar", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"]);
-    tar.arg(format!("--mtime=@{epoch}")).arg("-cf").arg(to).arg("-C").arg(folder).arg(".");
-    process::output(&mut tar).map(drop)
 }

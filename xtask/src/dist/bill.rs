@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::Release;
+use super::release::Release;
 use crate::process;
 use crate::repository;
 

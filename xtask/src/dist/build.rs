@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::{Architecture, Release};
+use super::release::{Architecture, Release};
 use crate::process;
 use crate::repository;
 use crate::setup::{self, toolchain};

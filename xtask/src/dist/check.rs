@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Architecture, Options, Release, package, release};
+use super::release::{Architecture, Release, release};
+use super::{Options, package};
 use crate::process;
 use crate::repository;
 use crate::setup;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Architecture, Release, sha256, tar};
+use super::release::{Architecture, Release, sha256, tar};
 use crate::process;
 
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";

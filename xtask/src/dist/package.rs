@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::{Architecture, Release, tar};
+use super::release::{Architecture, Release, tar};
 use crate::process;
 use crate::repository;
 
