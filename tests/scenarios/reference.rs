@@ -206,6 +206,7 @@ fn documents(page: &Page, nohop: &Nohop) -> Result<()> {
         ("reload", "reload --json".to_owned()),
         ("check", "check --json".to_owned()),
         ("config check", format!("config check --json {}", file.display())),
+        ("config migrate", format!("config migrate --json {}", file.display())),
         ("config show", "config show --json".to_owned()),
         ("version", "version --json".to_owned()),
     ] {
