@@ -119,6 +119,10 @@ extern "C" fn nohop_edge_refuse(service: u64) -> u64 {
 extern "C" fn nohop_edge_reserve() -> u64 {
     let now_ms = u64::from(forward::now_ms());
     let mut claimed = nohop_edge_claim(now_ms, 0);
+    if claimed == 0 || claimed == flows::ONLY_PENDING {
+        flows::nohop_edge_jump();
+        claimed = nohop_edge_claim(now_ms, 0);
+    }
     if claimed == flows::ONLY_PENDING {
         if nohop_edge_is_flooded() != 0 {
             count(EdgeCounter::SynFlood);

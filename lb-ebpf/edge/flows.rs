@@ -5,7 +5,7 @@ use lb_common::{
 };
 
 use crate::maps::{self, RecordPtr, count};
-use crate::{forward, outcomes};
+use crate::{forward, outcomes, random};
 
 /// Whose packet one may be, by where it goes to.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -337,6 +337,20 @@ pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
     if nohop_edge_end(idx.into()) != 0 && claim(record) {
         count(EdgeCounter::Taken);
         return u64::from(idx) + 1;
+    }
+    0
+}
+
+/// Has the next search begin anywhere: flows that other processors began lie side by side, so that where some
+/// are in use those beside them are, too. Returns nothing of use.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_jump() -> u64 {
+    let n_records = maps::n_records();
+    if let Some(cursors) = maps::cursors()
+        && n_records != 0
+    {
+        cursors.record = u64::from(random::next() % n_records);
     }
     0
 }

@@ -10,6 +10,7 @@ use lb_common::{N_PORT_BLOCKS, PORTS_PER_BLOCK, PortCursor};
 use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::edge::{
     BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, flows, options,
@@ -122,6 +123,32 @@ pub fn a_full_table() {
         assert!(count(&datapath, "flows_taken") > ROOM as u64 / 4, "{:?}", datapath.edge_counts());
         assert_eq!(count(&datapath, "flows_expired"), 0);
         connections.all_go_on();
+    });
+}
+
+/// Each processor searches for a place by itself; where another one's flows lie side by side it looks elsewhere.
+pub fn room_elsewhere() {
+    /// More than one search looks at, fewer than a listener keeps for accept().
+    const N: usize = 100;
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let web = public("web", &[(BACKEND, PORT).into()], &[vip]);
+        let datapath = serve_with(&place, vec![web], options());
+        let mut connections = Connections::new(&network);
+        let processors = sched_getaffinity(None).unwrap();
+        for processor in (0..CpuSet::MAX_CPU).filter(|&nth| processors.is_set(nth)).take(2) {
+            let streams = network.client.run(move || {
+                let mut one = CpuSet::new();
+                one.set(processor);
+                sched_setaffinity(None, &one).unwrap();
+                let connect = |_| TcpStream::connect_timeout(&vip, LONG).unwrap();
+                (0..N).map(connect).collect::<Vec<_>>()
+            });
+            let accept = |stream| (stream, connections.listener.accept().unwrap().0);
+            connections.pairs.extend(streams.into_iter().map(accept).collect::<Vec<_>>());
+        }
+        assert_eq!(count(&datapath, "table_full"), 0);
     });
 }
 

@@ -104,6 +104,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_a_backend_is_here", edge::a_backend_is_here),
     since((5, 10), "edge_interfaces_change", edge::interfaces_change),
     once("edge_a_full_table", edge_room::a_full_table),
+    once("edge_room_elsewhere", edge_room::room_elsewhere),
     once("edge_a_flood", edge_room::a_flood),
     once("edge_ports_run_out", edge_room::ports_run_out),
     once("edge_a_backend_is_silent", edge_room::a_backend_is_silent),

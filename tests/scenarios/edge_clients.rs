@@ -274,7 +274,7 @@ fn web(site: &Site, vip: &str) -> Result<()> {
     let client = site.client.outside();
     let answer = client.run("curl", &format!("-gsS --max-time 60 {url}"))?;
     ensure!(answer.starts_with("hello from web-"), "{answer}");
-    let report = client.run("wrk", &format!("--threads 1 --connections 4 --duration 1s {url}"))?;
+    let report = client.run("wrk", &format!("--threads 1 --connections 16 --duration 1s {url}"))?;
     let is_clean = !report.contains("Socket errors") && !report.contains("Non-2xx");
     ensure!(is_clean && report.contains("Requests/sec"), "{report}");
     Ok(())
