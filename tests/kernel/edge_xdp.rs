@@ -190,7 +190,7 @@ pub fn attachments() {
             panic!("{:?}", modes(&datapath));
         };
         assert_eq!(*first, tcx);
-        assert!(message.contains("neither XDP nor GRO"), "{message}");
+        assert!(message.contains("neither an XDP program nor GRO"), "{message}");
         exchange(&network);
 
         ip("link del out");

@@ -104,13 +104,13 @@ impl Fast {
         let device = devices.get(&index).ok_or("it isn't there any more")?;
         if let Some((name, _)) = device::vlan_of(index, devices) {
             return Err(format!(
-                "its driver may take the VLAN tags of {name} off before XDP sees them: by TC alone"
+                "TC alone: its driver may take the VLAN tags of {name} off before XDP sees them"
             ));
         }
         if !device.sends_back() && !device.takes_redirected() {
             let reason =
-                "what its other end is given by XDP is dropped, as there is neither XDP nor GRO";
-            return Err(format!("{reason}: by TC alone"));
+                "its peer has neither an XDP program nor GRO, so it would drop what XDP sends";
+            return Err(format!("TC alone: {reason}"));
         }
         let others = self.links.keys().any(|other| *other != index && slot(*other) == slot(index));
         if others {
@@ -141,7 +141,7 @@ impl Fast {
             Some(link) => link,
             None => {
                 if let Some(id) = device.program {
-                    return Err(format!("{}: by TC alone", other_program(id)));
+                    return Err(format!("TC alone: {}", other_program(id)));
                 }
                 let attached = Link::attach_xdp(fd.as_fd(), index);
                 let link = attached.map_err(|error| device::reason(fd.as_fd(), index, error))?;
