@@ -1,4 +1,4 @@
-# Who asks: a task in a bridge-mode group, and one of Docker in a network of its own. Neither has a `dns` block.
+# Clients: a task in a bridge-mode group, and one of Docker in a network of its own. Neither has a `dns` block.
 
 job "clients" {
   type = "batch"

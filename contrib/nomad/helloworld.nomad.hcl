@@ -26,7 +26,7 @@ job "helloworld" {
       # Without the tag nohop sends a canary nothing.
       canary_tags = ["canary"]
 
-      # Without a check an instance counts as healthy before its task listens.
+      # Without a check an instance is passing before its task listens.
       check {
         type     = "http"
         path     = "/"

@@ -3,7 +3,10 @@
 #   plugin "docker" {
 #     config {
 #       volumes { enabled = true }
-#       allow_caps = ["bpf", "perfmon", "net_admin", "net_bind_service", "sys_admin", "sys_ptrace", "dac_read_search"]
+#       # The list replaces the driver's own, whose capabilities other tasks rely on: those come first.
+#       allow_caps = ["audit_write", "chown", "dac_override", "fowner", "fsetid", "kill", "mknod",
+#         "net_bind_service", "setfcap", "setgid", "setpcap", "setuid", "sys_chroot",
+#         "bpf", "perfmon", "net_admin", "sys_admin", "sys_ptrace", "dac_read_search"]
 #     }
 #   }
 
@@ -46,6 +49,8 @@ job "nohop" {
         cap_drop = ["all"]
         # The last three disconnect UDP sockets whose backend left (docs/security.md).
         cap_add = ["bpf", "perfmon", "net_admin", "net_bind_service", "sys_admin", "sys_ptrace", "dac_read_search"]
+        # Docker's AppArmor profile refuses to write below /sys/fs/bpf.
+        security_opt = ["apparmor=unconfined"]
         # To find sockets of other processes.
         pid_mode = "host"
         volumes = [
@@ -63,7 +68,10 @@ job "nohop" {
         change_mode = "restart"
         data        = <<-EOF
           [dns]
-          listen = ["169.254.53.53:53"] # see docs/nomad.md, step 1
+          # See docs/nomad.md, step 1; in the place of 192.0.2.53 your resolver, as the host's resolv.conf has
+          # nohop alone.
+          listen  = ["169.254.53.53:53"]
+          forward = ["192.0.2.53:53"]
           EOF
       }
 

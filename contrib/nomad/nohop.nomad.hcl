@@ -1,7 +1,7 @@
 # nohop on every Linux client, as a system job. docs/nomad.md has the reasons; under systemd the package's
 # units are the better choice, since systemd holds the sockets of DNS.
 #
-#   nomad job run -var version=0.1.0 -var url=https://files.example/nohop contrib/nomad/nohop.nomad.hcl
+#   nomad job run -var version=0.1.0 -var url=https://files.example/nohop -var sha256=... contrib/nomad/nohop.nomad.hcl
 #
 # The client's configuration has to allow raw_exec: plugin "raw_exec" { config { enabled = true } }
 
@@ -27,10 +27,15 @@ job "nohop" {
     attribute = "${attr.kernel.name}"
     value     = "linux"
   }
+  # Linux 5.10 or later: versions such as 5.14.0-427.el9.x86_64 are no semantic ones.
   constraint {
     attribute = "${attr.kernel.version}"
-    operator  = "semver"
-    value     = ">= 5.10.0"
+    operator  = "regexp"
+    value     = "^(5\\.[1-9][0-9]|[6-9]|[1-9][0-9])\\."
+  }
+  constraint {
+    attribute = "${attr.cpu.arch}"
+    value     = "amd64"
   }
 
   # One node after the other, each only once the one before is ready.
@@ -43,8 +48,8 @@ job "nohop" {
   }
 
   group "nohop" {
-    # A crash is answered at once, and for ever: the kernel keeps serving meanwhile, but names of other zones
-    # wait. Nomad's default waits 15 s and then gives up.
+    # Restarts after 1 s; after 20 within 5 minutes Nomad waits for the interval's end. By default it would wait
+    # 15 s each time and then give up. The kernel keeps serving meanwhile, but names of other zones fail.
     restart {
       delay    = "1s"
       mode     = "delay"
@@ -60,6 +65,7 @@ job "nohop" {
       name     = "nohop"
       provider = "consul"
 
+      # Not ready is a warning to Nomad; don't update the job while the kill switch is on.
       check {
         type     = "script"
         task     = "nohop"
@@ -96,7 +102,10 @@ job "nohop" {
         change_mode   = "script"
         data          = <<-EOF
           [dns]
-          listen = ["169.254.53.53:53"] # see docs/nomad.md, step 1
+          # See docs/nomad.md, step 1; in the place of 192.0.2.53 your resolver, as the host's resolv.conf has
+          # nohop alone.
+          listen  = ["169.254.53.53:53"]
+          forward = ["192.0.2.53:53"]
           [consul]
           address = "http://127.0.0.1:8500"
           EOF
@@ -109,7 +118,7 @@ job "nohop" {
         }
       }
 
-      # It ends within a second; connections and names go on without it.
+      # It ends within a second; connections and names continue without it.
       kill_signal  = "SIGTERM"
       kill_timeout = "5s"
 

@@ -2,6 +2,15 @@
 # dpkg: `configure`, and the former version at an upgrade; rpm: the number of versions that are then installed.
 set -e
 
+case "$1" in
+configure | [0-9]*) ;;
+abort-remove)
+    echo "nohop: the removal was aborted; start it again: systemctl enable --now nohop.socket nohop.service" >&2
+    exit 0
+    ;;
+*) exit 0 ;;
+esac
+
 config=/etc/nohop/nohop.toml
 
 is_upgrade() {
@@ -19,19 +28,25 @@ if [ -d /run/systemd/system ]; then
     systemctl daemon-reload || true
 fi
 
-# What was installed by hand comes before the package's own files.
+# What was installed by hand overrides the package's own files.
 for other in /etc/systemd/system/nohop.service /etc/systemd/system/nohop.socket; do
     if [ -f "$other" ] && [ ! -L "$other" ]; then
-        echo "nohop: $other comes before the package's unit; remove it, then: systemctl daemon-reload" >&2
+        echo "nohop: $other overrides the package's unit; remove it, then: systemctl daemon-reload" >&2
     fi
 done
 if [ -x /usr/local/bin/nohop ]; then
-    echo "nohop: /usr/local/bin/nohop comes before /usr/bin/nohop on PATH; remove it once nothing runs it" >&2
+    echo "nohop: /usr/local/bin/nohop overrides /usr/bin/nohop on PATH; remove it once nothing runs it" >&2
+fi
+
+# No conffile: dpkg would ask about it whenever a version has a new key.
+if [ ! -e "$config" ]; then
+    mkdir -p /etc/nohop
+    cp /usr/share/nohop/nohop.toml "$config"
 fi
 
 if is_upgrade "$@"; then
     if [ -f "$config" ] && ! $nohop config migrate "$config" --apply; then
-        echo "nohop: $config has mistakes; the running daemon isn't restarted. Mend it, then: systemctl restart nohop" >&2
+        echo "nohop: $config has mistakes; the running daemon isn't restarted. Fix it, then: systemctl restart nohop" >&2
         exit 0
     fi
     # The kernel keeps serving meanwhile, and the socket keeps queries.

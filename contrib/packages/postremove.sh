@@ -7,6 +7,6 @@ if [ -d /run/systemd/system ]; then
 fi
 if [ "$1" = purge ]; then
     rm -rf /var/lib/nohop
-    rm -f /etc/nohop/nohop.toml.old
+    rm -f /etc/nohop/nohop.toml /etc/nohop/nohop.toml.old
     rmdir /etc/nohop 2>/dev/null || true
 fi

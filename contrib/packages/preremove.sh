@@ -7,6 +7,9 @@ remove | 0) ;;
 *) exit 0 ;;
 esac
 
+if grep -qsE '^nameserver (127\.0\.0\.1|169\.254\.53\.53)$' /etc/resolv.conf; then
+    echo "nohop: /etc/resolv.conf may name nohop alone; undo \`nohop dns setup\`, or no name is found from now on" >&2
+fi
 if [ -d /run/systemd/system ]; then
     # The socket too: a query would start the daemon again.
     systemctl disable --now nohop.socket nohop.service || true
@@ -14,5 +17,5 @@ fi
 # The programs serve without a daemon, so they would outlive the package: connections to VIPs end here.
 # With mistakes in the configuration, what lies where the defaults are.
 if ! /usr/bin/nohop unload --all && ! /usr/bin/nohop unload --all --config /dev/null; then
-    echo "nohop: the programs in the kernel are still attached; a reboot removes them" >&2
+    echo "nohop: the programs in the kernel are still attached; stop every nohop daemon, then: nohop unload --all" >&2
 fi

@@ -20,7 +20,7 @@ pub use release::Architecture;
 use release::{Release, release};
 
 pub const AFTER_HELP: &str = "\
-Written to target/dist (the bytes depend on the commit alone):
+Written to target/dist (the same bytes from any folder, with the same tools):
   nohop_VERSION_ARCH.deb, nohop-VERSION.ARCH.rpm   linked with glibc; with units, configuration, manual pages,
                                                    completions, alert rules
   nohop-VERSION-ARCH-static.tar.gz                 one binary, linked with musl, for any distribution

@@ -158,7 +158,7 @@ pub enum Command {
         #[arg(value_name = "PATH=ENTRIES")]
         maps: Vec<OsString>,
     },
-    /// Write what packages contain beside the binary: manual pages, completions, the configuration file
+    /// Write what packages contain in addition to the binary: manual pages, completions, the configuration file
     #[command(hide = true)]
     PackageFiles {
         /// The directory; what is there is replaced

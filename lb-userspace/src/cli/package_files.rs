@@ -1,4 +1,4 @@
-//! What packages contain beside the binary, made from the definitions of the command line and of the
+//! What packages contain in addition to the binary, made from the definitions of the command line and of the
 //! configuration.
 
 use std::fmt::Write as _;
@@ -55,7 +55,7 @@ fn configuration() -> anyhow::Result<Vec<u8>> {
         italic("/etc/nohop/nohop.toml"),
         roman(" is TOML. Each key has a default, and an unknown key is an error. Flags of "),
         bold("nohop run"),
-        roman(" come before variables of the environment, those before the file. "),
+        roman(" override environment variables, which override the file. "),
         bold("nohop config check"),
         roman(" reports mistakes, "),
         bold("nohop config show"),

@@ -147,7 +147,7 @@ fn old_package(release: &Release) -> Result<PathBuf> {
     let files = work.join("files");
     let licenses = release.path(&format!("nohop-{}-licenses.txt", release.version));
     let stage = package::stage(Architecture::X86_64, &binary, &files, &licenses, &old)?;
-    fs::write(stage.join("etc/nohop/nohop.toml"), "# All keys have their defaults.\n")?;
+    fs::write(stage.join("usr/share/nohop/nohop.toml"), "# All keys have their defaults.\n")?;
     let nfpm = setup::dist::provide()?;
     let packages = package::packages(&nfpm, Architecture::X86_64, &stage, &old)?;
     packages.into_iter().next().context("a .deb is made")

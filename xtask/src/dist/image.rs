@@ -60,6 +60,16 @@ pub fn layout(
         "history": [{ "created": created, "created_by": "cargo xtask dist" }],
     });
     let config = add_json(&folder, &blobs, &config, CONFIG)?;
+    // `docker load` reads this one, unless its images are containerd's.
+    let blob = |it: &Value| {
+        it["digest"].as_str().map(|digest| format!("blobs/{}", digest.replace(':', "/")))
+    };
+    let docker = json!([{
+        "Config": blob(&config),
+        "RepoTags": [format!("nohop:{}", release.version)],
+        "Layers": [blob(&layer)],
+    }]);
+    fs::write(layout.join("manifest.json"), docker.to_string())?;
     let manifest = json!({
         "schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer],
     });

@@ -49,7 +49,7 @@ pub fn stage(
 ) -> Result<PathBuf> {
     let root = fresh(release.work.join(format!("stage-{}", architecture.name())))?;
     place_copy(&root, "usr/bin/nohop", binary, 0o755)?;
-    place_copy(&root, "etc/nohop/nohop.toml", &written.join("nohop.toml"), 0o644)?;
+    place_copy(&root, "usr/share/nohop/nohop.toml", &written.join("nohop.toml"), 0o644)?;
     for unit in ["nohop.service", "nohop.socket"] {
         let text = fs::read_to_string(in_contrib("systemd").join(unit))?;
         let text = text.replace("/usr/local/bin/", "/usr/bin/");
@@ -85,7 +85,10 @@ pub fn stage(
     place_copy(&root, "usr/share/doc/nohop/changelog", &changes, 0o644)?;
     let changes = root.join("usr/share/doc/nohop/changelog");
     process::output(Command::new("gzip").args(["-9n"]).arg(changes))?;
-    // nfpm takes the times of files.
+    // nfpm takes the times of files, and the modes of folders.
+    let mut chmod = Command::new("find");
+    chmod.arg(&root).args(["-type", "d", "-exec", "chmod", "755", "{}", "+"]);
+    process::output(&mut chmod)?;
     let mut touch = Command::new("find");
     touch.arg(&root).args(["-exec", "touch", "--date", &format!("@{}", release.epoch), "{}", "+"]);
     process::output(&mut touch)?;

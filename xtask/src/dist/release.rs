@@ -89,7 +89,14 @@ pub fn sha256(file: &Path) -> Result<String> {
 /// An archive of a folder whose bytes depend on what is in it alone.
 pub fn tar(folder: &Path, to: &Path, epoch: &str) -> Result<()> {
     let mut tar = Command::new("tar");
-    tar.args(["--format=ustar", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"]);
+    tar.args([
+        "--format=ustar",
+        "--sort=name",
+        "--owner=0",
+        "--group=0",
+        "--numeric-owner",
+        "--mode=u=rwX,go=rX",
+    ]);
     tar.arg(format!("--mtime=@{epoch}")).arg("-cf").arg(to).arg("-C").arg(folder).arg(".");
     process::output(&mut tar).map(drop)
 }
