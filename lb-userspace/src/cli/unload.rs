@@ -18,7 +18,7 @@ pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     // Routers have to know before the programs are gone.
     let mut withdrawn = None;
     let withdraw = || runtime.block_on(public_routes::announce(&BTreeSet::new()));
-    let n_detached = datapath::unload_after(bpffs, || withdrawn = Some(withdraw()))?;
+    let n_detached = datapath::unload_after(bpffs, || withdrawn.insert(withdraw()).is_ok())?;
     let (_, withdrawn) = withdrawn.transpose()?.unwrap_or_default();
     let mut removed = Vec::new();
     if all {

@@ -302,16 +302,19 @@ fn obstacle(units: &'static [Unit], scope: &Path, bpffs: &Path) -> io::Result<Op
 /// # Errors
 /// When a daemon still runs there, or the kernel refuses.
 pub fn unload(bpffs: &Path) -> Result<usize, DatapathError> {
-    unload_after(bpffs, || {})
+    unload_after(bpffs, || true)
 }
 
-/// [`unload`], after something that has to be done once it is known that no daemon runs there.
+/// [`unload`], after something that has to be done once it is known that no daemon runs there; if that returns false,
+/// nothing is detached.
 ///
 /// # Errors
 /// See there.
-pub fn unload_after(bpffs: &Path, first: impl FnOnce()) -> Result<usize, DatapathError> {
+pub fn unload_after(bpffs: &Path, first: impl FnOnce() -> bool) -> Result<usize, DatapathError> {
     let pins = Pins::open_existing(bpffs)?;
-    first();
+    if !first() {
+        return Ok(0);
+    }
     let Some(pins) = pins else { return Ok(0) };
     let n_links = links::detach_pinned(&pins)?;
     let n_filters = names::detach_filters(&pins) + edge::detach_filters(&pins);

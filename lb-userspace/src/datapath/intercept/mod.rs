@@ -204,9 +204,10 @@ impl Intercept {
     /// Takes over what a search has found, and intercepts the queries of cgroups that waited for it.
     pub fn take_search(&mut self, scope: &Path) {
         if let (Some(Ok(loaded)), Some(settings)) = (&mut self.loaded, &self.settings) {
-            let found = loaded.search.found();
+            let (before, found) = (loaded.searched_ns, loaded.search.found());
             loaded.take_over(found);
-            if loaded.waits() {
+            // One that failed would fail again at once: the next one begins with the next look at the cgroups.
+            if loaded.searched_ns != before && loaded.waits() {
                 loaded.begin_search(settings, scope);
             }
         }
@@ -217,9 +218,9 @@ impl Intercept {
     pub fn finish_search(&mut self, scope: &Path) {
         if let (Some(Ok(loaded)), Some(settings)) = (&mut self.loaded, &self.settings) {
             loop {
-                let found = loaded.search.wait();
+                let (before, found) = (loaded.searched_ns, loaded.search.wait());
                 loaded.take_over(found);
-                if !loaded.waits() || loaded.unsafe_reason.is_some() {
+                if !loaded.waits() || loaded.searched_ns == before {
                     break;
                 }
                 loaded.begin_search(settings, scope);
