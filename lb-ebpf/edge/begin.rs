@@ -13,7 +13,7 @@ use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
 use crate::forward;
 use crate::maps::{self, count};
 use crate::skb::Skb;
-use crate::{outcomes, reset, tables};
+use crate::{hops, outcomes, reset, tables};
 
 /// What becomes of a packet instead of a flow: it goes on as it came. No [`Found`] has these numbers.
 pub const PASS: u64 = 0;
@@ -21,6 +21,8 @@ pub const PASS: u64 = 0;
 pub const DROP: u64 = u64::MAX;
 /// A RST answers it.
 pub const RESET: u64 = u64::MAX - 1;
+/// An ICMP error does, as its hop limit is used up.
+pub const EXPIRED: u64 = u64::MAX - 2;
 
 /// How many source ports are tried: with [`PortPlace::step`] as far as there are any.
 const N_TRIES: u32 = 16;
@@ -31,13 +33,13 @@ const NETWORK_NS: u64 = 1_000_000_000 / 100;
 const VIP_NS: u64 = 1_000_000_000 / 20_000;
 
 /// Begins a flow with the packet that was read, in the place of one that is over. Returns a [`Found`],
-/// [`PASS`], [`DROP`] or [`RESET`].
+/// [`PASS`], [`DROP`], [`RESET`] or [`EXPIRED`].
 ///
 /// One step after the other, not one within the other, as all their stacks together have 512 bytes.
 #[inline(always)]
 pub fn begin(skb: &Skb, over: Found) -> u64 {
     let service = nohop_edge_admit();
-    if service >= RESET || service == PASS {
+    if service >= EXPIRED || service == PASS {
         return service;
     }
     if reset::nohop_edge_is_sound(skb.0) == 0 {
@@ -63,7 +65,7 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
 }
 
 /// One more than the index of the service that the packet which was read begins a flow of; or [`PASS`],
-/// [`DROP`] or [`RESET`].
+/// [`DROP`], [`RESET`] or [`EXPIRED`].
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_admit() -> u64 {
@@ -92,7 +94,7 @@ extern "C" fn nohop_edge_admit() -> u64 {
     // Before it is a connection without an answer, by which anyone could have a backend ejected.
     if hop_limit(&scratch.window, packet.is_ipv6 != 0) <= 1 {
         count(EdgeCounter::HopLimit);
-        return DROP;
+        return EXPIRED;
     }
     u64::from(service) + 1
 }
@@ -142,6 +144,10 @@ extern "C" fn nohop_edge_reserve() -> u64 {
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_begun(record_idx: u64, service: u64, begun: u64) -> u64 {
     let Some(record) = maps::record(record_idx as u32) else { return DROP };
+    if begun == DROP {
+        record.add_claims(-1);
+        return DROP;
+    }
     if begun == 0 {
         record.add_claims(-1);
         count(EdgeCounter::NoPort);
@@ -197,11 +203,12 @@ extern "C" fn nohop_edge_is_local(ctx: *mut __sk_buff, backend_idx: u64) -> u64 
     };
     let packet = &scratch.packet;
     let (from, to) = (packet.source, backend.backend().address);
-    let route = forward::route(ctx, &mut scratch.fib, packet, &from, &to);
+    // Of any length.
+    let route = forward::route(ctx, &mut scratch.fib, packet, 0, &from, &to);
     (route == Route::Local).into()
 }
 
-/// Inserts a flow with the record that was claimed. Returns a [`Found`]; 0 where no port was free.
+/// Inserts a flow with the record that was claimed. Returns a [`Found`]; 0 where no port was free, or [`DROP`].
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64) -> u64 {
@@ -227,7 +234,7 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
             // Another processor has begun the same flow: of a client that sends its first packet twice the next
             // one finds that.
             flows::nohop_edge_remove_key(record_idx, 1);
-            return 0;
+            return DROP;
         }
     }
     0
@@ -272,6 +279,11 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, how: u64) ->
         sent_us = outcomes::now_us();
     }
     record.clear();
+    for is_back in [false, true] {
+        if let Some(hop) = hops::hop(idx, is_back) {
+            hop.forget();
+        }
+    }
     record.set_backend(backend_idx, generation);
     record.set_begun(packet.protocol, flags, forward::now_ms(), sent_us);
     record.set_ports([packet.source_port, packet.destination_port, port, source_port]);

@@ -237,6 +237,7 @@ fn forward_as<const N: usize, F: Family<N>>(
     let FlowRef { record: idx, is_back } = F::find(&before, protocol)?;
     let is_back = is_back != 0;
     let record = maps::record(idx)?;
+    let begun_ms = record.begun_ms();
     if differ(&F::ends_of(record, idx, is_back)?, &before)
         || !goes_on(record, protocol, tcp_flags, is_back)
     {
@@ -263,6 +264,12 @@ fn forward_as<const N: usize, F: Family<N>>(
         }
     };
     if !frame.may_leave_by(egress) {
+        return None;
+    }
+
+    // Another flow may have got the record meanwhile: it writes when it begins before its addresses.
+    if record.begun_ms() != begun_ms {
+        hop.forget();
         return None;
     }
 

@@ -78,6 +78,15 @@ pub fn look_up(
     }
 }
 
+/// The longest packet that the way takes, after [`Route::TooLong`] for one of that length. Kernels before 5.12 don't
+/// report it: then the shortest that every way of IPv6 takes (RFC 8200, section 5).
+#[inline(always)]
+pub fn mtu(fib: &Fib, len: u32) -> u32 {
+    const LEAST: u32 = 1_280;
+    let mtu = fib[1] >> 16;
+    if mtu != 0 && mtu < len { mtu } else { LEAST }
+}
+
 /// The interface by which a packet leaves.
 #[inline(always)]
 pub fn egress(fib: &Fib) -> u32 {

@@ -334,6 +334,14 @@ pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
     }
     let idx = within(first + place - 1);
     let Some(record) = maps::record(idx) else { return 0 };
+    // Another processor may have ended that flow meanwhile, and have begun one of its own there.
+    let seen = nohop_edge_look_at(first + place - 1, now_ms);
+    if seen == CLAIMED {
+        return u64::from(idx) + 1;
+    }
+    if seen == 0 {
+        return 0;
+    }
     if nohop_edge_end(idx.into()) != 0 && claim(record) {
         count(EdgeCounter::Taken);
         return u64::from(idx) + 1;

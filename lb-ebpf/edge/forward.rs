@@ -11,11 +11,12 @@ use aya_ebpf::helpers::generated::{
     bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
 };
 use lb_common::{
-    Address, EdgeCounter, IPPROTO_UDP, Packet, checksum_offset, hop_limit, translate,
-    translate_error,
+    Address, EdgeCounter, IPPROTO_UDP, Packet, UDP_HEADER, Window, checksum_offset, hop_limit,
+    translate, translate_error,
 };
 use zerocopy::IntoBytes as _;
 
+use crate::answer;
 use crate::fib::{self, Fib, Question, Route};
 use crate::maps::{self, Scratch, count};
 use crate::skb::{IP, Skb};
@@ -27,22 +28,37 @@ pub fn now_ms() -> u32 {
     (unsafe { bpf_ktime_get_ns() } / 1_000_000) as u32
 }
 
-/// Looks up the route of a packet from one address to another.
+/// Looks up the route of a packet from one address to another. `len` is the packet's length, from the IP header on;
+/// 0 for any.
 #[inline(always)]
 pub fn route(
     ctx: *mut __sk_buff,
     fib: &mut Fib,
     packet: &Packet,
+    len: u32,
     from: &Address,
     to: &Address,
 ) -> Route {
     let skb = Skb(ctx);
     let [from, to]: [[u32; 4]; 2] = [zerocopy::transmute!(*from), zerocopy::transmute!(*to)];
-    // Of several packets in one the kernel compares each.
-    let len = if skb.is_batch() || packet.len > 0xffff { 0 } else { packet.len };
     let (is_ipv6, protocol) = (packet.is_ipv6 != 0, packet.protocol);
     let question = Question { ifindex: skb.ifindex(), is_ipv6, protocol, len };
     fib::look_up(ctx.cast(), fib, question, from, to)
+}
+
+/// The length of a packet as it is on the wire, from the IP header on: the kernel doesn't compare those of a batch
+/// with what a way takes.
+#[inline(always)]
+fn wire_len(skb: &Skb, window: &Window, packet: &Packet) -> u32 {
+    let segment = skb.segment_size();
+    if segment == 0 {
+        return packet.len;
+    }
+    let header = match packet.protocol {
+        IPPROTO_UDP => UDP_HEADER,
+        _ => u32::from(window.octet(packet.l4 + 12) >> 4) * 4,
+    };
+    packet.l4 + header + segment
 }
 
 /// The packet stays on this host.
@@ -53,15 +69,24 @@ const LEAVES: u64 = 1;
 const UNRESOLVED: u64 = 2;
 /// It can't go anywhere.
 const DROPPED: u64 = 3;
+/// Likewise, and an ICMP error reports that: with the MTU of the way in the bits above, or 0 for the hop limit.
+const REPORTED: u64 = 4;
 
-/// Sends the packet that was read on, to the target that was set. Returns a TC_ACT_*.
+/// Sends the packet that was read on, to the target that was set. `is_again` for a SYN that is repeated: by the
+/// kernel's own output, which finds out whether the hardware address still is right. Returns a TC_ACT_*.
 ///
 /// One step after the other, not one within the other, as all their stacks together have 512 bytes.
 #[inline(always)]
-pub fn send(skb: &Skb, is_local: bool) -> i32 {
-    let way = if is_local { STAYS } else { nohop_edge_route(skb.0) };
+pub fn send(skb: &Skb, is_local: bool, is_again: bool) -> i32 {
+    let mut way = if is_local { STAYS } else { nohop_edge_route(skb.0) };
+    if way == LEAVES && is_again {
+        way = UNRESOLVED;
+    }
     if way == DROPPED {
         return TC_ACT_SHOT;
+    }
+    if way as u8 == REPORTED as u8 {
+        return answer::nohop_edge_error(skb.0, way >> 8) as i32;
     }
     if nohop_edge_write(skb.0, (way != STAYS).into()) == 0 {
         count(EdgeCounter::Broken);
@@ -78,14 +103,15 @@ extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
     let Scratch { window, packet, target, fib, .. } = scratch;
     if hop_limit(window, packet.is_ipv6 != 0) <= 1 {
         count(EdgeCounter::HopLimit);
-        return DROPPED;
+        return REPORTED;
     }
-    match route(ctx, fib, packet, &target.source, &target.destination) {
+    let len = wire_len(&Skb(ctx), window, packet);
+    match route(ctx, fib, packet, len, &target.source, &target.destination) {
         Route::Found => LEAVES,
         Route::Unresolved => UNRESOLVED,
         Route::TooLong => {
             count(EdgeCounter::TooLong);
-            DROPPED
+            REPORTED | u64::from(fib::mtu(fib, len)) << 8
         }
         Route::Local | Route::None => {
             count(EdgeCounter::NoRoute);

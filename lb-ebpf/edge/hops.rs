@@ -82,6 +82,12 @@ impl HopPtr {
         (field!(self.0, looked_up) == looked_up).then_some(hop)
     }
 
+    /// Has it looked up again.
+    #[inline(always)]
+    pub fn forget(self) {
+        set_field!(self.0, looked_up = 0);
+    }
+
     /// Keeps what was looked up.
     #[inline(always)]
     pub fn set(self, now: u64, ingress: u32, len: u32, fib: &Fib) -> NextHop {

@@ -7,6 +7,7 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features)]
 
+mod answer;
 mod begin;
 #[path = "../src/choice.rs"]
 mod choice;
@@ -73,7 +74,9 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
         return if is_ours { refuse(read) } else { TC_ACT_UNSPEC };
     }
     let mut found = Found(nohop_edge_find());
+    let mut is_again = nohop_edge_is_syn() != 0;
     if found.is_none() || found.is_over() {
+        is_again = false;
         // A packet to a source address may be the host's own, and an error may be about anything.
         if side == Side::Source {
             return TC_ACT_UNSPEC;
@@ -82,6 +85,7 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
             begin::PASS => return TC_ACT_UNSPEC,
             begin::DROP => return TC_ACT_SHOT,
             begin::RESET => return reset::nohop_edge_reset(skb.0) as i32,
+            begin::EXPIRED => return answer::nohop_edge_error(skb.0, 0) as i32,
             begun => found = Found(begun),
         }
     }
@@ -89,7 +93,7 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     outcomes::apply();
-    forward::send(&skb, found.is_local())
+    forward::send(&skb, found.is_local(), is_again)
 }
 
 /// Attached to the egress of the same interfaces: what a backend on this host sends to a client comes
@@ -108,7 +112,7 @@ pub fn nohop_edge_out(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     outcomes::apply();
-    forward::send(&skb, true)
+    forward::send(&skb, true, false)
 }
 
 /// What becomes of a packet of no flow.
@@ -146,6 +150,13 @@ extern "C" fn nohop_edge_read(ctx: *mut __sk_buff) -> u64 {
         Err(why) => return why as u64,
     }
     0
+}
+
+/// Whether the packet that was read is a client's SYN.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_is_syn() -> u64 {
+    maps::scratch().is_some_and(|scratch| is_first_syn(scratch.packet.tcp_flags)).into()
 }
 
 /// The flow of the packet that was read: a [`Found`].

@@ -1,10 +1,11 @@
 //! The RST that answers a packet of no flow, by the interface that it came by; and whether a SYN's checksum is right.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
-use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail};
+use aya_ebpf::helpers::generated::bpf_l4_csum_replace;
 use lb_common::{IPPROTO_TCP, WINDOW_LEN, checksum_offset, is_checksum_right, make_reset};
 use zerocopy::IntoBytes as _;
 
+use crate::answer::send_back;
 use crate::maps;
 use crate::skb::{IP, Skb};
 
@@ -47,22 +48,7 @@ fn send(skb: &Skb) -> Option<u64> {
         }
         window.set_word(checksum_at, reset.pseudo_sum);
     }
-    // SAFETY: the helper takes the context; no pointer into the packet is used after it.
-    let changed = unsafe { bpf_skb_change_tail(skb.0, IP + reset.len, 0) };
-    if changed != 0 || !skb.store_window(window, 0, reset.len, 0) {
-        return None;
-    }
-    let mut words = [0u32; 3];
-    if !skb.load(0, words.as_mut_bytes()) {
-        return None;
-    }
-    let [a, b, c] = words.map(u32::to_ne_bytes);
-    let exchanged = [[b[2], b[3], c[0], c[1]], [c[2], c[3], a[0], a[1]], [a[2], a[3], b[0], b[1]]];
-    if !skb.store(0, exchanged.map(u32::from_ne_bytes).as_bytes()) {
-        return None;
-    }
-    // SAFETY: the helper has no preconditions.
-    Some(unsafe { bpf_redirect(skb.ifindex(), 0) } as u64)
+    send_back(skb, window, reset.len)
 }
 
 /// Whether a packet has only the pseudo-header's part of its checksum, which the network card completes: the

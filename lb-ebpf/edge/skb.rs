@@ -73,7 +73,13 @@ impl Skb {
     /// and no count (SKB_GSO_DODGY).
     #[inline(always)]
     pub fn is_batch(&self) -> bool {
-        read!(self.gso_size) != 0
+        self.segment_size() != 0
+    }
+
+    /// How much data each of those has; 0 where it stands for itself.
+    #[inline(always)]
+    pub fn segment_size(&self) -> u32 {
+        read!(self.gso_size)
     }
 
     /// Whose packet it may be, by where it goes to. What isn't sent to this interface, such as another edge's

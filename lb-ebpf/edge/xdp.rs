@@ -55,10 +55,11 @@ impl Frame for XdpFrame<'_> {
     /// Where a driver has no room for packets from XDP, it drops them without a word.
     #[inline(always)]
     fn may_leave_by(self, egress: u32) -> bool {
-        let redirected = u64::from(EdgeInterface::TAKES_REDIRECTED);
-        let any = redirected | u64::from(EdgeInterface::SENDS_BACK);
-        let wanted = if egress == self.ifindex() { any } else { redirected };
-        hops::interface(egress) >> 48 & wanted != 0
+        let has = |index: u32, flag: u16| hops::interface(index) >> 48 & u64::from(flag) != 0;
+        let ingress = self.ifindex();
+        egress == ingress && has(ingress, EdgeInterface::SENDS_BACK)
+            || has(ingress, EdgeInterface::REDIRECTS)
+                && has(egress, EdgeInterface::TAKES_REDIRECTED)
     }
 
     /// There is no sum of it yet.

@@ -347,6 +347,31 @@ pub fn what_is_the_hosts() {
     });
 }
 
+/// The edge's own link takes shorter packets than the way to it, on either side, batches included: who sends longer
+/// ones hears of it.
+pub fn short_links() {
+    // Hosts remember what they hear.
+    for device in ["in", "out"] {
+        inside(move || {
+            let (place, network) = (place(), Network::new());
+            start_server(&network.backend, BACKEND.into(), 'a');
+            start_server(&network.backend, "fd07::2".parse().unwrap(), 'a');
+            let datapath = serve(&place, vec![web()]);
+            ip(&format!("link set {device} mtu 1280"));
+            let mut n_before = 0;
+            for vip in [SocketAddr::from((PUBLIC, 80)), "[fd99::10]:80".parse().unwrap()] {
+                let answer = network.client.run(move || request(vip, &[0xa5; 200_000]).unwrap());
+                assert!(answer.ends_with(" 200000"), "{device}: {answer}");
+                let n = count(&datapath, "too_long");
+                assert!(n > n_before, "{device}, {vip}");
+                n_before = n;
+            }
+            stop_server(&network.backend, BACKEND.into());
+            stop_server(&network.backend, "fd07::2".parse().unwrap());
+        });
+    }
+}
+
 /// A daemon that restarts, and one that is gone: connections go on, and new ones begin.
 pub fn flows_outlive_the_daemon() {
     inside(|| {

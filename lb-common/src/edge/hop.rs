@@ -43,6 +43,8 @@ impl EdgeInterface {
     pub const SENDS_BACK: u16 = 1;
     /// A packet may be redirected to it from XDP, also one that came by it.
     pub const TAKES_REDIRECTED: u16 = 2;
+    /// A program at XDP may redirect a packet that came by it.
+    pub const REDIRECTS: u16 = 4;
 }
 
 /// How many entries `EDGE_INTERFACES` has.

@@ -1,6 +1,7 @@
 //! The edge: packets of outside clients to public VIPs are sent to backends by translation of both
 //! addresses. Plain functions on the first bytes of packets, and the records of flows.
 
+mod error;
 mod flow;
 mod hop;
 mod packet;
@@ -8,6 +9,7 @@ mod plain;
 mod reset;
 mod translate;
 
+pub use error::*;
 pub use flow::*;
 pub use hop::*;
 pub use packet::*;

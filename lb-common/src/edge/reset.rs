@@ -78,7 +78,7 @@ pub fn make_reset(window: &mut Window, packet: &Packet) -> Reset {
 /// Writes an address from its nth octet on, and returns the sum of its words. A function of its own in the
 /// kernel: its loop is unrolled, and the stack there is short.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn set_address(window: &mut Window, at: u32, address: &Address, first: usize) -> u32 {
+pub(super) fn set_address(window: &mut Window, at: u32, address: &Address, first: usize) -> u32 {
     let (mut sum, mut idx) = (0, first);
     while idx < 16 {
         // The mask spares the comparison.
@@ -110,7 +110,7 @@ pub fn is_checksum_right(window: &Window, packet: &Packet) -> bool {
 
 /// The sum of words, likewise.
 #[cfg_attr(target_arch = "bpf", inline(never))]
-fn sum(window: &Window, begin: u32, len: u32) -> u32 {
+pub(super) fn sum(window: &Window, begin: u32, len: u32) -> u32 {
     let (mut sum, mut at) = (0, 0);
     while at < len && at < WINDOW_LEN as u32 {
         sum += u32::from(window.word(begin + at));

@@ -312,6 +312,66 @@ fn a_reset_answers_a_segment() {
     }
 }
 
+/// What an edge can't send on is reported to where it came from, by the receiver of it.
+#[test]
+fn an_error_is_about_a_packet() {
+    for is_ipv6 in [false, true] {
+        for (mtu, kind) in [(1_280, [3, 4]), (0, [11, 0]), (0x1_2345, [3, 4])] {
+            for options in [&[][..], &[0]] {
+                let payload = vec![0xa5; 1_400];
+                let spec =
+                    Spec { options: options.to_vec(), payload, ..plain(is_ipv6, IPPROTO_TCP) };
+                let before = packet(&spec);
+                let found = parsed(&before, is_ipv6).unwrap();
+                let mut window = window(&before);
+                let len = make_error(&mut window, &found, mtu) as usize;
+                if !options.is_empty() {
+                    assert_eq!((len, &window.octets[..40]), (0, &before[..40]));
+                    continue;
+                }
+                let (ip_len, from, to) = if is_ipv6 { (40, 8, 24) } else { (20, 12, 16) };
+                let error = &window.octets[..len];
+                assert!(error.len() > ip_len + 8 + ip_len + 7, "{len}");
+                assert_eq!(error[ip_len + 8..], before[..len - ip_len - 8]);
+                // Both addresses are exchanged.
+                let octets = to - from;
+                assert_eq!(error[from..to], before[to..to + octets]);
+                assert_eq!(error[to..to + octets], before[from..to]);
+                let kind = match (is_ipv6, mtu) {
+                    (false, _) => kind,
+                    (true, 0) => [3, 0],
+                    (true, _) => [2, 0],
+                };
+                assert_eq!(error[ip_len..ip_len + 2], kind);
+                assert_eq!(error[ip_len + 4..ip_len + 8], mtu.to_be_bytes());
+                if is_ipv6 {
+                    let payload_len = u16::from_be_bytes([error[4], error[5]]);
+                    assert_eq!(usize::from(payload_len) + 40, len);
+                    let target = Target {
+                        source: found.destination,
+                        destination: found.source,
+                        ..spec.target
+                    };
+                    let icmp_len = (len - 40) as u32;
+                    // That one is of TCP.
+                    let pseudo = super::reference::pseudo_sum(&target, true, icmp_len as u8);
+                    let pseudo = u32::from(pseudo) + u32::from(IPPROTO_ICMPV6 - IPPROTO_TCP);
+                    let words = error[40..]
+                        .chunks(2)
+                        .map(|two| u32::from(u16::from_be_bytes([two[0], two[1]])));
+                    let mut sum = pseudo + words.sum::<u32>();
+                    sum = (sum & 0xffff) + (sum >> 16);
+                    assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff);
+                } else {
+                    assert_eq!(usize::from(u16::from_be_bytes([error[2], error[3]])), len);
+                    assert!(super::reference::is_summed_up(&error[..20]));
+                    assert!(super::reference::is_summed_up(&error[20..]));
+                }
+            }
+        }
+    }
+}
+
 /// A SYN whose checksum is wrong mustn't be waited for: its receiver doesn't answer it.
 #[test]
 fn checksums_of_segments() {

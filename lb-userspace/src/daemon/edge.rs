@@ -62,7 +62,12 @@ impl Announcement {
                 interface.name
             ));
         }
-        if let Some(problem) = edge.problems.first() {
+        let works = |address: &IpAddr| {
+            has_source(edge, address) && edge.forwards[usize::from(address.is_ipv6())]
+        };
+        if let Some(problem) = edge.problems.first()
+            && !edge.sources.iter().any(works)
+        {
             return Announcement::Withdraw(problem.clone());
         }
         if drains.is_incomplete() {
@@ -73,7 +78,7 @@ impl Announcement {
             return Announcement::Unknown("discovery has not reported in full yet".to_owned());
         }
         let public = table.services.values().flat_map(|service| &service.public);
-        let addresses = public.map(SocketAddr::ip).filter(|address| has_source(edge, address));
+        let addresses = public.map(SocketAddr::ip).filter(works);
         Announcement::Announce(addresses.collect())
     }
 
@@ -279,6 +284,7 @@ mod tests {
             n_flows: 0,
             max_flows: 8,
             problems: Vec::new(),
+            forwards: [true; 2],
         }
     }
 
@@ -287,7 +293,9 @@ mod tests {
         let (attached, detached) = (status(Some(EdgeMode::Tcx)), status(None));
         let (new, synced) = (Table::default(), Table { generation: 1, ..Table::default() });
         let unread = Drains::incomplete();
-        let no_forwarding = EdgeStatus { problems: vec!["no".to_owned()], ..attached.clone() };
+        let problems = vec!["no".to_owned()];
+        let no_forwarding = EdgeStatus { problems, forwards: [false, true], ..attached.clone() };
+        let no_ipv6 = EdgeStatus { forwards: [true, false], ..no_forwarding.clone() };
         let (none, mut drained) = (Drains::default(), Drains::default());
         let drain = Drain { since: 0, boottime_ms: 0 };
         drained.add(DrainTarget::Edge, drain).unwrap();
@@ -308,6 +316,8 @@ mod tests {
                 ),
             ),
             (&synced, &no_forwarding, &none, Announcement::Withdraw("no".to_owned())),
+            // VIPs of the other family aren't concerned.
+            (&synced, &no_ipv6, &none, Announcement::Announce(BTreeSet::new())),
             (
                 &synced,
                 &attached,

@@ -421,6 +421,7 @@ mod tests {
                     n_flows: 4,
                     max_flows: 16,
                     problems: Vec::new(),
+                    forwards: [true; 2],
                 },
                 announces: true,
                 counts: vec![("forwarded", 9)],

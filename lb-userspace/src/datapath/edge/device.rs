@@ -35,6 +35,7 @@ const GENLMSGHDR_SIZE: usize = 4;
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+const NETDEV_XDP_ACT_REDIRECT: u64 = 2;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 
 /// A network interface.
@@ -62,13 +63,19 @@ impl Device {
     }
 
     /// Whether it takes packets that are redirected to it. A veth gives them to its other end, which has to have
-    /// NAPI on, by a program of its own or by GRO; the kernel reports that here (`veth_set_xdp_features`). Other
-    /// drivers that have a program attached did so before the kernel reported it.
+    /// NAPI on, by a program of its own or by GRO; the kernel reports that here (`veth_set_xdp_features`). Where it
+    /// doesn't report anything nobody knows: not every driver with XDP can.
     pub fn takes_redirected(&self) -> bool {
-        match self.xdp_features {
-            Some(features) => features & NETDEV_XDP_ACT_NDO_XMIT != 0,
-            None => self.kind != "veth",
-        }
+        self.does(NETDEV_XDP_ACT_NDO_XMIT)
+    }
+
+    /// Whether a program on it may redirect packets to other interfaces.
+    pub fn redirects(&self) -> bool {
+        self.does(NETDEV_XDP_ACT_REDIRECT)
+    }
+
+    fn does(&self, feature: u64) -> bool {
+        self.xdp_features.is_some_and(|features| features & feature != 0)
     }
 }
 

@@ -40,7 +40,13 @@ pub struct EdgeMaps {
     program_wait: Option<ProgramWait>,
     /// Whether frontends were removed whose elements a program may still read.
     is_dirty: bool,
+    /// Records that were claimed at the last sweep, by their indices, with their times.
+    stuck: BTreeMap<u32, u32>,
 }
+
+/// How many flows a sweep ends at most: two system calls each, while the datapath waits. Programs make room by
+/// themselves.
+const MAX_ENDED: u32 = 16_384;
 
 /// What the fast path keeps for each processor.
 struct Processors(PerCpuArray<MapData, Plain<EdgeProcessor>>);
@@ -112,6 +118,7 @@ impl EdgeMaps {
             processors: Processors(take_per_cpu(ebpf, "EDGE_PROCESSORS")?),
             program_wait: ProgramWait::new().ok(),
             is_dirty: false,
+            stuck: BTreeMap::new(),
         })
     }
 
@@ -231,15 +238,27 @@ impl EdgeMaps {
     /// are left.
     pub fn sweep(&mut self, now_ms: u32, mut ended: impl FnMut(&RawFlow)) -> u32 {
         let timeouts_ms = self.settings().timeouts_ms;
-        let mut n_left = 0;
+        let (mut n_left, mut n_ended) = (0, 0);
+        let stuck = std::mem::take(&mut self.stuck);
         for idx in 0..self.records.len() {
             let Some(state) = self.records.state(idx) else { continue };
             let timeout_ms = timeouts_ms.get(state as usize).copied();
-            let is_over =
-                is_long_ago(self.records.last_ms(idx), now_ms, timeout_ms.unwrap_or_default());
-            match is_over.then(|| self.end(idx)).flatten() {
-                Some(flow) => ended(&flow),
+            let last_ms = self.records.last_ms(idx);
+            let is_over = is_long_ago(last_ms, now_ms, timeout_ms.unwrap_or_default());
+            match (is_over && n_ended < MAX_ENDED).then(|| self.end(idx)).flatten() {
+                Some(flow) => {
+                    n_ended += 1;
+                    ended(&flow);
+                }
                 None => n_left += 1,
+            }
+            if is_over && self.records.is_claimed(idx) {
+                // A program has a record for microseconds. A daemon that was killed here has it for ever.
+                if stuck.get(&idx) == Some(&last_ms) {
+                    self.records.release(idx);
+                } else {
+                    self.stuck.insert(idx, last_ms);
+                }
             }
         }
         n_left
@@ -324,6 +343,21 @@ impl FlowRecords {
     fn last_ms(&self, idx: u32) -> u32 {
         let [last_ms, _]: [u32; 2] = self.records.load_field(idx, offset_of!(FlowRecord, last_ms));
         last_ms
+    }
+
+    /// Whether a program, or a daemon, does something with a flow.
+    fn is_claimed(&self, idx: u32) -> bool {
+        let Claimed { claims, .. } = self.records.load_field(idx, 0);
+        claims > 1
+    }
+
+    /// Takes back the claims of others.
+    fn release(&self, idx: u32) {
+        let release = |both| {
+            let Claimed { claims, word } = zerocopy::transmute!(both);
+            (claims > 1).then(|| zerocopy::transmute!(Claimed { claims: 1, word }))
+        };
+        self.records.exchange_word(idx, 0, release);
     }
 
     /// Claims a flow, unless a program does something with it.

@@ -137,6 +137,8 @@ struct LoadedEdge {
     handle: FilterHandle,
     interfaces: Vec<EdgeInterface>,
     problems: Vec<String>,
+    /// See [`EdgeStatus::forwards`].
+    forwards: [bool; 2],
     n_flows: u32,
 }
 
@@ -316,9 +318,10 @@ impl Edge {
         let options = self.options.as_ref()?;
         let (max_flows, sources) = (options.max_flows, options.sources.clone());
         Some(match self.loaded.as_ref()? {
-            Ok(LoadedEdge { interfaces, problems, n_flows, .. }) => {
+            Ok(LoadedEdge { interfaces, problems, forwards, n_flows, .. }) => {
                 let (interfaces, problems) = (interfaces.clone(), problems.clone());
-                EdgeStatus { interfaces, sources, n_flows: *n_flows, max_flows, problems }
+                let (n_flows, forwards) = (*n_flows, *forwards);
+                EdgeStatus { interfaces, sources, n_flows, max_flows, problems, forwards }
             }
             Err(reason) => {
                 let interface = |name: &String| EdgeInterface {
@@ -328,7 +331,8 @@ impl Edge {
                 };
                 let interfaces = options.interfaces.iter().map(interface).collect();
                 let problems = vec![reason.clone()];
-                EdgeStatus { interfaces, sources, n_flows: 0, max_flows, problems }
+                let forwards = [false; 2];
+                EdgeStatus { interfaces, sources, n_flows: 0, max_flows, problems, forwards }
             }
         })
     }
@@ -474,6 +478,7 @@ impl LoadedEdge {
             handle: FilterHandle::of_unit(pins.dir(), UNIT),
             interfaces: Vec::new(),
             problems: Vec::new(),
+            forwards: [true; 2],
             n_flows: 0,
         })
     }
@@ -618,7 +623,7 @@ impl LoadedEdge {
             interfaces.push(interface);
         }
         self.interfaces = interfaces;
-        self.problems = problems(options);
+        (self.problems, self.forwards) = problems(options);
     }
 
     fn attach_to(&mut self, interface: &Interface, pins: &Pins) -> io::Result<EdgeMode> {
@@ -664,10 +669,10 @@ fn has_ethernet(name: &str) -> bool {
     kind.map_or(true, |kind| matches!(kind.trim(), "1" | "772"))
 }
 
-/// What keeps packets from being sent on.
-fn problems(options: &EdgeOptions) -> Vec<String> {
+/// What keeps packets from being sent on, and whether those of IPv4 and of IPv6 are.
+fn problems(options: &EdgeOptions) -> (Vec<String>, [bool; 2]) {
     let family = |is_ipv6| if is_ipv6 { "ipv6" } else { "ipv4" };
-    let mut problems = Vec::new();
+    let (mut problems, mut forwards) = (Vec::new(), [true; 2]);
     for is_ipv6 in [false, true] {
         if !options.sources.iter().any(|source| source.is_ipv6() == is_ipv6) {
             continue;
@@ -677,13 +682,14 @@ fn problems(options: &EdgeOptions) -> Vec<String> {
             let value = std::fs::read_to_string(format!("/proc/sys/{setting}"));
             if value.is_ok_and(|value| value.trim() == "0") {
                 let setting = setting.replace('/', ".");
+                forwards[usize::from(is_ipv6)] = false;
                 problems.push(format!(
                     "{setting} is 0, so no packet that comes by {name} is sent on: `sysctl -w {setting}=1`"
                 ));
             }
         }
     }
-    problems
+    (problems, forwards)
 }
 
 /// Loads the object over its pinned maps.

@@ -17,6 +17,8 @@ pub struct EdgeStatus {
     pub max_flows: u32,
     /// What keeps it from working, a sentence each.
     pub problems: Vec<String>,
+    /// Whether each interface forwards packets of IPv4, and of IPv6.
+    pub forwards: [bool; 2],
 }
 
 /// An interface of an edge.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::programs::Xdp;
@@ -32,12 +33,17 @@ pub struct Fast {
     links: BTreeMap<u32, Link>,
     /// Why the kernel doesn't take the program.
     refusal: Option<String>,
+    /// Which drivers refused it, why, and when: some reset the card for each try, or log it.
+    refused: BTreeMap<u32, (Device, String, Instant)>,
 }
+
+/// After how long a driver that refused the program is asked again.
+const AGAIN: Duration = Duration::from_secs(300);
 
 impl Fast {
     /// That of a loaded object. `refusal` is why its program couldn't be loaded.
     pub fn new(entries: Arc<AtomicArray<Entry>>, refusal: Option<String>) -> Fast {
-        Fast { entries, links: BTreeMap::new(), refusal }
+        Fast { entries, links: BTreeMap::new(), refusal, refused: BTreeMap::new() }
     }
 
     /// Attaches the program to these interfaces where it isn't, and detaches it from others. Returns for each
@@ -55,6 +61,10 @@ impl Fast {
         let devices = match (&self.refusal, device::all()) {
             (None, Ok(devices)) => devices,
             (Some(reason), _) => {
+                let reason = reason.clone();
+                // Those of an earlier version.
+                interfaces.iter().for_each(|interface| self.detach_from(interface.index, pins));
+                self.forget_others();
                 let all = interfaces.iter().map(|interface| (interface.index, reason.clone()));
                 return all.collect();
             }
@@ -71,6 +81,8 @@ impl Fast {
                 reasons.insert(index, reason);
             }
         }
+        self.refused.retain(|index, _| devices.contains_key(index));
+        self.forget_others();
         // What drivers offer may follow from programs at other interfaces.
         for (index, device) in &devices {
             if self.links.contains_key(index) {
@@ -106,6 +118,9 @@ impl Fast {
             return Err(format!(
                 "TC alone: its driver may take the VLAN tags of {name} off before XDP sees them"
             ));
+        }
+        if device.kind == "bond" {
+            return Err("TC alone: XDP has the packets of its members".to_owned());
         }
         if !device.sends_back() && !device.takes_redirected() {
             let reason =
@@ -143,8 +158,21 @@ impl Fast {
                 if let Some(id) = device.program {
                     return Err(format!("TC alone: {}", other_program(id)));
                 }
-                let attached = Link::attach_xdp(fd.as_fd(), index);
-                let link = attached.map_err(|error| device::reason(fd.as_fd(), index, error))?;
+                if let Some((refused, reason, when)) = self.refused.get(&index)
+                    && refused == device
+                    && when.elapsed() < AGAIN
+                {
+                    return Err(reason.clone());
+                }
+                let link = match Link::attach_xdp(fd.as_fd(), index) {
+                    Ok(link) => link,
+                    Err(error) => {
+                        let reason = device::reason(fd.as_fd(), index, error);
+                        let refused = (device.clone(), reason.clone(), Instant::now());
+                        self.refused.insert(index, refused);
+                        return Err(reason);
+                    }
+                };
                 unpin(&pin).map_err(|error| error.to_string())?;
                 link.pin(&pin).map_err(|error| format!("it can't be pinned: {error}"))?;
                 link
@@ -154,12 +182,33 @@ impl Fast {
         Ok(())
     }
 
+    /// Clears the entries of interfaces that the program isn't attached to: those of an earlier daemon, too.
+    fn forget_others(&self) {
+        for nth in 0..N_EDGE_INTERFACES {
+            let index = self.entries.load(nth).index;
+            if index != 0 && !self.links.contains_key(&index) {
+                self.entries.store(nth, &Entry::default());
+            }
+        }
+    }
+
+    /// Detaches the program, also where an earlier daemon attached it.
     fn detach_from(&mut self, index: u32, pins: &Pins) {
-        let Some(link) = self.links.remove(&index) else { return };
-        self.entries.store(slot(index), &Entry::default());
+        let pin = pins.link(&pin_name(index));
+        let link = self.links.remove(&index).or_else(|| match Link::pinned(&pin) {
+            Ok(Some(PinnedObject::Link(link)))
+                if link.xdp_interface().is_ok_and(|attached| attached == Some(index)) =>
+            {
+                Some(link)
+            }
+            _ => None,
+        });
+        let Some(link) = link else { return };
+        if self.entries.load(slot(index)).index == index {
+            self.entries.store(slot(index), &Entry::default());
+        }
         // A link whose interface is gone can't be detached any more.
         let detached = link.detach();
-        let pin = pins.link(&pin_name(index));
         if let Err(error) = unpin(&pin).map_err(io::Error::other).and(detached) {
             tracing::debug!("{} couldn't be detached: {error}", pin.display());
         }
@@ -175,7 +224,8 @@ fn slot(index: u32) -> u32 {
 fn entry(index: u32, device: &Device) -> Entry {
     let flag = |has_it, flag| if has_it { flag } else { 0 };
     let flags = flag(device.sends_back(), Entry::SENDS_BACK)
-        | flag(device.takes_redirected(), Entry::TAKES_REDIRECTED);
+        | flag(device.takes_redirected(), Entry::TAKES_REDIRECTED)
+        | flag(device.redirects(), Entry::REDIRECTS);
     Entry { mac: device.mac, flags, index, padding: 0 }
 }
 

@@ -1,0 +1,99 @@
+//! The ICMP error that an edge itself sends about a packet which it can't send on (RFC 792, 1191, 4443).
+
+use core::hint::black_box;
+
+use crate::Address;
+use crate::edge::packet::{
+    ICMP_HEADER, IPPROTO_ICMP, IPPROTO_ICMPV6, IPV4_HEADER, IPV6_HEADER, Packet, Window,
+};
+use crate::edge::reset::{set_address, sum};
+use crate::edge::translate::fold;
+
+const _: () = assert!(QUOTED == ICMP_HEADER);
+/// The hop limit of packets that begin here.
+const HOP_LIMIT: u8 = 64;
+/// How much of the transport header an error has to quote (RFC 792): the ports, and TCP's sequence number.
+const QUOTED: u32 = 8;
+
+/// Makes the window, which has a packet as it came, an ICMP error about it: from where the packet was sent to, to
+/// where it came from. `mtu` is that of the way on, or 0 where the packet's hop limit is used up. Returns the error's
+/// length, from the IP header on; 0, and the window as it was, about a packet with options of IPv4 or extension
+/// headers of IPv6: each length would be a case of its own to the kernel's verifier.
+#[inline(always)]
+pub fn make_error(window: &mut Window, packet: &Packet, mtu: u32) -> u32 {
+    let &Packet { source, destination, l4, .. } = packet;
+    let is_ipv6 = packet.is_ipv6 != 0;
+    let ip_len = if is_ipv6 { IPV6_HEADER } else { IPV4_HEADER };
+    let begin = ip_len + ICMP_HEADER;
+    let quoted = ip_len + QUOTED;
+    if l4 != ip_len {
+        return 0;
+    }
+    // The quoted part is as long as what comes before it.
+    match is_ipv6 {
+        true => quote::<{ IPV6_HEADER + QUOTED }>(window),
+        false => quote::<{ IPV4_HEADER + QUOTED }>(window),
+    }
+    let (len, icmp_len) = (begin + quoted, ICMP_HEADER + quoted);
+    let mut set = |at: u32, number: u16| window.set_word(at, number.to_be());
+    if is_ipv6 {
+        set(0, 0x6000);
+        set(2, 0);
+        set(4, icmp_len as u16);
+        set(6, u16::from(IPPROTO_ICMPV6) << 8 | u16::from(HOP_LIMIT));
+    } else {
+        set(0, 0x4500);
+        set(2, len as u16);
+        set(4, 0);
+        set(6, 0x4000);
+        set(8, u16::from(HOP_LIMIT) << 8 | u16::from(IPPROTO_ICMP));
+        set(10, 0);
+    }
+    let kind: u16 = match (is_ipv6, mtu != 0) {
+        // Destination unreachable: fragmentation needed.
+        (false, true) => 0x0304,
+        // Time exceeded in transit.
+        (false, false) => 0x0b00,
+        // Packet too big.
+        (true, true) => 0x0200,
+        (true, false) => 0x0300,
+    };
+    set(ip_len, kind);
+    set(ip_len + 2, 0);
+    set(ip_len + 4, (mtu >> 16) as u16);
+    set(ip_len + 6, mtu as u16);
+    let (from, to): (&Address, &Address) = (&destination, &source);
+    let addresses = if is_ipv6 {
+        set_address(window, 8, from, 0) + set_address(window, 24, to, 0)
+    } else {
+        set_address(window, 12, from, 12) + set_address(window, 16, to, 12)
+    };
+    if !is_ipv6 {
+        let checksum = !fold(sum(window, 0, IPV4_HEADER));
+        window.set_word(10, checksum);
+    }
+    // ICMP of IPv4 sums up no addresses.
+    let pseudo = match is_ipv6 {
+        true => {
+            let protocol = u32::from(u16::from(IPPROTO_ICMPV6).to_be());
+            addresses + protocol + u32::from((icmp_len as u16).to_be())
+        }
+        false => 0,
+    };
+    let checksum = !fold(pseudo + sum(window, ip_len, icmp_len));
+    window.set_word(ip_len + 2, checksum);
+    len
+}
+
+/// Copies the window's first `LEN` octets behind themselves. A function of its own in the kernel, as its loop is
+/// unrolled.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn quote<const LEN: u32>(window: &mut Window) {
+    let mut at = 0;
+    while at < LEN {
+        // One after the other: all at once would take the kernel's whole stack.
+        let word = black_box(window.word(at));
+        window.set_word(LEN + at, word);
+        at += 2;
+    }
+}
