@@ -39,9 +39,9 @@ if [ -x /usr/local/bin/nohop ]; then
 fi
 
 # No conffile: dpkg would ask about it whenever a version has a new key.
-if [ ! -e "$config" ]; then
-    mkdir -p /etc/nohop
-    cp /usr/share/nohop/nohop.toml "$config"
+if [ ! -e "$config" ] && [ ! -L "$config" ]; then
+    install -d -m 755 /etc/nohop
+    install -m 644 /usr/share/nohop/nohop.toml "$config"
 fi
 
 if is_upgrade "$@"; then

@@ -17,17 +17,17 @@ pub extern "C" fn nohop_edge_error(ctx: *mut __sk_buff, mtu: u64) -> u64 {
         return TC_ACT_SHOT as u64;
     };
     let now_ms = u64::from(forward::now_ms());
+    let is_too_long = usize::from(mtu != 0);
     // Nothing is sent about an error (RFC 1122, section 3.2.2).
-    if cursors.error_ms == now_ms || scratch.packet.is_error != 0 {
+    if cursors.error_ms[is_too_long] == now_ms || scratch.packet.is_error != 0 {
         return TC_ACT_SHOT as u64;
     }
-    cursors.error_ms = now_ms;
     let len = make_error(&mut scratch.window, &scratch.packet, mtu as u32);
     if len == 0 {
         return TC_ACT_SHOT as u64;
     }
-    // A checksum that is left to a network card is one of the quoted packet's, whose receiver doesn't look at it:
-    // veth's does no sum, and one that a real card sums up wrongly is dropped by who gets it.
+    cursors.error_ms[is_too_long] = now_ms;
+    // A packet of a veth has a checksum that is left to a network card, and veth has none: nothing is written over.
     send_back(&Skb(ctx), &scratch.window, len).unwrap_or(TC_ACT_SHOT as u64)
 }
 

@@ -65,8 +65,8 @@ pub struct Cursors {
     pub spent: u64,
     /// Likewise of a connection that isn't established, or UDP that rests.
     pub pending: u64,
-    /// When an ICMP error was sent, in milliseconds.
-    pub error_ms: u64,
+    /// When an ICMP error was sent, in milliseconds: about a hop limit, and about a length.
+    pub error_ms: [u64; 2],
 }
 
 /// What a program works on. It runs with bottom halves disabled, so the processor's is its own. The

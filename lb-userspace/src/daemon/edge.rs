@@ -37,6 +37,8 @@ pub fn options(config: &Config) -> Option<EdgeOptions> {
 pub enum Announcement {
     /// They are: these are its public VIPs.
     Announce(BTreeSet<IpAddr>),
+    /// Those of these are; of others, of another address family, they aren't, for this reason.
+    Partly(BTreeSet<IpAddr>, String),
     /// It isn't known yet: what an earlier daemon announced stays, since the kernel keeps working.
     Unknown(String),
     /// They aren't, for this reason.
@@ -62,12 +64,9 @@ impl Announcement {
                 interface.name
             ));
         }
-        let works = |address: &IpAddr| {
-            has_source(edge, address) && edge.forwards[usize::from(address.is_ipv6())]
-        };
-        if let Some(problem) = edge.problems.first()
-            && !edge.sources.iter().any(works)
-        {
+        let forwards = |address: &IpAddr| edge.forwards[usize::from(address.is_ipv6())];
+        let problem = edge.problems.first();
+        if let Some(problem) = problem.filter(|_| !edge.sources.iter().any(forwards)) {
             return Announcement::Withdraw(problem.clone());
         }
         if drains.is_incomplete() {
@@ -78,15 +77,21 @@ impl Announcement {
             return Announcement::Unknown("discovery has not reported in full yet".to_owned());
         }
         let public = table.services.values().flat_map(|service| &service.public);
-        let addresses = public.map(SocketAddr::ip).filter(works);
-        Announcement::Announce(addresses.collect())
+        let addresses = public.map(SocketAddr::ip).filter(|address| has_source(edge, address));
+        let (served, others): (BTreeSet<_>, BTreeSet<_>) = addresses.partition(forwards);
+        match problem.filter(|_| !others.is_empty()) {
+            None => Announcement::Announce(served),
+            Some(problem) => Announcement::Partly(served, problem.clone()),
+        }
     }
 
     /// Why clients aren't to come; `None` where they are.
     pub fn obstacle(&self) -> Option<&str> {
         match self {
             Announcement::Announce(_) => None,
-            Announcement::Unknown(why) | Announcement::Withdraw(why) => Some(why),
+            Announcement::Partly(_, why)
+            | Announcement::Unknown(why)
+            | Announcement::Withdraw(why) => Some(why),
         }
     }
 }
@@ -146,7 +151,9 @@ pub async fn follow(mut followed: FollowedEdge) {
         };
         let none = BTreeSet::new();
         let addresses = match &wanted {
-            Announcement::Announce(addresses) => Some(addresses),
+            Announcement::Announce(addresses) | Announcement::Partly(addresses, _) => {
+                Some(addresses)
+            }
             Announcement::Withdraw(_) => Some(&none),
             Announcement::Unknown(_) => None,
         };
@@ -367,7 +374,17 @@ mod tests {
         let edge = status(Some(EdgeMode::Tcx));
         let announcement = Announcement::of(&table, &edge, &Drains::default(), &Mode::Translate);
         let four = BTreeSet::from(["203.0.113.10".parse().unwrap()]);
-        assert_eq!(announcement, Announcement::Announce(four));
+        assert_eq!(announcement, Announcement::Announce(four.clone()));
+        // With one, but without forwarding, those of the other family are still announced.
+        let both = EdgeStatus {
+            sources: vec!["10.0.0.2".parse().unwrap(), "fd00::2".parse().unwrap()],
+            problems: vec!["net.ipv6...".to_owned()],
+            forwards: [true, false],
+            ..edge.clone()
+        };
+        let announcement = Announcement::of(&table, &both, &Drains::default(), &Mode::Translate);
+        let partly = Announcement::Partly(four.clone(), "net.ipv6...".to_owned());
+        assert_eq!((announcement.obstacle(), &announcement), (Some("net.ipv6..."), &partly));
         let problem = vips_without_source(&edge, &table).unwrap();
         assert!(
             problem.contains("no IPv6 address, so 1 public VIPs, such as 2001:db8::1"),

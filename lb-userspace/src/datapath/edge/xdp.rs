@@ -167,9 +167,13 @@ impl Fast {
                 let link = match Link::attach_xdp(fd.as_fd(), index) {
                     Ok(link) => link,
                     Err(error) => {
+                        let is_final =
+                            matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL));
                         let reason = device::reason(fd.as_fd(), index, error);
-                        let refused = (device.clone(), reason.clone(), Instant::now());
-                        self.refused.insert(index, refused);
+                        if is_final {
+                            let refused = (device.clone(), reason.clone(), Instant::now());
+                            self.refused.insert(index, refused);
+                        }
                         return Err(reason);
                     }
                 };
