@@ -364,10 +364,10 @@ pub fn without_type_information() {
 
     // A connection that this side has forgotten: the other one acknowledges what it has, to any SYN.
     drop(listener.accept().unwrap());
-    let former = TcpStream::connect(address).unwrap();
-    let port = former.local_addr().unwrap().port();
+    // Below those that the kernel gives: nobody else gets it meanwhile.
+    let port = 19_998;
+    let former = crate::edge_room::bound_stream((Ipv4Addr::LOCALHOST, port), address);
     let (_still_open, _) = listener.accept().unwrap();
-    // Before the other one's port is free, or it may get that one.
     let _fills = TcpStream::connect(address).unwrap();
     forget(former);
     let flags = SocketFlags::NONBLOCK;
