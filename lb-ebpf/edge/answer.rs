@@ -27,7 +27,8 @@ pub extern "C" fn nohop_edge_error(ctx: *mut __sk_buff, mtu: u64) -> u64 {
         return TC_ACT_SHOT as u64;
     }
     cursors.error_ms[is_too_long] = now_ms;
-    // A packet of a veth has a checksum that is left to a network card, and veth has none: nothing is written over.
+    // The checksum of a batch, and of a packet from this host, is left to the network card, which would write it into
+    // the error, and that would be dropped. veth has none; of others the sender hears when it repeats one packet alone.
     send_back(&Skb(ctx), &scratch.window, len).unwrap_or(TC_ACT_SHOT as u64)
 }
 

@@ -111,10 +111,8 @@ extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
         Route::Unresolved => UNRESOLVED,
         Route::TooLong => {
             count(EdgeCounter::TooLong);
-            // Who sends without "don't fragment" (IPv4) doesn't want to hear of it (RFC 1191). A batch has a checksum
-            // that the network card would complete within the error: its sender hears when it sends a packet again.
-            let is_fragmentable = packet.is_ipv6 == 0 && window.octet(6) & 0x40 == 0;
-            if is_fragmentable || Skb(ctx).is_batch() {
+            // Who sends without "don't fragment" (IPv4) doesn't want to hear of it (RFC 1191).
+            if packet.is_ipv6 == 0 && window.octet(6) & 0x40 == 0 {
                 return DROPPED;
             }
             REPORTED | u64::from(fib::mtu(fib, len)) << 8

@@ -21,8 +21,17 @@ const QUOTED: u32 = 8;
 /// headers of IPv6: each length would be a case of its own to the kernel's verifier.
 #[inline(always)]
 pub fn make_error(window: &mut Window, packet: &Packet, mtu: u32) -> u32 {
+    // Each with constants: the verifiers of 5.10 and 6.1 lose what they know of a number that is kept on the stack.
+    match packet.is_ipv6 {
+        0 => make::<false>(window, packet, mtu),
+        _ => make::<true>(window, packet, mtu),
+    }
+}
+
+#[inline(always)]
+fn make<const IS_IPV6: bool>(window: &mut Window, packet: &Packet, mtu: u32) -> u32 {
     let &Packet { source, destination, l4, .. } = packet;
-    let is_ipv6 = packet.is_ipv6 != 0;
+    let is_ipv6 = IS_IPV6;
     let ip_len = if is_ipv6 { IPV6_HEADER } else { IPV4_HEADER };
     let begin = ip_len + ICMP_HEADER;
     let quoted = ip_len + QUOTED;
