@@ -56,7 +56,7 @@ pub fn serve(node: &Node, services: &Services, more: &str) -> Result<Served> {
     Ok(Served { nohop, addresses, files })
 }
 
-/// As `nohop status` names the program at the driver.
+/// What the names of modes with the program at the driver begin with in `nohop status`.
 const XDP: &str = "xdp-native";
 
 /// An edge by XDP.
@@ -107,7 +107,7 @@ fn start_on_edge(node: &Node, services: &Services, is_xdp: bool) -> Result<Runni
     let status = nohop.status()?;
     let modes = edge_modes(&status);
     ensure!(
-        modes.iter().all(|mode| (mode == XDP) == is_xdp),
+        modes.iter().all(|mode| mode.starts_with(XDP) == is_xdp),
         "its modes are {modes:?}: {}",
         status["edge"]["interfaces"]
     );
