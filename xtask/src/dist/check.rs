@@ -13,7 +13,7 @@ use crate::repository;
 use crate::setup;
 use crate::test_report::Tally;
 
-/// The first version with the command `run`; its configuration had other names of keys.
+/// A version whose configuration had other names of keys.
 const OLD: &str = "423192f";
 const OLD_VERSION: &str = "0.0.1";
 
@@ -32,7 +32,7 @@ pub fn run(tally: &mut Tally) {
 
 /// Makes them once more in a clone in another folder.
 fn same_bytes(out: &Path) -> Result<()> {
-    let folder = tempfile()?;
+    let folder = other_folder()?;
     let clone = folder.join("a folder with another name");
     let root = repository::root();
     process::output(Command::new("git").args(["clone", "--quiet"]).arg(root).arg(&clone))?;
@@ -48,7 +48,7 @@ fn same_bytes(out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn tempfile() -> Result<PathBuf> {
+fn other_folder() -> Result<PathBuf> {
     let folder = repository::root().join("target/dist-work/again");
     if folder.exists() {
         fs::remove_dir_all(&folder)?;
