@@ -3,6 +3,7 @@
 
 pub mod admin;
 mod boot;
+mod capabilities;
 pub mod catalog;
 pub mod cli;
 pub mod config;

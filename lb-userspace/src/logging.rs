@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::capabilities;
 use crate::terminal;
 
 /// How log lines look.
@@ -72,6 +73,7 @@ impl Queue {
         let queue = Queue::default();
         let of_thread = queue.clone();
         std::thread::Builder::new().name("log".into()).spawn(move || {
+            capabilities::none();
             loop {
                 let line = of_thread.take();
                 // An error can't be reported anywhere.

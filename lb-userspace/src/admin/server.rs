@@ -16,8 +16,9 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 
 use super::api;
 use super::bind::Listener;
@@ -104,12 +105,18 @@ struct ListenerLimits {
     waiting: Semaphore,
     max_wait: Duration,
     documents: Documents,
+    /// Where the view is asked: a runtime whose threads may read the datapath's maps. This one's may not.
+    work: Handle,
     /// Its own, so that slow readers of other documents don't hold up a scrape.
     metrics: Documents,
 }
 
 impl ListenerLimits {
-    fn of(listener: &Listener, hosts: &watch::Receiver<Vec<String>>) -> ListenerLimits {
+    fn of(
+        listener: &Listener,
+        hosts: &watch::Receiver<Vec<String>>,
+        work: &Handle,
+    ) -> ListenerLimits {
         let (kind, hosts, max_wait, shared_for) = match listener {
             Listener::Unix(..) => (0, None, Duration::MAX, Duration::ZERO),
             Listener::Tcp(_) => (1, Some(hosts.clone()), MAX_TCP_WAIT, SHARED_FOR),
@@ -121,22 +128,36 @@ impl ListenerLimits {
             busy: Arc::new(Semaphore::new(MAX_BUSY)),
             waiting: Semaphore::new(MAX_WAITING[kind]),
             max_wait,
+            work: work.clone(),
             documents: Documents::new(MAX_DOCUMENTS[kind], shared_for),
             metrics: Documents::new(MAX_DOCUMENTS[kind], shared_for),
         }
     }
 }
 
+impl ListenerLimits {
+    /// Runs what blocks for a moment where the view may be asked.
+    async fn ask<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        // From one of its threads, since a new thread inherits the capabilities of the one that starts it.
+        let asked = self.work.spawn(async move { tokio::task::spawn_blocking(ask).await });
+        asked.await.flatten()
+    }
+}
+
 /// Answers on every listener, until it is dropped. `hosts` are the names under which those of TCP
-/// may be addressed.
+/// may be addressed; `view` is asked on the runtime `work`.
 pub async fn serve<V: View>(
     listeners: Vec<Listener>,
     hosts: watch::Receiver<Vec<String>>,
     view: Arc<V>,
+    work: Handle,
 ) {
     let mut accepts = JoinSet::new();
     for listener in listeners {
-        let access = Arc::new(ListenerLimits::of(&listener, &hosts));
+        let access = Arc::new(ListenerLimits::of(&listener, &hosts, &work));
         accepts.spawn(accept(listener, access, Arc::clone(&view)));
     }
     // They only end by a panic, and so does this then.
@@ -252,7 +273,7 @@ async fn answer<V: View>(
         return refusal(&EndpointError::UnixOnly);
     }
     if let Endpoint::Trace(filter) = endpoint {
-        let lines = tokio::task::spawn_blocking(move || view.trace(filter)).await;
+        let lines = access.ask(move || view.trace(filter)).await;
         return match lines {
             Ok(Ok(lines)) => stream(lines),
             Ok(Err(refusal @ TraceRefusal::Forbidden)) => {
@@ -302,7 +323,14 @@ async fn answer<V: View>(
     };
     let rendered = documents.get(&endpoint, at, || async {
         if let Endpoint::Explain(what) = &endpoint {
-            let explanation = view.explain(what, access.may_change).await;
+            let (what, may_ask) = (what.clone(), access.may_change);
+            let explain = async move { view.explain(&what, may_ask).await };
+            let explanation = match access.work.spawn(explain).await {
+                Ok(explanation) => explanation,
+                Err(error) => {
+                    return plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n"));
+                }
+            };
             let status = match explanation.is_routed() {
                 true => StatusCode::OK,
                 false => StatusCode::NOT_FOUND,
@@ -312,7 +340,7 @@ async fn answer<V: View>(
         let endpoint = endpoint.clone();
         // A view waits for the datapath's lock, and a large one takes a while to render: the threads that
         // answer DNS must not be blocked.
-        let shown = tokio::task::spawn_blocking(move || show(&endpoint, &*view)).await;
+        let shown = access.ask(move || show(&endpoint, &*view)).await;
         shown
             .unwrap_or_else(|error| plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")))
     });
@@ -562,7 +590,12 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut server = JoinSet::new();
-        server.spawn(serve(vec![Listener::Tcp(listener)], hosts(), Arc::new(view)));
+        server.spawn(serve(
+            vec![Listener::Tcp(listener)],
+            hosts(),
+            Arc::new(view),
+            Handle::current(),
+        ));
         (address, server)
     }
 
@@ -588,7 +621,8 @@ mod tests {
             let path = dir.path().join("admin.sock");
             let listeners = bind(&[AdminAddress::Unix(path.clone())]).unwrap();
             let view = Arc::new(Fake(watch::Sender::new(at(0, 0))));
-            let server = tokio::spawn(serve(listeners, hosts(), Arc::clone(&view)));
+            let server =
+                tokio::spawn(serve(listeners, hosts(), Arc::clone(&view), Handle::current()));
             Daemon { path, view, server, _dir: dir }
         }
 
@@ -763,7 +797,7 @@ mod tests {
             Listener::Unix(..) => None,
         });
         let view = Arc::new(Fake(watch::Sender::new(at(1, 0))));
-        let server = tokio::spawn(serve(listeners, hosts(), view));
+        let server = tokio::spawn(serve(listeners, hosts(), view, Handle::current()));
         let mut held = Vec::new();
         for _ in 0..2 * MAX_CONNECTIONS[0] {
             held.push(tokio::net::TcpStream::connect(address.unwrap()).await.unwrap());

@@ -16,6 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 use super::publisher::Publisher;
 use super::usage::{UsageReceiver, UsageSender};
 use crate::boot::suspended;
+use crate::capabilities;
 use crate::config::{CatalogConfig, Expired};
 
 /// Starts a run of a source, on its own thread and runtime.
@@ -183,6 +184,7 @@ impl SourceRun {
         std::thread::Builder::new().name("catalog".into()).spawn(move || {
             // Dropped after the runtime, with which the connections go.
             let _ends = (wishes.take_end(), at_end);
+            capabilities::for_files();
             let runtime = runtime;
             runtime.block_on(async {
                 tokio::select! {

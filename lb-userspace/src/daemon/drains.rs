@@ -13,6 +13,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::recorder::{FIRST_PAUSE, Recorded, Recorder, Snapshot};
 use crate::admin::api;
+use crate::capabilities;
 use crate::datapath::{Mode, SharedDatapath};
 use crate::table::{
     Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, Table, resolve_drained,
@@ -347,7 +348,10 @@ impl DrainBook {
         let (result_out, result) = oneshot::channel();
         let thread = std::thread::Builder::new().name("drains".into());
         let (file, problem_out) = (path.clone(), problem.clone());
-        thread.spawn(move || read_until_done(&file, &is_unread, result_out, &problem_out))?;
+        thread.spawn(move || {
+            capabilities::for_files();
+            read_until_done(&file, &is_unread, result_out, &problem_out);
+        })?;
         let reading = Some(Reading { result, undrained: BTreeSet::new() });
         let mut book = DrainBook { drains, boot, version: 0, recorder, reading, problem };
         match tokio::time::timeout(limit, book.read()).await {

@@ -36,6 +36,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::Context;
 use aya_log::EbpfLogger;
 use rustix::event::{PollFd, PollFlags};
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinHandle, JoinSet};
@@ -52,7 +53,7 @@ use crate::datapath::{
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
 use crate::table::{Builder, DrainError, SharedWaits};
-use crate::{admin, catalog, dns};
+use crate::{admin, capabilities, catalog, dns};
 use drains::{DrainBook, DrainRequest, Obstacles};
 use network::HostNetwork;
 use notify::Notify;
@@ -92,20 +93,25 @@ const MAX_REQUESTS: usize = 8;
 /// # Errors
 /// When a part can't start; then nothing is left attached.
 pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("can't start the runtime")?;
-    let result = runtime.block_on(daemon(config, read));
+    let start = |name: &str, reduce: fn()| {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(2).enable_all().thread_name(name).on_thread_start(reduce);
+        runtime.build().context("can't start the runtime")
+    };
+    let runtime = start("nohop", capabilities::for_datapath)?;
+    // Clients of DNS and of the admin interface are served without capabilities.
+    let servers = start("server", capabilities::none)?;
+    let result = runtime.block_on(daemon(config, read, servers.handle().clone()));
     // Blocking work in progress, such as a lookup, must not delay the exit.
+    servers.shutdown_timeout(Duration::from_millis(100));
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
 }
 
-async fn daemon(config: Config, read: reload::Read) -> anyhow::Result<()> {
+async fn daemon(config: Config, read: reload::Read, servers: Handle) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("can't listen for signals")?;
-    let mut daemon = Daemon::start(config, read).await?;
+    let mut daemon = Daemon::start(config, read, servers).await?;
+    capabilities::for_datapath();
     let outcome = daemon.serve(&mut signals).await;
     daemon.stop().await;
     outcome
@@ -124,6 +130,8 @@ struct Daemon {
     prober: BackendProber,
     datapath: Arc<SharedDatapath>,
     dns: dns::DnsServer,
+    /// The runtime that serves clients, whose threads have no capabilities.
+    servers: Handle,
     shadow: ShadowSwitch,
     off_file: OffFile,
     notify: Notify,
@@ -154,7 +162,7 @@ struct Daemon {
 
 impl Daemon {
     /// Starts the parts.
-    async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
+    async fn start(config: Config, read: reload::Read, servers: Handle) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
         catalog::check_first(&config)?;
         // Exclusive resources come first, so that a second daemon disturbs nothing.
@@ -218,7 +226,10 @@ impl Daemon {
         let table = pipeline.published();
         let demand = sources.demand().clone();
         let (dns, vip) = (&config.dns, &config.vip);
-        let dns = dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
+        let dns = {
+            let _guard = servers.enter();
+            dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?
+        };
         let tracer = Tracer::start(
             trace_events,
             datapath.clone(),
@@ -278,7 +289,8 @@ impl Daemon {
         let shown = view.clone();
         let revision = revision::follow(move || shown.status(), sources.views(), at);
         tasks.spawn("the revision of the status", revision);
-        tasks.spawn("the admin interface", admin::serve(admin_listeners, hosts, view));
+        let serve = admin::serve(admin_listeners, hosts, view, Handle::current());
+        tasks.spawn_on("the admin interface", serve, &servers);
         let routes = keep_unreachable(config.vip.clone(), datapath.clone());
         tasks.spawn("the unreachable routes", routes);
         for address in &dns_addresses {
@@ -316,6 +328,7 @@ impl Daemon {
             pipeline,
             datapath,
             dns,
+            servers,
             shadow,
             off_file,
             notify: Notify::of_environment(),
@@ -580,7 +593,10 @@ impl Daemon {
         self.tracer.allow(self.config.admin.trace);
         self.drain_deadline.send_replace(self.config.balance.drain_deadline);
         if last.dns != self.config.dns {
-            self.dns.reconfigure(&self.config.dns);
+            {
+                let _guard = self.servers.enter();
+                self.dns.reconfigure(&self.config.dns);
+            }
             self.configure_names();
             self.configure_intercept();
         }
@@ -725,7 +741,17 @@ struct Tasks {
 
 impl Tasks {
     fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.names.insert(self.running.spawn(task).id(), name);
+        self.spawn_on(name, task, &Handle::current());
+    }
+
+    /// Spawns it on another runtime.
+    fn spawn_on(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+        runtime: &Handle,
+    ) {
+        self.names.insert(self.running.spawn_on(task, runtime).id(), name);
     }
 
     /// Waits until one ends, which only a defect causes. Returns its name.
@@ -786,13 +812,23 @@ fn forward_from_kernel(
     usage: &UsageSender,
     changes: mpsc::Sender<ejected::EjectionChange>,
 ) {
+    let start = |name: &str, forward: Box<dyn FnOnce() + Send>| {
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        let work = move || {
+            capabilities::none();
+            forward();
+        };
+        if let Err(error) = thread.spawn(work) {
+            tracing::warn!("can't start the thread {name}: {error}");
+        }
+    };
     if let Some(log) = datapath.take_logger() {
-        std::thread::spawn(|| forward_log(log));
+        start("bpf-log", Box::new(|| forward_log(log)));
     }
     match datapath.take_reports() {
         Ok(events) => {
             let usage = usage.clone();
-            drop(std::thread::spawn(move || forward_events(events, &usage, &changes)));
+            start("events", Box::new(move || forward_events(events, &usage, &changes)));
         }
         Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::capabilities;
 use crate::durable;
 use crate::table::vips::{Pools, VipSnapshot, Vips};
 
@@ -119,7 +120,10 @@ impl<S: Snapshot> Recorder<S> {
         let (out, recorded) = watch::channel(Recorded::default());
         let thread = std::thread::Builder::new().name("recorder".into());
         let (of_thread, shown) = (inbox.clone(), path.display().to_string());
-        thread.spawn(move || work(&of_thread, &shown, first_pause, write, &out))?;
+        thread.spawn(move || {
+            capabilities::for_files();
+            work(&of_thread, &shown, first_pause, write, &out);
+        })?;
         Ok(Recorder { path, inbox, recorded })
     }
 

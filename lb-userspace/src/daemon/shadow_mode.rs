@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::capabilities;
 use crate::config::Config;
 use crate::datapath::Mode;
 
@@ -38,6 +39,7 @@ impl OffFile {
     ) -> io::Result<OffFile> {
         let (out, mut seen) = watch::channel(None);
         let work = move || {
+            capabilities::for_files();
             while !out.is_closed() {
                 // If it can't be read, the last state applies.
                 if let Some(is_there) = look() {

@@ -34,6 +34,7 @@ use super::udp::UdpEndpoint;
 use super::upstreams::{UpstreamRegistry, Upstreams};
 use super::usage_limiter::UsageLimiter;
 use super::worker::{DRAIN, Worker};
+use crate::capabilities;
 use crate::catalog::UsageSender;
 use crate::config::{DnsConfig, VipConfig};
 use crate::table::Table;
@@ -204,6 +205,7 @@ impl DnsServer {
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("dns".into()).spawn(move || {
             let _ends = ends;
+            capabilities::none();
             let _runtime = runtime.enter();
             // Created in its thread: the buffers for the kernel stay with it.
             match Worker::new(handler, endpoint, mailbox, stopped, idx) {

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 
 use crate::admin::api::{TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, TraceRefusal};
+use crate::capabilities;
 use crate::datapath::{Counters, SharedDatapath, TraceEvents, is_sampled, trace_now_ns};
 use cgroups::{CgroupPaths, allocation};
 use join::{Joined, Joiner, Outcome};
@@ -80,7 +81,10 @@ impl Tracer {
             Some(events) => {
                 let state = Arc::clone(&state);
                 let thread = std::thread::Builder::new().name("trace".into());
-                thread.spawn(move || state.serve(events, CgroupPaths::new(scope)))?;
+                thread.spawn(move || {
+                    capabilities::for_datapath();
+                    state.serve(events, CgroupPaths::new(scope));
+                })?;
             }
             None => state.lock().refusal = Some(TraceRefusal::Unavailable),
         }

@@ -24,6 +24,7 @@ use std::time::Instant;
 
 use sock_diag::{Family, SockDiag};
 
+use crate::capabilities;
 use error::MAX_DURATION;
 
 pub use error::DiagError;
@@ -69,7 +70,10 @@ pub fn disconnect(
 ) -> DiagReport {
     // The thread ends in another namespace than it started in, so it can't be one of a pool.
     std::thread::scope(|scope| {
-        let work = || disconnect_everywhere(is_suspect, is_gone);
+        let work = || {
+            capabilities::for_search();
+            disconnect_everywhere(is_suspect, is_gone)
+        };
         match std::thread::Builder::new().name("disconnect".to_owned()).spawn_scoped(scope, work) {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
             Err(error) => {
@@ -93,7 +97,7 @@ pub struct BoundUdp {
 /// The UDP sockets that are bound to these ports in the network namespaces of these processes and in
 /// the calling thread's. `visit` is called in each of the others, with its inode and the id of a process in it.
 ///
-/// The calling thread ends in another namespace. Minimum kernel: 5.9.
+/// The calling thread ends in another namespace, with its capabilities raised. Minimum kernel: 5.9.
 ///
 /// # Errors
 /// Without CAP_SYS_ADMIN, CAP_SYS_PTRACE, or the kernel module udp_diag. What vanishes meanwhile is no
@@ -106,6 +110,7 @@ pub fn bound_udp(
     if !netns::may_look() {
         return Err(DiagError::Hidden);
     }
+    capabilities::for_search();
     let own = netns::own().map_err(DiagError::Processes)?;
     let list = |inode| -> Result<Vec<BoundUdp>, DiagError> {
         let failed = |source| DiagError::List { namespace: inode, source };
@@ -190,7 +195,7 @@ fn for_each_tcp(
     let mut errors = Vec::new();
     // The thread ends in another namespace than it started in, so it can't be one of a pool.
     std::thread::scope(|scope| {
-        let work = || match netns::all() {
+        let mut look = || match netns::all() {
             Ok(_) if !netns::may_look() => errors.push(DiagError::Hidden),
             Ok(namespaces) => namespaces.iter().for_each(|namespace| {
                 errors.extend(tcp_in(namespace, storage, &has_record, &mut take).err());
@@ -198,6 +203,10 @@ fn for_each_tcp(
             Err(error) => errors.push(DiagError::Processes(error)),
         };
         let thread = std::thread::Builder::new().name("tcp-diag".to_owned());
+        let work = move || {
+            capabilities::for_search();
+            look();
+        };
         thread.spawn_scoped(scope, work).map(|thread| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         })

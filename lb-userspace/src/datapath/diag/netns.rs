@@ -58,13 +58,14 @@ pub fn own() -> io::Result<u64> {
     Ok(fs::metadata("/proc/thread-self/ns/net")?.ino())
 }
 
-/// Whether the calling thread may look at the namespaces of other users' processes (`ptrace_may_access`).
+/// Whether the calling thread may look at the namespaces of other users' processes (`ptrace_may_access`), once it
+/// has raised its capabilities.
 pub fn may_look() -> bool {
     const CAP_SYS_PTRACE: u32 = 19;
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
-    effective.is_some_and(|set| set >> CAP_SYS_PTRACE & 1 == 1)
+    let permitted = status.lines().find_map(|line| line.strip_prefix("CapPrm:"));
+    let permitted = permitted.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    permitted.is_some_and(|set| set >> CAP_SYS_PTRACE & 1 == 1)
 }
 
 impl Namespace {
