@@ -38,6 +38,21 @@ if [ -x /usr/local/bin/nohop ]; then
     echo "nohop: /usr/local/bin/nohop overrides /usr/bin/nohop on PATH; remove it once nothing runs it" >&2
 fi
 
+for exe in /proc/[0-9]*/exe; do
+    path=$(readlink "$exe" 2>/dev/null) || continue
+    pid=${exe#/proc/}
+    pid=${pid%/exe}
+    case "$path" in
+    "$nohop" | "$nohop (deleted)") continue ;;
+    */nohop | */nohop' (deleted)') ;;
+    *) continue ;;
+    esac
+    # Not a client of it, such as `nohop top`.
+    if tr '\0' ' ' < "/proc/$pid/cmdline" | grep -q ' run '; then
+        echo "nohop: process $pid runs $path; nohop.service doesn't start beside it: stop it first" >&2
+    fi
+done
+
 # No conffile: dpkg would ask about it whenever a version has a new key.
 if [ ! -e "$config" ] && [ ! -L "$config" ]; then
     install -d -m 755 /etc/nohop

@@ -17,5 +17,7 @@ fi
 # The programs serve without a daemon, so they would outlive the package: connections to VIPs end here.
 # With mistakes in the configuration, what lies where the defaults are.
 if ! /usr/bin/nohop unload --all && ! /usr/bin/nohop unload --all --config /dev/null; then
-    echo "nohop: the programs in the kernel are still attached; stop every nohop daemon, then: nohop unload --all" >&2
+    # A daemon from another path uses them. What removes them later has to outlive the package.
+    mkdir -p /var/lib/nohop
+    cp /usr/bin/nohop /var/lib/nohop/nohop
 fi

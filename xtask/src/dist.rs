@@ -75,6 +75,19 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// A .deb of a binary that was built already, as this version; all in `folder`.
+///
+/// # Errors
+/// When nfpm can't be had, or a step fails.
+pub fn package_of(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf> {
+    let release = Release { version: version.to_owned(), ..release(folder)? };
+    let release = Release { work: folder.join("work"), ..release };
+    let written = release.work.join("files");
+    process::output(Command::new(binary).arg("package-files").arg(&written))?;
+    let licenses = bill::licenses(&release)?;
+    package::deb(binary, &written, &licenses, &release)
+}
+
 /// SHA256SUMS, and its signature where a key is given.
 fn sums(files: &[PathBuf], release: &Release) -> Result<()> {
     let mut names: Vec<_> = files.iter().filter_map(|file| file.file_name()).collect();

@@ -10,6 +10,7 @@ mod fuzz;
 mod imports;
 #[cfg(test)]
 mod links;
+mod machine;
 mod process;
 mod repository;
 mod setup;
@@ -94,6 +95,13 @@ enum Task {
         #[arg(long, value_name = "N", default_value_t = 60)]
         seconds: u64,
     },
+    /// A machine with systemd in a VM, a part of `test --full`
+    #[command(hide = true)]
+    Machine {
+        /// The package that is tried; one of a build for tests where none is given
+        #[arg(long)]
+        deb: Option<PathBuf>,
+    },
     /// Format, lints, unit tests, tests in the kernel and end to end, and in other kernels
     Test {
         /// Run only the tests whose name contains this; without format and lints
@@ -152,6 +160,11 @@ fn run(task: Task) -> Result<ExitCode> {
             bench::run(&suites, quick, force, seed)?;
         }
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
+        Task::Machine { deb } => {
+            let mut tally = test_report::Tally::default();
+            machine::run(&mut tally, deb.as_deref());
+            return Ok(tally.finish());
+        }
         Task::Test { filter, full } => {
             let extent = if full { vm::Extent::Full } else { vm::Extent::Usual };
             return Ok(test::run(filter.as_deref(), extent));

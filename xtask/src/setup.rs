@@ -10,6 +10,7 @@ mod envoy;
 pub mod fuzz;
 pub mod kernels;
 mod linker;
+pub mod machine;
 mod rust;
 mod system;
 pub mod toolchain;

@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, anyhow};
 
 use crate::dist;
+use crate::machine;
 use crate::process::{self, is_root};
 use crate::setup::{self, toolchain};
 use crate::test_report::Tally;
@@ -55,7 +56,8 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
     if filter.is_none() {
         let verified = tally.verified.clone();
         if extent == Extent::Full {
-            dist::check::run(tally);
+            let deb = dist::check::run(tally);
+            machine::run(tally, deb.as_deref());
         }
         tally.check("what the verifier goes through", || vm::verifier::check(&verified));
     }

@@ -1,8 +1,8 @@
 //! The in-kernel tests on other kernels: each boots in a VM, by software emulation, on an initramfs
 //! that holds the tests and little else.
 
-mod boot;
-mod initramfs;
+pub mod boot;
+pub mod initramfs;
 pub mod verifier;
 
 use std::fs;
@@ -161,7 +161,7 @@ fn boot_all(starts: &[Start<'_>], common: &Archive, folder: &Path) -> Vec<Run> {
         let mut lines = Vec::new();
         let mut boot = || {
             let mut archive = common.clone();
-            archive.add_modules(&kernel.modules)?;
+            archive.add_modules(&kernel.modules, &[])?;
             archive.add_script("init", boot::init_script(share.as_slice(), filter));
             let initrd = folder.join(format!("{}.cpio", name.replace([' ', ','], "-")));
             archive.write(&initrd)?;

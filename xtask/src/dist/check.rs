@@ -17,8 +17,8 @@ use crate::test_report::Tally;
 const OLD: &str = "423192f";
 const OLD_VERSION: &str = "0.0.1";
 
-/// Makes the packages and tries them.
-pub fn run(tally: &mut Tally) {
+/// Makes the packages and tries them. Returns the .deb.
+pub fn run(tally: &mut Tally) -> Option<PathBuf> {
     let out = repository::root().join("target/dist");
     let options = Options { architectures: vec![Architecture::X86_64], out: out.clone() };
     tally.check("packages: made", || super::run(&options));
@@ -28,6 +28,9 @@ pub fn run(tally: &mut Tally) {
         || static_binary(&out),
     );
     tally.check("packages: installed, upgraded and removed", || in_a_root(&out));
+    let release = release(&out).ok()?;
+    let deb = out.join(format!("nohop_{}_amd64.deb", release.version));
+    deb.is_file().then_some(deb)
 }
 
 /// Makes them once more in a clone in another folder.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use super::release::{Architecture, Release, tar};
 use crate::process;
 use crate::repository;
+use crate::setup;
 
 /// A file of a package: where it lies, and its mode.
 fn place(root: &Path, to: &str, contents: &[u8], mode: u32) -> Result<()> {
@@ -73,7 +74,12 @@ pub fn stage(
     }
     let rules = in_contrib("prometheus/nohop.rules.yml");
     place_copy(&root, "usr/share/nohop/prometheus/nohop.rules.yml", &rules, 0o644)?;
-    for example in ["bird/bird.conf", "frr/frr.conf", "keepalived/keepalived.conf"] {
+    for example in [
+        "bird/bird.conf",
+        "frr/frr.conf",
+        "keepalived/keepalived.conf",
+        "systemd/no-udp-aborts.conf",
+    ] {
         let name = example.rsplit('/').next().unwrap_or(example);
         let to = format!("usr/share/doc/nohop/examples/{name}");
         place_copy(&root, &to, &in_contrib(example), 0o644)?;
@@ -122,6 +128,15 @@ pub fn packages(
         Ok(file)
     };
     names.into_iter().map(pack).collect()
+}
+
+/// The .deb of a binary for this architecture.
+pub fn deb(binary: &Path, written: &Path, licenses: &Path, release: &Release) -> Result<PathBuf> {
+    fs::create_dir_all(&release.work)?;
+    let stage = stage(Architecture::X86_64, binary, written, licenses, release)?;
+    let nfpm = setup::dist::provide()?;
+    let packages = packages(&nfpm, Architecture::X86_64, &stage, release)?;
+    packages.into_iter().next().context("a .deb is made")
 }
 
 /// An archive with the static binary and what goes with it.

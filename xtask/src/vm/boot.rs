@@ -32,7 +32,7 @@ impl Mode {
     fn parameters(self) -> &'static str {
         match self {
             Mode::Plain => "",
-            Mode::LockedDown => " lockdown=confidentiality",
+            Mode::LockedDown => "lockdown=confidentiality",
         }
     }
 
@@ -56,17 +56,8 @@ pub fn boot(
     initrd: &Path,
     mut on_line: impl FnMut(&str),
 ) -> Result<bool> {
-    // `timeout` ends the VM in time even when this program is gone.
-    let mut command = Command::new("timeout");
-    command.args(["--foreground", "--kill-after=5", &LIMIT_SECONDS.to_string()]);
-    command.args(["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]);
-    // A stock kernel doesn't boot under every machine's /dev/kvm, so always by emulation.
-    command.args(["-accel", "tcg", "-cpu", processor(kernel.version), "-smp", "1", "-m", "1G"]);
-    command.args(["-display", "none", "-serial", "stdio"]);
-    command.arg("-kernel").arg(&kernel.vmlinuz).arg("-initrd").arg(initrd);
-    let append = "console=ttyS0 quiet panic=-1 no_timer_check random.trust_cpu=on".to_owned()
-        + mode.parameters();
-    command.args(["-append", &append]);
+    let mut command = qemu(kernel, initrd, LIMIT_SECONDS, "1G", mode.parameters());
+    command.args(["-serial", "stdio"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
 
     let mut vm = command.spawn().context("can't run `timeout qemu-system-x86_64`")?;
@@ -90,6 +81,28 @@ pub fn boot(
         }
         None => bail!("the VM ended before the tests did ({ended}); what it wrote is above"),
     }
+}
+
+/// A VM with a console on its first serial line and without a network card, that ends in this time. `parameters` are
+/// further ones of the kernel's.
+pub fn qemu(
+    kernel: &Kernel,
+    initrd: &Path,
+    limit_seconds: u32,
+    memory: &str,
+    parameters: &str,
+) -> Command {
+    // `timeout` ends the VM in time even when this program is gone.
+    let mut command = Command::new("timeout");
+    command.args(["--foreground", "--kill-after=5", &limit_seconds.to_string()]);
+    command.args(["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]);
+    // A stock kernel doesn't boot under every machine's /dev/kvm, so always by emulation.
+    command.args(["-accel", "tcg", "-cpu", processor(kernel.version), "-smp", "1", "-m", memory]);
+    command.args(["-display", "none"]);
+    command.arg("-kernel").arg(&kernel.vmlinuz).arg("-initrd").arg(initrd);
+    let append = "console=ttyS0 quiet panic=-1 no_timer_check random.trust_cpu=on";
+    command.args(["-append", &format!("{append} {parameters}")]);
+    command
 }
 
 /// QEMU 7.2 was seen to leave garbage in the flags after `cmpxchg16b`, of which Linux 6.12 died in

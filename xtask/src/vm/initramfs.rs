@@ -52,13 +52,13 @@ impl Archive {
         Ok(())
     }
 
-    /// The modules of the folder `modules` that the tests need, as modules/NUMBER-NAME in the order
+    /// The modules of the folder `modules` that the tests need, and `more`, as modules/NUMBER-NAME in the order
     /// in which they go into the kernel.
-    pub fn add_modules(&mut self, modules: &Path) -> Result<()> {
+    pub fn add_modules(&mut self, modules: &Path, more: &[&str]) -> Result<()> {
         let mut files = BTreeMap::new();
         find_modules(modules, &mut files)?;
         let mut ordered = Vec::new();
-        for name in MODULES {
+        for name in MODULES.iter().chain(more) {
             order(name, &files, &mut ordered)?;
         }
         for (n, (name, content)) in ordered.into_iter().enumerate() {
