@@ -346,6 +346,66 @@ pub struct ServiceStatus {
     pub backends: Vec<BackendStatus>,
 }
 
+/// A service in brief, within the event `services` of `GET /v1/stream`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceSummary {
+    /// As [`ServiceStatus::name`].
+    pub name: String,
+    /// As [`ServiceStatus::vip`].
+    pub vip: Ipv4Addr,
+    /// As [`ServiceStatus::ports`].
+    pub ports: Ports,
+    /// As [`ServiceStatus::protocol`].
+    pub protocol: Protocols,
+    /// As [`ServiceStatus::algorithm`].
+    pub algorithm: BalanceAlgorithm,
+    /// `healthy`; `degraded` where an instance gets no connections that should, or the kernel lacks the
+    /// service's present state; `down` where no instance gets any; `cold` where its instances aren't
+    /// followed.
+    pub condition: Condition,
+    /// The instances that connections may reach.
+    pub reached: usize,
+    /// All instances, those that are out included.
+    pub instances: usize,
+    /// As [`ServiceStatus::connects`].
+    pub connects: u64,
+    /// As [`ServiceStatus::refused`].
+    pub refused: u64,
+    /// As [`ServiceStatus::failed`].
+    pub failed: u64,
+    /// As [`ServiceStatus::in_flight`].
+    pub in_flight: Option<u64>,
+}
+
+/// What has become of a service, within [`ServiceSummary`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Condition {
+    /// Every instance that should get connections does.
+    Healthy,
+    /// Some don't.
+    Degraded,
+    /// None does.
+    Down,
+    /// Its instances aren't followed.
+    Cold,
+}
+
+/// One element of `GET /v1/config`: a key of the configuration in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingStatus {
+    /// The key, such as `dns.ttl`.
+    pub key: String,
+    /// The value; secrets aren't shown.
+    pub value: serde_json::Value,
+    /// The value without a configuration.
+    pub default: serde_json::Value,
+    /// What the key is for.
+    pub text: String,
+    /// Why a new value needs a restart of the daemon; `null` where a reload is enough.
+    pub restart: Option<String>,
+}
+
 /// A backend, within [`ServiceStatus`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendStatus {
@@ -558,4 +618,25 @@ pub struct TraceRecord {
     pub error: Option<String>,
     /// The time until it was established, in microseconds.
     pub connect_us: Option<u32>,
+}
+
+#[cfg(test)]
+impl ServiceSummary {
+    /// Some service, for tests.
+    pub fn example() -> ServiceSummary {
+        ServiceSummary {
+            name: "web".into(),
+            vip: [127, 128, 0, 1].into(),
+            ports: Ports::only([80]),
+            protocol: Protocols::Tcp,
+            algorithm: BalanceAlgorithm::Least,
+            condition: Condition::Healthy,
+            reached: 1,
+            instances: 1,
+            connects: 0,
+            refused: 0,
+            failed: 0,
+            in_flight: Some(0),
+        }
+    }
 }

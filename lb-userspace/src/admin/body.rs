@@ -1,18 +1,18 @@
-//! The bodies of responses: a document, or lines as they come.
+//! The bodies of responses: a document, or parts as they come.
 
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use futures_util::stream::{BoxStream, StreamExt as _};
 use hyper::body::{Body, Bytes, Frame, SizeHint};
-use tokio::sync::mpsc;
 
 /// The body of a response.
 pub(super) enum ResponseBody {
     /// As a whole; `None` once it was taken.
     Document(Option<Bytes>),
-    /// Lines, until their sender ends.
-    Lines(mpsc::Receiver<Bytes>),
+    /// Lines or events, until their sender ends.
+    Stream(BoxStream<'static, Bytes>),
 }
 
 impl From<Bytes> for ResponseBody {
@@ -31,7 +31,7 @@ impl Body for ResponseBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let data = match &mut *self {
             ResponseBody::Document(document) => Poll::Ready(document.take()),
-            ResponseBody::Lines(lines) => lines.poll_recv(context),
+            ResponseBody::Stream(parts) => parts.poll_next_unpin(context),
         };
         data.map(|data| data.map(|data| Ok(Frame::data(data))))
     }
@@ -45,7 +45,7 @@ impl Body for ResponseBody {
             ResponseBody::Document(document) => {
                 SizeHint::with_exact(document.as_ref().map_or(0, |document| document.len() as u64))
             }
-            ResponseBody::Lines(_) => SizeHint::default(),
+            ResponseBody::Stream(_) => SizeHint::default(),
         }
     }
 }

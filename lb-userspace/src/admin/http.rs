@@ -14,6 +14,9 @@ pub const JSON: &str = "application/json";
 /// The media type of JSON documents, one a line.
 pub const JSON_LINES: &str = "application/x-ndjson";
 
+/// The media type of server-sent events.
+pub const EVENTS: &str = "text/event-stream";
+
 /// The longest of such lines, in bytes.
 const MAX_LINE: usize = 1 << 20;
 

@@ -4,14 +4,18 @@ use std::time::Duration;
 
 use hyper::Method;
 
+use super::page::{self, Asset};
 use super::query::{decode, encode};
 use super::trace::TraceFilter;
 
 /// The routes, for the response to an unknown one.
 pub(super) const ROUTES: &str = "\
+GET /
 GET /v1/status
 GET /v1/services
 GET /v1/services/NAME
+GET /v1/stream
+GET /v1/config
 GET /v1/dns?name=NAME&type=TYPE
 GET /v1/trace
 GET /v1/flows
@@ -23,9 +27,10 @@ GET /metrics
 GET /healthz
 GET /readyz
 GET /readyz/edge
-GET answers HEAD, too. /v1/dns, /v1/trace, /v1/flows and POST are answered on the unix socket only. On the others of /v1,
-?after=REVISION (of X-Nohop-Revision, or of `revision` in the status) answers once anything has
-changed since, or after &wait=SECONDS (60 by default, at most 600; over TCP at most 60).
+GET answers HEAD, too. /v1/dns and POST are answered on the unix socket only, /v1/trace and /v1/flows
+over TCP only with admin.trace = \"tcp\". On the others of /v1, ?after=REVISION (of X-Nohop-Revision,
+or of `revision` in the status) answers once anything has changed since, or after &wait=SECONDS (60 by
+default, at most 600; over TCP at most 60).
 ";
 
 /// How long `?after=` waits without `wait`.
@@ -39,7 +44,14 @@ pub(super) enum Endpoint {
     Status,
     Services,
     Explain(String),
-    LookUp { name: String, kind: String },
+    Stream,
+    Config,
+    /// A file of the page for browsers.
+    Page(&'static Asset),
+    LookUp {
+        name: String,
+        kind: String,
+    },
     Trace(TraceFilter),
     Reload,
     Drains,
@@ -49,7 +61,10 @@ pub(super) enum Endpoint {
     Health,
     Ready,
     EdgeReady,
-    Flows { by_bytes: bool, limit: usize },
+    Flows {
+        by_bytes: bool,
+        limit: usize,
+    },
 }
 
 impl Endpoint {
@@ -58,19 +73,17 @@ impl Endpoint {
         matches!(self, Endpoint::Status | Endpoint::Health | Endpoint::Ready | Endpoint::EdgeReady)
     }
 
-    /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`; a
-    /// trace has programs report each connection, with its process. Flows have none, and show clients
-    /// outside as a trace does.
+    /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`.
     pub(super) fn has_effects(&self) -> bool {
         matches!(
             self,
-            Endpoint::Reload
-                | Endpoint::Drain(_)
-                | Endpoint::Undrain(_)
-                | Endpoint::LookUp { .. }
-                | Endpoint::Trace(_)
-                | Endpoint::Flows { .. }
+            Endpoint::Reload | Endpoint::Drain(_) | Endpoint::Undrain(_) | Endpoint::LookUp { .. }
         )
+    }
+
+    /// Whether it shows who connects: a trace has programs report each connection, with its process.
+    pub(super) fn shows_clients(&self) -> bool {
+        matches!(self, Endpoint::Trace(_) | Endpoint::Flows { .. })
     }
 }
 
@@ -89,6 +102,8 @@ pub(super) enum EndpointError {
     Method(&'static str),
     #[error("not allowed over TCP: use the unix socket")]
     UnixOnly,
+    #[error("not allowed over TCP: use the unix socket, or set admin.trace = \"tcp\" and reload")]
+    Clients,
     #[error("no such path. The routes are:\n{ROUTES}")]
     Path,
     #[error("{name}: '{value}' is invalid; {fix}")]
@@ -101,7 +116,17 @@ pub(super) fn route(
     path: &str,
     query: Option<&str>,
 ) -> Result<(Endpoint, Option<Wait>), EndpointError> {
+    if let Some(asset) = page::find(path) {
+        // The page keeps what it shows in the query.
+        return match is_get(method) {
+            true => Ok((Endpoint::Page(asset), None)),
+            false => Err(EndpointError::Method("GET, HEAD")),
+        };
+    }
     let route = match path {
+        "/v1/stream" if *method == Method::GET => return Ok((Endpoint::Stream, None)),
+        "/v1/stream" => return Err(EndpointError::Method("GET")),
+        "/v1/config" => Endpoint::Config,
         "/v1/status" => Endpoint::Status,
         "/v1/services" => Endpoint::Services,
         "/v1/dns" if *method == Method::GET => {
@@ -298,7 +323,13 @@ mod tests {
             ("/v1/status", Some("since=3"), None),
             ("/v1/services/", None, None),
             ("/v1/services/a/b", None, None),
-            ("/", None, None),
+            ("/v1/stream", None, Some((Endpoint::Stream, None))),
+            ("/v1/config", None, Some((Endpoint::Config, None))),
+            ("/", None, page::find("/").map(|asset| (Endpoint::Page(asset), None))),
+            ("/", Some("view=x"), page::find("/").map(|asset| (Endpoint::Page(asset), None))),
+            ("/index.html", None, None),
+            ("/vendor/", None, None),
+            ("/vendor/../page.mjs", None, None),
             ("", None, None),
         ];
         for (path, query, expected) in table {
@@ -314,6 +345,8 @@ mod tests {
         assert_eq!(route(&Method::GET, "/v1/reload", None), only("POST"));
         assert_eq!(route(&Method::POST, "/v1/reload", None), Ok((Endpoint::Reload, None)));
         assert_eq!(route(&Method::HEAD, "/metrics", None), Ok((Endpoint::Metrics, None)));
+        assert_eq!(route(&Method::POST, "/", None), only("GET, HEAD"));
+        assert_eq!(route(&Method::HEAD, "/v1/stream", None), only("GET"));
         assert_eq!(route(&Method::HEAD, "/v1/dns", Some("name=a")), only("GET"));
         assert_eq!(route(&Method::POST, "/nowhere", None), Err(EndpointError::Path));
     }

@@ -3,12 +3,15 @@
 use std::convert::Infallible;
 use std::future::pending;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{BoxStream, StreamExt as _, unfold};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+    ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
+    REFERRER_POLICY, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
 };
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -17,25 +20,28 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinError, JoinSet};
 
-use super::api;
 use super::bind::Listener;
 use super::body::ResponseBody;
 use super::documents::{At, Document, Documents};
-use super::origin::{Foreign, check_host, check_site};
+use super::http;
+use super::origin::{Foreign, TcpAccess, check_host, check_site, is_navigation};
+use super::page;
 use super::prometheus;
 use super::route::{Endpoint, EndpointError, Wait, route};
 use super::slow::{IsEndless, MinRate};
-use super::trace::{TraceFilter, TraceRefusal};
+use super::stream::Feed;
+use super::trace::TraceRefusal;
+use super::view::View;
 use crate::terminal;
 
 /// The most connections of each unix socket, and of each TCP address: each has its own, so a client
 /// at a port can't lock root out of the socket.
-const MAX_CONNECTIONS: [usize; 2] = [128, 64];
-/// Those of them that may wait for a change at any time.
-const MAX_WAITING: [usize; 2] = [96, 16];
+const MAX_CONNECTIONS: [usize; 2] = [128, 128];
+/// Those of them that may wait for a change, or follow the stream, at any time.
+const MAX_WAITING: [usize; 2] = [96, 32];
 /// The documents that may be in memory for each.
 const MAX_DOCUMENTS: [usize; 2] = [8, 4];
 /// How long a document is shared over TCP. Over the unix socket each is new.
@@ -44,6 +50,23 @@ const SHARED_FOR: Duration = Duration::from_secs(1);
 const MAX_TCP_WAIT: Duration = Duration::from_secs(60);
 /// The time limit of a request's head, the pause before it included.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The greatest head of a request, and what is buffered of a response, in bytes; hyper admits 100 headers.
+const MAX_HEAD: usize = 64 << 10;
+/// What every response has: no copy stays anywhere, and no page but ours uses it. Ours runs no code and
+/// no style but what is served as a file.
+const HEADERS: [(HeaderName, &str); 7] = [
+    (CACHE_CONTROL, "no-store"),
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (REFERRER_POLICY, "no-referrer"),
+    (X_FRAME_OPTIONS, "DENY"),
+    (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+    (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+    (
+        CONTENT_SECURITY_POLICY,
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+];
 /// The response to a connection above the limit.
 const BUSY: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
@@ -60,50 +83,19 @@ pub const GENERATION_HEADER: &str = "x-nohop-generation";
 /// The header with the revision of the status that a response shows, for `?after=`.
 pub const REVISION_HEADER: &str = "x-nohop-revision";
 
-/// The data of the admin interface.
-pub trait View: Send + Sync + 'static {
-    /// The daemon as a whole.
-    fn status(&self) -> api::Status;
-    /// Every service, by name.
-    fn services(&self) -> Vec<api::ServiceStatus>;
-    /// The explanation of a name, a VIP or an instance's address, also of an unknown one. `may_ask` is
-    /// whether the source may be asked for what isn't known here, such as the outputs of checks.
-    fn explain(&self, what: &str, may_ask: bool) -> impl Future<Output = api::Explanation> + Send;
-    /// DNS's answer for a name and a type, or why there is none.
-    fn look_up(
-        &self,
-        name: &str,
-        kind: &str,
-    ) -> impl Future<Output = Result<api::DnsLookup, String>> + Send;
-    /// The metrics, in the text format of Prometheus.
-    fn metrics(&self) -> String;
-    /// Lines of traced connections as they happen, until the receiver is dropped. It blocks for a moment.
-    fn trace(&self, filter: TraceFilter) -> Result<mpsc::Receiver<Bytes>, TraceRefusal>;
-    /// The table's generation and the status' revision, as they grow.
-    fn at(&self) -> watch::Receiver<At>;
-    /// Reloads the configuration.
-    fn reload(&self) -> impl Future<Output = api::Reload> + Send;
-    /// What is drained by hand.
-    fn drains(&self) -> Vec<api::DrainStatus>;
-    /// Why clients outside aren't to come to this node as an edge; `None` where they are.
-    fn edge_obstacle(&self) -> Option<String>;
-    /// The flows through this edge, by bytes or by the time of their last packet; `None` where it is none.
-    fn flows(&self, by_bytes: bool, limit: usize) -> Option<api::FlowsDocument>;
-    /// Drains what this text names, or undrains it.
-    fn drain(&self, is_drain: bool, target: &str) -> impl Future<Output = api::DrainChange> + Send;
-}
-
 /// What the clients of a listener may do, and its limits.
 struct ListenerLimits {
     /// Whether requests with effects are accepted. The mode of its file restricts the unix socket; a
     /// TCP address is open to every client that can reach it, a web page in a browser included.
     may_change: bool,
-    /// The names under which TCP may be addressed, in addition to addresses; `None` for the unix socket.
-    hosts: Option<watch::Receiver<Vec<String>>>,
+    /// What the configuration allows over TCP.
+    tcp: watch::Receiver<TcpAccess>,
     connections: Arc<Semaphore>,
     busy: Arc<Semaphore>,
-    waiting: Semaphore,
+    waiting: Arc<Semaphore>,
     max_wait: Duration,
+    /// One for all listeners.
+    feed: Arc<Feed>,
     documents: Documents,
     /// Where the view is asked: a runtime whose threads may read the datapath's maps. This one's may not.
     work: Handle,
@@ -114,21 +106,23 @@ struct ListenerLimits {
 impl ListenerLimits {
     fn of(
         listener: &Listener,
-        hosts: &watch::Receiver<Vec<String>>,
+        tcp: &watch::Receiver<TcpAccess>,
+        feed: &Arc<Feed>,
         work: &Handle,
     ) -> ListenerLimits {
-        let (kind, hosts, max_wait, shared_for) = match listener {
-            Listener::Unix(..) => (0, None, Duration::MAX, Duration::ZERO),
-            Listener::Tcp(_) => (1, Some(hosts.clone()), MAX_TCP_WAIT, SHARED_FOR),
+        let (kind, max_wait, shared_for) = match listener {
+            Listener::Unix(..) => (0, Duration::MAX, Duration::ZERO),
+            Listener::Tcp(_) => (1, MAX_TCP_WAIT, SHARED_FOR),
         };
         ListenerLimits {
-            may_change: hosts.is_none(),
-            hosts,
+            may_change: matches!(listener, Listener::Unix(..)),
+            tcp: tcp.clone(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS[kind])),
             busy: Arc::new(Semaphore::new(MAX_BUSY)),
-            waiting: Semaphore::new(MAX_WAITING[kind]),
+            waiting: Arc::new(Semaphore::new(MAX_WAITING[kind])),
             max_wait,
             work: work.clone(),
+            feed: feed.clone(),
             documents: Documents::new(MAX_DOCUMENTS[kind], shared_for),
             metrics: Documents::new(MAX_DOCUMENTS[kind], shared_for),
         }
@@ -147,17 +141,18 @@ impl ListenerLimits {
     }
 }
 
-/// Answers on every listener, until it is dropped. `hosts` are the names under which those of TCP
-/// may be addressed; `view` is asked on the runtime `work`.
+/// Answers on every listener, until it is dropped. `tcp` is what is allowed over TCP; `view` is asked on
+/// the runtime `work`.
 pub async fn serve<V: View>(
     listeners: Vec<Listener>,
-    hosts: watch::Receiver<Vec<String>>,
+    tcp: watch::Receiver<TcpAccess>,
     view: Arc<V>,
     work: Handle,
 ) {
     let mut accepts = JoinSet::new();
+    let feed = Feed::new(work.clone());
     for listener in listeners {
-        let access = Arc::new(ListenerLimits::of(&listener, &hosts, &work));
+        let access = Arc::new(ListenerLimits::of(&listener, &tcp, &feed, &work));
         accepts.spawn(accept(listener, access, Arc::clone(&view)));
     }
     // They only end by a panic, and so does this then.
@@ -173,11 +168,15 @@ async fn accept<V: View>(listener: Listener, access: Arc<ListenerLimits>, view: 
         let accepted = match &listener {
             Listener::Unix(listener, _) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, &access, &view))
+                stream.map(|(stream, _)| spawn(&mut connections, stream, None, &access, &view))
             }
             Listener::Tcp(listener) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, &access, &view))
+                stream.and_then(|(stream, _)| {
+                    let local = Some(stream.local_addr()?.ip());
+                    spawn(&mut connections, stream, local, &access, &view);
+                    Ok(())
+                })
             }
         };
         while connections.try_join_next().is_some() {}
@@ -200,6 +199,7 @@ async fn accept<V: View>(listener: Listener, access: Arc<ListenerLimits>, view: 
 fn spawn<V: View>(
     connections: &mut JoinSet<()>,
     mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    local: Option<IpAddr>,
     access: &Arc<ListenerLimits>,
     view: &Arc<V>,
 ) {
@@ -224,17 +224,18 @@ fn spawn<V: View>(
             let (access, view) = (Arc::clone(&access), Arc::clone(&view));
             let is_endless = is_endless.clone();
             async move {
-                let mut response = answer(&request, &access, view).await;
-                is_endless.set(matches!(response.body(), ResponseBody::Lines(_)));
-                let headers = response.headers_mut();
-                headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-                headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+                let mut response = answer(&request, local, &access, view).await;
+                is_endless.set(matches!(response.body(), ResponseBody::Stream(_)));
+                for (name, value) in HEADERS {
+                    response.headers_mut().insert(name, HeaderValue::from_static(value));
+                }
                 Ok::<_, Infallible>(response)
             }
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
+            .max_buf_size(MAX_HEAD)
             .serve_connection(TokioIo::new(MinRate::new(stream, is_endless.clone())), service)
             .await;
         if let Err(error) = served {
@@ -246,15 +247,19 @@ fn spawn<V: View>(
 /// Answers a request. The answer to HEAD is the one to GET, of which hyper sends the head alone.
 async fn answer<V: View>(
     request: &Request<Incoming>,
+    local: Option<IpAddr>,
     access: &ListenerLimits,
     view: Arc<V>,
 ) -> Response<ResponseBody> {
     let (uri, headers) = (request.uri(), request.headers());
-    let is_known = match &access.hosts {
-        Some(hosts) => check_host(uri, request.version(), headers, &hosts.borrow()),
-        None => Ok(()),
+    let is_known = match local.is_some() || headers.contains_key(HOST) {
+        true => check_host(request, local, &access.tcp.borrow().hosts),
+        false => Ok(()),
     };
-    if let Err(foreign) = is_known.and_then(|()| check_site(headers)) {
+    // A link on another site's page may lead to the page, which has no data in it.
+    let is_link = uri.path() == page::PATH && is_navigation(headers);
+    let is_own_site = || if is_link { Ok(()) } else { check_site(headers) };
+    if let Err(foreign) = is_known.and_then(|()| is_own_site()) {
         // Once: a scraper that uses an unknown name should show, but a client must not fill the log.
         static REPORTED: std::sync::Once = std::sync::Once::new();
         REPORTED
@@ -272,16 +277,32 @@ async fn answer<V: View>(
     if endpoint.has_effects() && !access.may_change {
         return refusal(&EndpointError::UnixOnly);
     }
+    if endpoint.shows_clients() && local.is_some() && !access.tcp.borrow().may_trace {
+        return refusal(&EndpointError::Clients);
+    }
     if let Endpoint::Trace(filter) = endpoint {
         let lines = access.ask(move || view.trace(filter)).await;
         return match lines {
-            Ok(Ok(lines)) => stream(lines),
+            Ok(Ok(lines)) => {
+                let lines = unfold(lines, |mut lines| async { Some((lines.recv().await?, lines)) });
+                stream(http::JSON_LINES, lines.boxed())
+            }
             Ok(Err(refusal @ TraceRefusal::Forbidden)) => {
                 text(StatusCode::FORBIDDEN, &format!("{refusal}\n"))
             }
             Ok(Err(refusal)) => text(StatusCode::SERVICE_UNAVAILABLE, &format!("{refusal}\n")),
             Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
         };
+    }
+    if let Endpoint::Page(asset) = endpoint {
+        let mut response = Response::new(Bytes::from_static(asset.body).into());
+        let media_type = HeaderValue::from_static(asset.media_type);
+        response.headers_mut().insert(CONTENT_TYPE, media_type);
+        return response;
+    }
+    if endpoint == Endpoint::Stream {
+        let Ok(place) = access.waiting.clone().try_acquire_owned() else { return too_many_wait() };
+        return stream(http::EVENTS, access.feed.watch(&view, place));
     }
     let mut now = view.at();
     if endpoint == Endpoint::Reload {
@@ -379,6 +400,7 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
                 "this node is no edge: set edge.interfaces and edge.source in its configuration\n",
             ),
         },
+        Endpoint::Config => json(StatusCode::OK, &view.settings()),
         Endpoint::Drains => json(StatusCode::OK, &view.drains()),
         Endpoint::Health
         | Endpoint::Reload
@@ -386,19 +408,20 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
         | Endpoint::Undrain(_)
         | Endpoint::LookUp { .. }
         | Endpoint::Explain(_)
+        | Endpoint::Stream
+        | Endpoint::Page(_)
         | Endpoint::Trace(_) => plain(StatusCode::OK, "ok\n"),
     }
 }
 
-fn stream(lines: mpsc::Receiver<Bytes>) -> Response<ResponseBody> {
-    let mut response = Response::new(ResponseBody::Lines(lines));
-    let media_type = HeaderValue::from_static(super::http::JSON_LINES);
-    response.headers_mut().insert(CONTENT_TYPE, media_type);
+fn stream(media_type: &'static str, parts: BoxStream<'static, Bytes>) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::Stream(parts));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
     response
 }
 
 fn too_many_wait() -> Response<ResponseBody> {
-    busy("too many requests wait for a change (?after=)")
+    busy("too many requests wait for changes (?after=, /v1/stream)")
 }
 
 fn busy(why: &str) -> Response<ResponseBody> {
@@ -410,7 +433,7 @@ fn busy(why: &str) -> Response<ResponseBody> {
 fn refusal(error: &EndpointError) -> Response<ResponseBody> {
     let status = match error {
         EndpointError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
-        EndpointError::UnixOnly => StatusCode::FORBIDDEN,
+        EndpointError::UnixOnly | EndpointError::Clients => StatusCode::FORBIDDEN,
         EndpointError::Path => StatusCode::NOT_FOUND,
         EndpointError::Query { .. } => StatusCode::BAD_REQUEST,
     };
@@ -423,7 +446,7 @@ fn refusal(error: &EndpointError) -> Response<ResponseBody> {
 
 fn json(status: StatusCode, document: &impl Serialize) -> Shown {
     match serde_json::to_vec(document) {
-        Ok(body) => (status, super::http::JSON, body),
+        Ok(body) => (status, http::JSON, body),
         Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
     }
 }
@@ -464,8 +487,10 @@ fn respond(
 mod tests {
     use std::path::PathBuf;
 
+    use tokio::sync::mpsc;
+
     use super::*;
-    use crate::admin::{bind, client, http};
+    use crate::admin::{TraceFilter, api, bind, client};
     use crate::config::AdminAddress;
     use crate::table::{Ports, Protocols};
 
@@ -525,6 +550,14 @@ mod tests {
             }]
         }
 
+        fn summaries(&self) -> Vec<api::ServiceSummary> {
+            vec![api::ServiceSummary::example()]
+        }
+
+        fn settings(&self) -> Vec<api::SettingStatus> {
+            vec![]
+        }
+
         async fn explain(&self, name: &str, _may_ask: bool) -> api::Explanation {
             api::Explanation {
                 name: name.into(),
@@ -581,8 +614,8 @@ mod tests {
         At { generation, revision: At::FIRST_REVISION + revision }
     }
 
-    fn hosts() -> watch::Receiver<Vec<String>> {
-        watch::channel(vec!["nohop.example".to_owned()]).1
+    fn access() -> watch::Receiver<TcpAccess> {
+        watch::channel(TcpAccess { hosts: vec!["nohop.example".to_owned()], may_trace: false }).1
     }
 
     /// A server of TCP alone.
@@ -592,7 +625,7 @@ mod tests {
         let mut server = JoinSet::new();
         server.spawn(serve(
             vec![Listener::Tcp(listener)],
-            hosts(),
+            access(),
             Arc::new(view),
             Handle::current(),
         ));
@@ -622,7 +655,7 @@ mod tests {
             let listeners = bind(&[AdminAddress::Unix(path.clone())]).unwrap();
             let view = Arc::new(Fake(watch::Sender::new(at(0, 0))));
             let server =
-                tokio::spawn(serve(listeners, hosts(), Arc::clone(&view), Handle::current()));
+                tokio::spawn(serve(listeners, access(), Arc::clone(&view), Handle::current()));
             Daemon { path, view, server, _dir: dir }
         }
 
@@ -660,7 +693,11 @@ mod tests {
             ("GET", "/v1/undrain?target=n1", 405, "POST"),
             ("PUT", "/v1/drain?target=n1", 405, "GET, HEAD, POST"),
             ("GET", "/v1/status?after=x", 400, "after"),
-            ("GET", "/", 404, "/v1/services/NAME"),
+            ("GET", "/", 200, "<title>"),
+            ("GET", "/store.mjs", 200, "v1/stream"),
+            ("GET", "/v1/config", 200, "[]"),
+            ("POST", "/v1/stream", 405, "GET"),
+            ("GET", "/v1", 404, "/v1/services/NAME"),
             ("POST", "/v1/status", 405, "GET"),
         ];
         for (method, path, status, fragment) in table {
@@ -684,6 +721,15 @@ mod tests {
             ("POST /v1/drain?target=n1", &local, 403),
             ("POST /v1/undrain?target=n1", &local, 403),
             ("GET /v1/dns?name=web.service", &local, 403),
+            ("GET /v1/trace", &local, 403),
+            ("GET /v1/flows", &local, 403),
+            ("PUT /v1/status", &local, 405),
+            ("OPTIONS /v1/status", &local, 405),
+            ("GET /v1/../../etc/passwd", &local, 404),
+            ("GET /%2e%2e/%2e%2e/etc/passwd", &local, 404),
+            ("GET //etc/passwd", &local, 404),
+            ("GET /v1/services/%2e%2e%2f%2e%2e%2fetc%2fpasswd", &local, 404),
+            ("GET /v1/status", "Host: 203.0.113.7", 403),
             ("GET /v1/status", "Host: evil.example", 403),
             ("GET /v1/status", "Host: localhost\r\nOrigin: http://evil.example", 403),
             ("GET /metrics", "Host: localhost\r\nSec-Fetch-Site: cross-site", 403),
@@ -696,8 +742,97 @@ mod tests {
             let answer = raw(stream, &request).await;
             assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}{answer}");
             let head = answer.to_lowercase();
-            assert!(head.contains("\r\nx-content-type-options: nosniff\r\n"), "{answer}");
-            assert!(head.contains("\r\ncache-control: no-store\r\n"), "{answer}");
+            for (name, value) in HEADERS {
+                assert!(
+                    head.contains(&format!("\r\n{name}: {value}\r\n").to_lowercase()),
+                    "{answer}"
+                );
+            }
+            assert!(!head.contains("access-control-"), "{answer}");
+        }
+    }
+
+    /// What a request gets of a daemon's TCP address that waits for nothing else.
+    async fn over_a_connection(address: std::net::SocketAddr, request: &[u8]) -> String {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        // It may be answered, and closed, before it is sent in full.
+        let _ = stream.write_all(request).await;
+        let mut answer = [0; 12];
+        let _ = stream.read_exact(&mut answer).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    #[tokio::test]
+    async fn a_link_elsewhere_leads_to_the_page_and_to_nothing_else() {
+        let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 0)))).await;
+        let link =
+            "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-Dest: document";
+        let frame =
+            "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-Dest: iframe";
+        for (path, headers, status) in [
+            ("/", link, 200),
+            ("/?view=services", link, 200),
+            ("/", frame, 403),
+            ("/page.mjs", link, 403),
+            ("/v1/status", link, 403),
+            ("/v1/stream", "Sec-Fetch-Site: cross-site", 403),
+        ] {
+            let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n{headers}\r\n\r\n");
+            let answer = over_a_connection(address, request.as_bytes()).await;
+            assert_eq!(answer, format!("HTTP/1.1 {status}"), "{request}");
+        }
+    }
+
+    #[tokio::test]
+    async fn floods_of_headers_and_requests_without_an_end_are_cut_off() {
+        let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 0)))).await;
+        let start = format!("GET /v1/status HTTP/1.1\r\nHost: {address}\r\n");
+        let many = start.clone() + &"X-A: b\r\n".repeat(200) + "\r\n";
+        let long = start.clone() + "X-A: " + &"b".repeat(2 * MAX_HEAD);
+        let endless = start + "Transfer-Encoding: chunked\r\n\r\n1000\r\n";
+        for (request, status) in [(&many, "431"), (&long, "431"), (&endless, "200")] {
+            let answer = over_a_connection(address, request.as_bytes()).await;
+            assert_eq!(answer, format!("HTTP/1.1 {status}"), "{}", request.len());
+        }
+        // The rest of a body isn't read: the connection ends after the answer.
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(endless.as_bytes()).await.unwrap();
+        stream.write_all(&[b'x'; 1000]).await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        assert!(answer.starts_with(b"HTTP/1.1 200"));
+    }
+
+    #[tokio::test]
+    async fn viewers_of_the_stream_get_everything_first_and_then_what_changes() {
+        let view = Fake(watch::Sender::new(at(1, 0)));
+        let revisions = view.0.clone();
+        let (address, _server) = over_tcp(view).await;
+        let request = format!("GET /v1/stream HTTP/1.1\r\nHost: {address}\r\n\r\n");
+        let mut viewers = Vec::new();
+        for _ in 0..2 {
+            let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            viewers.push(stream);
+        }
+        let mut seen = vec![String::new(); viewers.len()];
+        for (viewer, seen) in viewers.iter_mut().zip(&mut seen) {
+            read_until(viewer, seen, "\"all\":true").await;
+            assert!(seen.contains("text/event-stream") && seen.contains("event: status"), "{seen}");
+        }
+        revisions.send_replace(at(2, 1));
+        for (viewer, seen) in viewers.iter_mut().zip(&mut seen) {
+            read_until(viewer, seen, "\"generation\":2").await;
+            assert_eq!(seen.matches("event: services").count(), 1, "nothing has changed: {seen}");
+        }
+    }
+
+    async fn read_until(stream: &mut tokio::net::TcpStream, seen: &mut String, text: &str) {
+        let mut buffer = [0; 4096];
+        while !seen.contains(text) {
+            let n = stream.read(&mut buffer).await.unwrap();
+            assert!(n > 0, "it ended: {seen}");
+            *seen += &String::from_utf8_lossy(&buffer[..n]);
         }
     }
 
@@ -797,7 +932,7 @@ mod tests {
             Listener::Unix(..) => None,
         });
         let view = Arc::new(Fake(watch::Sender::new(at(1, 0))));
-        let server = tokio::spawn(serve(listeners, hosts(), view, Handle::current()));
+        let server = tokio::spawn(serve(listeners, access(), view, Handle::current()));
         let mut held = Vec::new();
         for _ in 0..2 * MAX_CONNECTIONS[0] {
             held.push(tokio::net::TcpStream::connect(address.unwrap()).await.unwrap());

@@ -221,6 +221,14 @@ pub(super) fn domain(text: &str) -> Result<String, String> {
     Ok(name.to_ascii_lowercase())
 }
 
+/// A DNS name, or an IP address.
+pub(super) fn host(text: &str) -> Result<String, String> {
+    match text.parse::<std::net::IpAddr>() {
+        Ok(address) => Ok(address.to_canonical().to_string()),
+        Err(_) => domain(text),
+    }
+}
+
 /// A service's name: one DNS label, in lower case.
 pub(super) fn service_name(text: &str) -> Result<String, String> {
     if dns_name::service_name_problem(text).is_some() {

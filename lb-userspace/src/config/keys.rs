@@ -192,10 +192,10 @@ pub const KEYS: &[Key] = keys! {
         "cgroups that are bypassed, with all below them: paths, * and ? allowed"
     restart(LISTENS) "admin.listen" config.admin.listen: |value| value.list(|it| it.text(str::parse));
         "addresses of the admin interface: unix:PATH, or ADDR:PORT to read only"
-    live "admin.hosts" config.admin.hosts: |value| value.list_or_none(|it| it.text(address::domain));
-        "names under which a TCP address of admin.listen may be addressed"
-    live "admin.trace" config.admin.trace: |value| value.flag();
-        "allow nohop trace, which shows connections with their processes"
+    live "admin.hosts" config.admin.hosts: |value| value.list_or_none(|it| it.text(address::host));
+        "names under which a TCP address of admin.listen may be addressed; required where it is a wildcard or public"
+    live "admin.trace" config.admin.trace: text::trace;
+        "allow nohop trace, which shows connections with their processes: true: on unix sockets; or \"tcp\": over TCP, too"
 };
 
 /// Former names of keys, and the present ones.

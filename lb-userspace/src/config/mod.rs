@@ -350,10 +350,32 @@ pub struct DatapathConfig {
 pub struct AdminConfig {
     /// Where it listens.
     pub listen: Vec<AdminAddress>,
-    /// The names under which a TCP address may be addressed, in addition to localhost and addresses.
+    /// The names and addresses under which a TCP address may be addressed, in addition to itself,
+    /// localhost and the machine's name.
     pub hosts: Vec<String>,
-    /// Whether clients of the unix sockets may trace connections.
-    pub trace: bool,
+    /// Whose clients may trace connections.
+    pub trace: TraceAccess,
+}
+
+/// Whose clients may trace connections, and list an edge's flows over TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TraceAccess {
+    /// No client (`false`).
+    Off,
+    /// Those of unix sockets (`true`).
+    Unix,
+    /// Those of TCP addresses as well (`"tcp"`).
+    Tcp,
+}
+
+impl Serialize for TraceAccess {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            TraceAccess::Off => serializer.serialize_bool(false),
+            TraceAccess::Unix => serializer.serialize_bool(true),
+            TraceAccess::Tcp => serializer.serialize_str("tcp"),
+        }
+    }
 }
 
 /// An address of the admin interface, written `unix:PATH` or `ADDR:PORT`.
@@ -441,7 +463,7 @@ impl Default for Config {
             admin: AdminConfig {
                 listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())],
                 hosts: Vec::new(),
-                trace: true,
+                trace: TraceAccess::Unix,
             },
         }
     }

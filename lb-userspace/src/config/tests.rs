@@ -285,7 +285,7 @@ fn every_key_is_taken() {
                 AdminAddress::Unix("/a.sock".into()),
             ],
             hosts: vec!["nohop.example".into()],
-            trace: false,
+            trace: TraceAccess::Off,
         },
     };
     assert_eq!(check(EVERY_KEY), Ok(expected));
@@ -692,6 +692,26 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
                 "f:1: admin.hosts: 'nohop:9153' isn't a DNS name; write labels of letters, digits, - and _ between dots",
             ],
         ),
+        ("admin.hosts = ['10.0.0.7', 'fd00::7', 'nohop.example']", &[]),
+        (
+            "admin.trace = 'all'",
+            &["f:1: admin.trace: 'all' is neither true, false nor \"tcp\"; write one of them"],
+        ),
+        ("admin.trace = 'tcp'", &[]),
+        (
+            "admin.listen = ['0.0.0.0:9153']",
+            &[
+                "f:1: admin.listen: other hosts may reach 0.0.0.0:9153, and admin.hosts is empty: list there the names and addresses under which they do, or listen on a loopback or private address",
+            ],
+        ),
+        (
+            "admin.listen = ['127.0.0.1:9153', '[::]:9153', '203.0.113.7:9153']",
+            &[
+                "f:1: admin.listen: other hosts may reach [::]:9153 and 203.0.113.7:9153, and admin.hosts is empty: list there the names and addresses under which they do, or listen on a loopback or private address",
+            ],
+        ),
+        ("admin.listen = ['0.0.0.0:9153']\nadmin.hosts = ['nohop.example']", &[]),
+        ("admin.listen = ['127.0.0.1:1', '10.0.0.7:1', '[fd00::7]:1', '[::ffff:10.0.0.7]:1']", &[]),
         (
             "admin.listen = ['unix:x']",
             &["f:1: admin.listen: 'unix:x' isn't an absolute path; write unix:/PATH"],

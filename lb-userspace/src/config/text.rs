@@ -8,7 +8,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Serialize, Serializer};
 
 use super::toml_value::{Parsed, TomlValue};
-use super::{Intercepted, MAX_EXCLUDED_CGROUPS};
+use super::{Intercepted, MAX_EXCLUDED_CGROUPS, TraceAccess};
 
 /// One of the keywords of an enum of the configuration.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -101,6 +101,18 @@ pub(super) fn intercept(value: &TomlValue) -> Parsed<Intercepted> {
         Ok(flag) => Ok(Intercepted::Tasks(flag)),
         Err(_) if !value.is_list() => value.unexpected("true, false or an array of cgroups"),
         Err(_) => value.list(|each| each.text(cgroup)).map(Intercepted::Cgroups),
+    }
+}
+
+/// Whose clients may trace connections.
+pub(super) fn trace(value: &TomlValue) -> Parsed<TraceAccess> {
+    match value.flag() {
+        Ok(true) => Ok(TraceAccess::Unix),
+        Ok(false) => Ok(TraceAccess::Off),
+        Err(_) => value.text(|text| match text {
+            "tcp" => Ok(TraceAccess::Tcp),
+            _ => Err(format!("'{text}' is neither true, false nor \"tcp\"; write one of them")),
+        }),
     }
 }
 

@@ -14,6 +14,7 @@ pub(super) fn check(builder: &mut ConfigBuilder) {
     check_pins(builder);
     check_routes(builder);
     check_dns_tls(builder);
+    check_admin(builder);
     let own_addresses = own_addresses(builder);
     edge::check(builder, &own_addresses);
     // A source that isn't used needs no certificates.
@@ -164,6 +165,39 @@ fn check_dns_tls(builder: &mut ConfigBuilder) {
             &["dns.listen_tls", "dns.listen"],
             format!("{address} is in dns.listen, too; choose another port, such as 853"),
         );
+    }
+}
+
+/// Whom an address beyond loopback and private networks is reached by isn't known, so the names under
+/// which it may be have to be.
+fn check_admin(builder: &mut ConfigBuilder) {
+    let admin = builder.config.admin.clone();
+    let open = admin.listen.iter().filter_map(|address| match address {
+        AdminAddress::Tcp(address) if !is_private(address.ip()) => Some(address.to_string()),
+        _ => None,
+    });
+    let open: Vec<String> = open.collect();
+    if !open.is_empty() && admin.hosts.is_empty() {
+        builder.conflict(
+            &["admin.listen", "admin.hosts"],
+            format!(
+                "other hosts may reach {}, and admin.hosts is empty: list there the names and \
+                 addresses under which they do, or listen on a loopback or private address",
+                open.join(" and ")
+            ),
+        );
+    }
+}
+
+/// Whether an address is a loopback, link-local or private one (RFC 1918, 4193 and 6598).
+fn is_private(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [first, second, ..] = ip.octets();
+            let is_shared = first == 100 && second & 0xc0 == 64;
+            ip.is_loopback() || ip.is_private() || ip.is_link_local() || is_shared
+        }
+        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
     }
 }
 

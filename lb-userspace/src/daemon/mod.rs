@@ -5,6 +5,7 @@
 //! loop that brings changes to the kernel waits for no disk, log, resolver or client: each of these has a
 //! thread or a task of its own.
 
+mod condition;
 mod deadline;
 mod drains;
 mod edge;
@@ -41,11 +42,12 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinHandle, JoinSet};
 
-use crate::admin::{View as _, api};
+use crate::admin::{TcpAccess, View as _, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
 use crate::config::{
-    AllCritical, CatalogConfig, Config, ConfigErrors, Expired, OnExit, Problem, VipConfig, cgroup,
+    AllCritical, CatalogConfig, Config, ConfigErrors, Expired, OnExit, Problem, TraceAccess,
+    VipConfig, cgroup,
 };
 use crate::datapath::{
     Datapath, Mode, Options, Report, Reports, SharedDatapath, announce_start, route,
@@ -148,7 +150,9 @@ struct Daemon {
     edge_vips: watch::Sender<BTreeMap<String, SocketAddr>>,
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
-    hosts: watch::Sender<Vec<String>>,
+    tcp_access: watch::Sender<TcpAccess>,
+    /// The configuration, for those who look at it.
+    shown_config: watch::Sender<Config>,
     tracer: Arc<Tracer>,
     /// The addresses of the DNS server.
     dns_listen: Vec<SocketAddr>,
@@ -235,7 +239,7 @@ impl Daemon {
             datapath.clone(),
             counters.clone(),
             scope.clone(),
-            config.admin.trace,
+            config.admin.trace != TraceAccess::Off,
         );
         let tracer = Arc::new(tracer.context("can't start a thread")?);
         let (problem, deadline_problem) = watch::channel(None);
@@ -247,6 +251,7 @@ impl Daemon {
             counters: counters.clone(),
             n_returned: n_returned.clone(),
         };
+        let (config_out, shown_config) = watch::channel(config.clone());
         let view = Arc::new(DaemonView {
             debug_client: dns.debug_client(),
             dns: api::DnsStatus {
@@ -276,6 +281,7 @@ impl Daemon {
             public_routes,
             edge_vips,
             n_returned,
+            config: shown_config,
         });
         for address in admin::exposed(&config.admin.listen) {
             tracing::warn!(
@@ -283,13 +289,13 @@ impl Daemon {
                  services` show; a firewall, or an address of 127.0.0.0/8, keeps others out"
             );
         }
-        let (hosts_out, hosts) = watch::channel(config.admin.hosts.clone());
+        let (access_out, access) = watch::channel(tcp_access(&config));
         let mut tasks = Tasks::default();
         let at = pipeline.at().clone();
         let shown = view.clone();
         let revision = revision::follow(move || shown.status(), sources.views(), at);
         tasks.spawn("the revision of the status", revision);
-        let serve = admin::serve(admin_listeners, hosts, view, Handle::current());
+        let serve = admin::serve(admin_listeners, access, view, Handle::current());
         tasks.spawn_on("the admin interface", serve, &servers);
         let routes = keep_unreachable(config.vip.clone(), datapath.clone());
         tasks.spawn("the unreachable routes", routes);
@@ -343,7 +349,8 @@ impl Daemon {
             edge_vips: edge_vips_out,
             pool: pool_out,
             attached: attached_out,
-            hosts: hosts_out,
+            tcp_access: access_out,
+            shown_config: config_out,
             tracer,
             dns_listen: dns_addresses,
             network,
@@ -589,8 +596,9 @@ impl Daemon {
             self.sources.reconfigure(&self.config, self.datapath.in_use()).await;
             self.tag.send_replace(self.config.catalog.tag.clone());
         }
-        self.hosts.send_replace(self.config.admin.hosts.clone());
-        self.tracer.allow(self.config.admin.trace);
+        self.tcp_access.send_replace(tcp_access(&self.config));
+        self.shown_config.send_replace(self.config.clone());
+        self.tracer.allow(self.config.admin.trace != TraceAccess::Off);
         self.drain_deadline.send_replace(self.config.balance.drain_deadline);
         if last.dns != self.config.dns {
             {
@@ -722,6 +730,12 @@ impl Daemon {
 fn table_age(mut ages: impl Iterator<Item = Option<Duration>>) -> Option<Duration> {
     let first = ages.next()?;
     ages.fold(first, |oldest, age| Some(oldest?.max(age?)))
+}
+
+/// What clients of the admin interface may do over TCP.
+fn tcp_access(config: &Config) -> TcpAccess {
+    let may_trace = config.admin.trace == TraceAccess::Tcp;
+    TcpAccess { hosts: config.admin.hosts.clone(), may_trace }
 }
 
 /// How long services are kept whose instances are all critical; `None` for not at all.

@@ -1,6 +1,6 @@
 //! The admin interface's view of a running daemon.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +12,7 @@ use hickory_proto::rr::Record;
 use hyper::body::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::condition;
 use super::drains::{self, Change, DrainRequest, DrainsView};
 use super::edge::{self, Announcement};
 use super::explain::{self, ExplainTarget};
@@ -22,7 +23,8 @@ use super::trace::Tracer;
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, TraceFilter, TraceRefusal, View, api};
 use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
-use crate::config::Unrouted;
+use crate::config::keys::{Key, values};
+use crate::config::{Config, Unrouted};
 use crate::datapath::{
     COUNTERS, Counters, EdgeStatus, Indices, Mode, NamesCounters, SharedDatapath, UnitState,
 };
@@ -63,6 +65,7 @@ pub struct DaemonView {
     pub(super) n_returned: Arc<AtomicU64>,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
     pub(super) tracer: Arc<Tracer>,
+    pub(super) config: watch::Receiver<Config>,
 }
 
 impl View for DaemonView {
@@ -154,6 +157,53 @@ impl View for DaemonView {
     fn services(&self) -> Vec<api::ServiceStatus> {
         let table = self.table.borrow().clone();
         table.services.values().map(|service| self.service(service)).collect()
+    }
+
+    fn summaries(&self) -> Vec<api::ServiceSummary> {
+        let table = self.table.borrow().clone();
+        let (counts, errors) = (self.datapath.counts_in_flight(), self.datapath.errors());
+        let indices = self.datapath.service_indices().into_iter();
+        let indices: HashMap<_, _> =
+            indices.map(|(name, service, backends)| (name, (service, backends))).collect();
+        let summary = |service: &Arc<Service>| {
+            let (stats, backends) = match indices.get(&service.name) {
+                Some((idx, backends)) => (self.counters.service(*idx), &backends[..]),
+                None => Default::default(),
+            };
+            let in_flight = backends.iter().map(|&idx| u64::from(self.counters.in_flight(idx)));
+            let is_ejected = |idx: &&u32| self.counters.ejected(**idx).is_some();
+            let n_ejected = backends.iter().filter(is_ejected).count();
+            let (condition, reached) =
+                condition::of(service, n_ejected, errors.contains_key(&service.name));
+            api::ServiceSummary {
+                name: service.name.to_string(),
+                vip: service.vip,
+                ports: service.ports.clone(),
+                protocol: service.protocols,
+                algorithm: service.algorithm,
+                condition,
+                reached,
+                instances: service.backends.len() + service.excluded.len(),
+                connects: stats.connects,
+                refused: stats.refused,
+                failed: stats.failed,
+                in_flight: counts.then(|| in_flight.sum()),
+            }
+        };
+        table.services.values().map(summary).collect()
+    }
+
+    fn settings(&self) -> Vec<api::SettingStatus> {
+        let defaults = values(&Config::default()).into_iter().map(|(_, value)| value);
+        let settings = values(&self.config.borrow()).into_iter().zip(defaults);
+        let setting = |((key, value), default): ((&Key, _), _)| api::SettingStatus {
+            key: key.name.to_owned(),
+            value,
+            default,
+            text: key.text.to_owned(),
+            restart: key.restart.map(str::to_owned),
+        };
+        settings.map(setting).collect()
     }
 
     async fn explain(&self, what: &str, may_ask: bool) -> api::Explanation {
