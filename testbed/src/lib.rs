@@ -9,6 +9,7 @@ use std::time::Duration;
 pub mod bpffs;
 pub mod capture;
 pub mod cgroup;
+pub mod chromium;
 pub mod cleanup;
 pub mod cmd;
 pub mod consul;

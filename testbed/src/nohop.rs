@@ -52,7 +52,8 @@ struct Answer {
 impl Nohop {
     /// Starts the daemon and waits until it is ready.
     ///
-    /// `config` is TOML with dotted keys, such as `vip.ports = [80]`.
+    /// `config` is TOML with dotted keys, such as `vip.ports = [80]`. `{admin}` stands for its admin socket,
+    /// where `admin.listen` has further addresses.
     ///
     /// # Errors
     /// When it isn't ready in time.
@@ -449,6 +450,7 @@ fn watch(dir: &Path) -> Result<OwnedFd> {
 }
 
 fn write_config(file: &Path, own: &str, config: &str) -> Result<()> {
+    let config = config.replace("{admin}", &admin(file.parent().context("a directory")?));
     fs::write(file, format!("{own}{config}")).context("write the daemon's configuration")
 }
 

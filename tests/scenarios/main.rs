@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod acls;
+mod admin_over_tcp;
 mod affinity;
 mod agent_partition;
 mod all_critical_keeps;
@@ -51,6 +52,8 @@ mod non_vip_passthrough;
 mod not_ready_before_consul;
 mod one_of_ten_fails;
 mod operators_view;
+mod page;
+mod page_cost;
 mod pinned_address;
 mod port_reused;
 mod ports_from_meta;
@@ -93,6 +96,7 @@ type Scenario = fn() -> Result<()>;
 const SCENARIOS: &[(&str, Scenario)] = &[
     ("acl_policies", acls::policies),
     ("acls", acls::run),
+    ("admin_over_tcp", admin_over_tcp::run),
     ("affinity_by_cgroup", affinity::run),
     ("agent_partition", agent_partition::run),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::run),
@@ -203,6 +207,11 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("systemd_resolved_by_name", &["systemd-resolved"], resolvers::systemd_resolved),
 ];
 
+/// What takes too long for CI, each with the programs that it needs: of `cargo xtask test --full`, which
+/// sets NOHOP_FULL.
+const SCENARIOS_IN_FULL: &[(&str, &[&str], Scenario)] =
+    &[("page", &["chromium"], page::run), ("page_cost", &["bash"], page_cost::run)];
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Most of their time is waiting for intervals of Consul and of the daemon: four use some 1.3 processors.
@@ -220,7 +229,25 @@ fn main() -> ExitCode {
     let trials = trials.map(|(name, programs, scenario)| {
         Trial::ignorable_test(name, move || run(programs, scenario)).with_ignored_flag(!is_root)
     });
+    let is_full = std::env::var_os("NOHOP_FULL").is_some();
+    let in_full = SCENARIOS_IN_FULL.iter().map(|&(name, programs, scenario)| {
+        Trial::test(name, move || run_in_full(programs, scenario))
+            .with_ignored_flag(!is_root || !is_full)
+    });
+    let trials = trials.chain(in_full);
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// Runs a scenario whose programs have to be installed.
+fn run_in_full(programs: &[&str], scenario: Scenario) -> Result<(), Failed> {
+    for program in programs {
+        cmd::installed(program).map_err(|error| format!("{error:#}"))?;
+    }
+    completed(scenario)
+}
+
+fn completed(scenario: Scenario) -> Result<(), Failed> {
+    scenario().map_err(|error| Failed::from(format!("{error:?}\n{}", process::failure_output())))
 }
 
 /// Runs a scenario where the programs that it needs are installed; CI has to have them.
@@ -228,7 +255,5 @@ fn run(programs: &[&str], scenario: Scenario) -> Result<Completion, Failed> {
     if let Some(absent) = programs.iter().find_map(|program| cmd::installed(program).err()) {
         return cmd::skip(&absent.to_string());
     }
-    scenario()
-        .map_err(|error| Failed::from(format!("{error:?}\n{}", process::failure_output())))?;
-    Ok(Completion::Completed)
+    completed(scenario).map(|()| Completion::Completed)
 }

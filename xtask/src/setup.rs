@@ -2,6 +2,7 @@
 //! it again is cheap and changes nothing.
 
 mod apt;
+pub mod browser;
 mod common;
 mod consul;
 pub mod deny;

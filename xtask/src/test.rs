@@ -1,5 +1,6 @@
 //! All checks in one run, which continues after failures and ends with the counts.
 
+use std::ffi::OsString;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow};
@@ -64,7 +65,7 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
 }
 
 fn run_tests(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
-    let full = (extent == Extent::Full).then_some(("NOHOP_FULL", "1"));
+    let full = if extent == Extent::Full { provide_in_full(tally) } else { Vec::new() };
     let tests = ["test", "--workspace", "--no-fail-fast"];
     if is_root() {
         tally.tests("tests", cargo(&tests).args(filter).envs(full));
@@ -72,7 +73,7 @@ fn run_tests(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
     }
     // Only the scenarios and the harness need root; what the others write stays the user's own.
     let exclude = ["--exclude", "lb-tests", "--exclude", "lb-bench"];
-    tally.tests("tests", cargo(&tests).args(exclude).args(filter).envs(full));
+    tally.tests("tests", cargo(&tests).args(exclude).args(filter).envs(full.clone()));
     let scenarios = ["test", "--package", "lb-tests", "--package", "lb-bench", "--no-fail-fast"];
     match runner_variable() {
         Ok(runner) => {
@@ -81,6 +82,17 @@ fn run_tests(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
         }
         Err(error) => tally.fail("scenarios", &error),
     }
+}
+
+/// What only the whole run needs, and the environment that tests find it by. What isn't to be had fails
+/// the tests that need it.
+fn provide_in_full(tally: &mut Tally) -> Vec<(&'static str, OsString)> {
+    let mut environment = vec![("NOHOP_FULL", "1".into())];
+    match setup::browser::provide() {
+        Ok(axe) => environment.push(("NOHOP_AXE", axe.into())),
+        Err(error) => tally.fail("setup of a browser", &error),
+    }
+    environment
 }
 
 /// A nightly may come without clippy.

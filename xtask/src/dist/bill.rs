@@ -12,7 +12,7 @@ use super::release::Release;
 use crate::process;
 use crate::repository;
 
-/// A crate that is a part of the binary, or of an object for the kernel.
+/// A crate that is a part of the binary, or of an object for the kernel; or a script of the page.
 struct Crate {
     name: String,
     version: String,
@@ -20,11 +20,18 @@ struct Crate {
     license: String,
     /// Its folder.
     folder: PathBuf,
-    /// Whether it comes from crates.io.
+    /// Whether it comes from a registry.
     is_published: bool,
+    /// The registry, as package URLs have it: `cargo` or `npm`.
+    registry: &'static str,
 }
 
-/// All crates: by name and version.
+/// The scripts of others that the page has, and their licences.
+const SCRIPTS: [(&str, &str, &str); 2] =
+    [("htm", "3.1.1", "Apache-2.0"), ("preact", "11.2.0", "MIT")];
+const SCRIPTS_FOLDER: &str = "lb-userspace/src/admin/page/vendor";
+
+/// All crates and scripts: by name and version.
 fn crates() -> Result<BTreeMap<(String, String), Crate>> {
     let mut all = BTreeMap::new();
     for (manifest, root) in [("Cargo.toml", "lb-userspace"), ("lb-ebpf/Cargo.toml", "lb-ebpf")] {
@@ -38,6 +45,13 @@ fn crates() -> Result<BTreeMap<(String, String), Crate>> {
         for found in linked(&metadata, root)? {
             all.insert((found.name.clone(), found.version.clone()), found);
         }
+    }
+    for (name, version, license) in SCRIPTS {
+        let [name, version, license] = [name, version, license].map(str::to_owned);
+        let folder = repository::root().join(SCRIPTS_FOLDER).join(&name);
+        let key = (name.clone(), version.clone());
+        let registry = "npm";
+        all.insert(key, Crate { name, version, license, folder, is_published: true, registry });
     }
     Ok(all)
 }
@@ -76,6 +90,7 @@ fn linked(metadata: &Value, root: &str) -> Result<Vec<Crate>> {
             license: text(&package["license"]),
             folder,
             is_published: package["source"].is_string(),
+            registry: "cargo",
         })
     };
     Ok(seen.iter().filter_map(read).collect())
@@ -84,7 +99,7 @@ fn linked(metadata: &Value, root: &str) -> Result<Vec<Crate>> {
 /// Writes the bill.
 pub fn sbom(release: &Release) -> Result<PathBuf> {
     let component = |it: &Crate| {
-        let purl = format!("pkg:cargo/{}@{}", it.name, it.version);
+        let purl = format!("pkg:{}/{}@{}", it.registry, it.name, it.version);
         json!({
             "type": "library", "bom-ref": purl, "purl": purl,
             "name": it.name, "version": it.version,
@@ -119,7 +134,8 @@ pub fn licenses(release: &Release) -> Result<PathBuf> {
             texts.entry(text).or_default().insert(format!("{} {}", it.name, it.version));
         }
     }
-    let mut document = format!("nohop {} contains these crates:\n\n{list}", release.version);
+    let mut document =
+        format!("nohop {} contains these crates and scripts:\n\n{list}", release.version);
     // The text that most crates have comes first.
     let mut texts: Vec<_> = texts.into_iter().collect();
     texts.sort_by_key(|(text, crates)| (std::cmp::Reverse(crates.len()), text.clone()));
