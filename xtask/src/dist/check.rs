@@ -27,7 +27,8 @@ pub fn run(tally: &mut Tally) -> Option<PathBuf> {
         "packages: the static binary runs without the system's files, and resolves names",
         || static_binary(&out),
     );
-    tally.check("packages: installed, upgraded and removed", || in_a_root(&out));
+    tally.check("packages: .deb installed, upgraded and removed", || in_a_root(&out));
+    tally.check("packages: .rpm installed, upgraded and removed", || rpm_in_a_root(&out));
     let release = release(&out).ok()?;
     let deb = out.join(format!("nohop_{}_amd64.deb", release.version));
     deb.is_file().then_some(deb)
@@ -100,6 +101,34 @@ fn in_a_root(out: &Path) -> Result<()> {
     unshare.args(["--mount", "--pid", "--fork", "--mount-proc", "--net", "chroot"]).arg(&root);
     process::output(unshare.args(["/bin/sh", "/check.sh", OLD_VERSION, &release.version]))
         .map(|printed| print!("{printed}"))
+}
+
+/// rpm installs, upgrades and removes in a root that it has no packages of: the dependencies' names are Fedora's.
+fn rpm_in_a_root(out: &Path) -> Result<()> {
+    setup::dist::provide_rpm()?;
+    let release = release(out)?;
+    let root = debian(&release.work)?;
+    let package = out.join(format!("nohop-{}.x86_64.rpm", release.version));
+    let rpm = |arguments: &[&str], package: &Path| {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "--pid", "--fork", "--mount-proc", "--net", "rpm", "--root"]);
+        process::output(unshare.arg(&root).args(arguments).arg(package))
+    };
+    let name = Path::new("nohop");
+    let config = root.join("etc/nohop/nohop.toml");
+    let printed = rpm(&["--install", "--nodeps"], &package)?;
+    let enable = "systemctl enable --now nohop.socket nohop.service";
+    ensure!(printed.contains(enable), "it doesn't print how to start it: {printed}");
+    rpm(&["--verify", "--nodeps"], name)?;
+    ensure!(config.is_file(), "there is no configuration file");
+    fs::write(&config, "[plane]\nmax_services = 5000\n")?;
+    rpm(&["--upgrade", "--force", "--nodeps"], &package)?;
+    let migrated = fs::read_to_string(&config)?;
+    ensure!(migrated.starts_with("[datapath]\n"), "the upgrade left {migrated:?}");
+    rpm(&["--erase"], name)?;
+    ensure!(!root.join("usr/bin/nohop").exists(), "the binary is still there");
+    ensure!(config.is_file(), "removal took the configuration");
+    Ok(())
 }
 
 /// Debian's least system, from its mirror; kept for the next time.

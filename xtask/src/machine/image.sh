@@ -66,6 +66,9 @@ ExecStart=/bin/bash /packages/guest.sh $1 $2
 [Install]
 WantedBy=multi-user.target
 END
+# Emulated, it takes long to load programs.
+mkdir -p /etc/systemd/system/nohop.service.d
+printf '[Service]\nTimeoutStartSec=15min\n' > /etc/systemd/system/nohop.service.d/emulated.conf
 mkdir -p /etc/consul.d
 for name in a:8081 b:8082; do
     cat > "/etc/consul.d/hello-${name%:*}.json" <<END

@@ -40,6 +40,14 @@ pub fn provide_compiler(name: &str) -> Result<()> {
     system::provide_program(name, packages)
 }
 
+/// What installs a .rpm.
+///
+/// # Errors
+/// When it can't be had, with the way to get it.
+pub fn provide_rpm() -> Result<()> {
+    system::provide_program("rpm", "rpm")
+}
+
 /// What makes a Debian of its own in a folder.
 ///
 /// # Errors
