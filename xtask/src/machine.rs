@@ -129,24 +129,32 @@ fn initrd(kernel: &Kernel, deb: Option<&Path>, folder: &Path) -> Result<PathBuf>
     fs::create_dir_all(&image)?;
     let tar = setup::machine::provide()?;
     process::output(Command::new("tar").arg("-xf").arg(tar).arg("-C").arg(&image))?;
-    let nohop = compile::nohop()?;
-    let load = nohop.with_file_name("nohop-load");
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--package", "testbed-load"]).current_dir(repository::root());
     process::stream(&mut cargo)?;
     let programs = image.join("usr/local/bin");
-    strip(&load, &programs.join("nohop-load"))?;
+    let built = compile::nohop()?;
+    strip(&built.with_file_name("nohop-load"), &programs.join("nohop-load"))?;
     let consul = repository::root().join(".tools/consul");
     fs::copy(&consul, programs.join("consul")).context("setup links .tools/consul")?;
     let packages = image.join("packages");
     fs::create_dir_all(&packages)?;
-    let stripped = folder.join("nohop");
-    strip(&nohop, &stripped)?;
-    let old = dist::package_of(&stripped, OLD_VERSION, &folder.join("old"))?;
+    let version = env!("CARGO_PKG_VERSION");
+    let nohop = folder.join("nohop");
     let new = match deb {
-        Some(deb) => deb.to_owned(),
-        None => dist::package_of(&stripped, env!("CARGO_PKG_VERSION"), &folder.join("new"))?,
+        Some(deb) => {
+            let unpacked = tree.join("unpacked");
+            process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
+            fs::copy(unpacked.join("usr/bin/nohop"), &nohop).context("the package has nohop")?;
+            deb.to_owned()
+        }
+        None => {
+            strip(&built, &nohop)?;
+            dist::package_of(&nohop, version, &folder.join("new"))?
+        }
     };
+    // The same binary: what is tried is the upgrade, not what that version did.
+    let old = dist::package_of(&nohop, OLD_VERSION, &folder.join("old"))?;
     for deb in [&old, &new] {
         fs::copy(deb, packages.join(deb.file_name().context("a package has a name")?))?;
     }
@@ -154,7 +162,6 @@ fn initrd(kernel: &Kernel, deb: Option<&Path>, folder: &Path) -> Result<PathBuf>
     fs::write(packages.join("image.sh"), include_str!("machine/image.sh"))?;
     let mut unshare = Command::new("unshare");
     unshare.args(["--mount", "--pid", "--fork", "--mount-proc", "--net", "chroot"]).arg(&image);
-    let version = env!("CARGO_PKG_VERSION");
     process::output(unshare.args(["/bin/sh", "/packages/image.sh", OLD_VERSION, version]))?;
 
     let mut archive = Archive::default();
