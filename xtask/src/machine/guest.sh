@@ -49,8 +49,8 @@ repeat() {
     while [ -e /run/load ]; do
         n=$((n + 1))
         "$@" > /dev/null 2>&1 || lost=$((lost + 1))
-        # The machine has one slow processor.
-        sleep 0.2
+        # The machine has one slow processor, which the daemon's start needs.
+        sleep 1
     done
     echo "$n $lost" > "$file"
 }
