@@ -120,10 +120,15 @@ extern "C" fn nohop_edge_refuse(service: u64) -> u64 {
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_reserve() -> u64 {
     let now_ms = u64::from(forward::now_ms());
+    let Some(cursors) = maps::cursors() else { return DROP };
     let mut claimed = nohop_edge_claim(now_ms, 0);
     if claimed == 0 || claimed == flows::ONLY_PENDING {
+        let (first, found) = (cursors.record, claimed);
         flows::nohop_edge_jump();
         claimed = nohop_edge_claim(now_ms, 0);
+        if claimed == 0 {
+            (cursors.record, claimed) = (first, found);
+        }
     }
     if claimed == flows::ONLY_PENDING {
         if nohop_edge_is_flooded() != 0 {

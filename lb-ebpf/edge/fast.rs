@@ -226,7 +226,12 @@ fn forward_as<const N: usize, F: Family<N>>(
         if transport.0 + TCP > end || !header.has_tcp(transport.octet::<12>()) {
             return None;
         }
-        (transport.octet::<13>(), transport.at(16))
+        let tcp_flags = transport.octet::<13>();
+        // Before the flow is searched for: what opens or closes one is never for here.
+        if tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST) != 0 {
+            return None;
+        }
+        (tcp_flags, transport.at(16))
     } else {
         if !header.has_udp(u16::from_be(transport.half::<4>()).into()) {
             return None;
@@ -315,7 +320,7 @@ fn differ<const N: usize>(one: &[u32; N], other: &[u32; N]) -> bool {
     difference != 0
 }
 
-/// Whether a flow stays as it is with a packet, whose backend isn't on this host.
+/// Whether a flow stays as it is with a packet that neither opens nor closes one, and its backend isn't on this host.
 #[inline(always)]
 fn goes_on(record: RecordPtr, protocol: u8, tcp_flags: u8, is_back: bool) -> bool {
     let word = record.word();
@@ -328,8 +333,5 @@ fn goes_on(record: RecordPtr, protocol: u8, tcp_flags: u8, is_back: bool) -> boo
             && (is_back || maps::is_in_table(record.backend_idx(), record.generation()));
     }
     let shown = if is_back { word.backend } else { word.client };
-    tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST) == 0
-        && word.is_open()
-        && !word.is_unsettled()
-        && word.after(tcp_flags, is_back, 0) == shown
+    word.is_open() && !word.is_unsettled() && word.after(tcp_flags, is_back, 0) == shown
 }

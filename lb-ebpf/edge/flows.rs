@@ -326,6 +326,8 @@ pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
     if place == 0 {
         place = cursors.pending;
         if place != 0 && may_take == 0 {
+            // The next search finds it again.
+            cursors.record = first;
             return ONLY_PENDING;
         }
     }

@@ -78,10 +78,21 @@ pub struct Scratch {
     pub target: Target,
     /// struct bpf_fib_lookup.
     pub fib: [u32; 16],
-    /// What a flow showed of its backend, which is to be applied: one more than the number of a `Sign`, and
-    /// the record; 0 for nothing.
+    pub shown: Shown,
+}
+
+/// What a flow showed of its backend, which is to be applied when the flow may be over.
+#[repr(C, align(8))]
+pub struct Shown {
+    /// One more than the number of a `Sign`; 0 for nothing.
     pub sign: u32,
-    pub sign_record: u32,
+    /// The backend, and its generation.
+    pub backend_idx: u32,
+    pub generation: u32,
+    /// The VIP.
+    pub vip_port: u16,
+    pub is_ipv6: bool,
+    pub vip: Address,
 }
 
 /// See [`Scratch`].

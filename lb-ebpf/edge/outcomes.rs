@@ -2,11 +2,12 @@
 //! flight or pending, and what ejects.
 
 use lb_common::{
-    BackendEntry, BackendWords as _, EjectionWord, FlowWord, IPPROTO_TCP, Sign, peak_average_us,
+    Address, BackendEntry, BackendWords as _, EjectionWord, FlowWord, IPPROTO_TCP, Sign,
+    peak_average_us,
 };
 
 use crate::choice::Kernel;
-use crate::maps::{self, RecordPtr};
+use crate::maps::{self, RecordPtr, Scratch};
 use crate::tables::{self, BackendPtr};
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::Tables as _;
@@ -23,8 +24,13 @@ macro_rules! store {
 /// The backend of a flow, if it is still that.
 #[inline(always)]
 fn backend_of(record: RecordPtr) -> Option<BackendPtr> {
-    let backend = tables::backend(record.backend_idx())?;
-    let generation = record.generation();
+    backend(record.backend_idx(), record.generation())
+}
+
+/// A backend, if it is still the one of this generation.
+#[inline(always)]
+fn backend(backend_idx: u32, generation: u32) -> Option<BackendPtr> {
+    let backend = tables::backend(backend_idx)?;
     (generation != 0 && backend.backend().generation == generation).then_some(backend)
 }
 
@@ -156,19 +162,24 @@ fn settle(record: RecordPtr, record_idx: u32) {
 /// Has a sign applied by [`apply`]: not here, as the stacks of all that leads here together have 512 bytes.
 #[inline(always)]
 fn defer(record_idx: u32, sign: Sign) {
-    if let Some(scratch) = maps::scratch() {
-        (scratch.sign, scratch.sign_record) = (sign as u32 + 1, record_idx);
+    let (Some(record), Some(scratch)) = (maps::record(record_idx), maps::scratch()) else { return };
+    let shown = &mut scratch.shown;
+    shown.sign = sign as u32 + 1;
+    (shown.backend_idx, shown.generation) = (record.backend_idx(), record.generation());
+    (shown.vip_port, shown.is_ipv6) = (record.vip_port(), record.word().is_ipv6());
+    if let Some(vip) = vip_of(record, record_idx) {
+        shown.vip = vip;
     }
 }
 
-/// Applies what a flow showed of its backend, if it did. Its record may be free by now, but no other flow's yet.
+/// Applies what a flow showed of its backend, if it did. Its record may be another flow's by now.
 #[inline(always)]
 pub fn apply() {
     if let Some(scratch) = maps::scratch()
-        && scratch.sign != 0
+        && scratch.shown.sign != 0
     {
-        nohop_edge_sign(scratch.sign_record.into(), u64::from(scratch.sign) - 1);
-        scratch.sign = 0;
+        nohop_edge_sign(u64::from(scratch.shown.sign) - 1);
+        scratch.shown.sign = 0;
     }
 }
 
@@ -192,16 +203,21 @@ pub extern "C" fn nohop_edge_ended(record_idx: u64) -> u64 {
     0
 }
 
+/// The address of a flow's VIP.
+#[inline(always)]
+fn vip_of(record: RecordPtr, record_idx: u32) -> Option<Address> {
+    Some(match record.word().is_ipv6() {
+        // SAFETY: an array's element stays, and it is written before a key leads to the record.
+        true => unsafe { (&raw const (*maps::addresses6(record_idx)?).vip).read_volatile() },
+        false => Address::v4(record.vip().to_ne_bytes()),
+    })
+}
+
 /// The service that a flow's VIP leads to now.
 #[inline(always)]
 fn service_of(record: RecordPtr, record_idx: u32) -> Option<u32> {
-    let is_ipv6 = record.word().is_ipv6();
-    let vip = match is_ipv6 {
-        // SAFETY: an array's element stays, and it is written before a key leads to the record.
-        true => unsafe { (&raw const (*maps::addresses6(record_idx)?).vip).read_volatile() },
-        false => lb_common::Address::v4(record.vip().to_ne_bytes()),
-    };
-    maps::service_at(&vip, record.vip_port(), IPPROTO_TCP, is_ipv6)
+    let vip = vip_of(record, record_idx)?;
+    maps::service_at(&vip, record.vip_port(), IPPROTO_TCP, record.word().is_ipv6())
 }
 
 #[inline(always)]
@@ -211,12 +227,16 @@ fn count_failure(record: RecordPtr, record_idx: u32) {
     }
 }
 
-/// Applies a sign to the ejection of a flow's backend. Returns nothing of use.
+/// Applies a sign to the ejection of the backend that [`Shown`](maps::Shown) names. Returns nothing of use.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn nohop_edge_sign(record_idx: u64, sign: u64) -> u64 {
-    let Some(record) = maps::record(record_idx as u32) else { return 0 };
-    let (Some(backend), Some(limits)) = (backend_of(record), maps::limits()) else { return 0 };
+extern "C" fn nohop_edge_sign(sign: u64) -> u64 {
+    let Some(Scratch { shown, .. }) = maps::scratch() else { return 0 };
+    let (Some(backend), Some(limits)) =
+        (backend(shown.backend_idx, shown.generation), maps::limits())
+    else {
+        return 0;
+    };
     const REFUSED: u64 = Sign::Refused as u64;
     const FAILED: u64 = Sign::Failed as u64;
     const RESET: u64 = Sign::Reset as u64;
@@ -236,8 +256,11 @@ extern "C" fn nohop_edge_sign(record_idx: u64, sign: u64) -> u64 {
     }
     let (after, event) = before.after(sign, Kernel.now_ns(), &limits);
     backend.set_ejection(after);
-    if let (Some(kind), Some(service)) = (event, service_of(record, record_idx as u32)) {
-        maps::emit_ejection(kind, service, record.backend_idx(), record.generation());
+    let service = || maps::service_at(&shown.vip, shown.vip_port, IPPROTO_TCP, shown.is_ipv6);
+    if let Some(kind) = event
+        && let Some(service) = service()
+    {
+        maps::emit_ejection(kind, service, shown.backend_idx, shown.generation);
     }
     0
 }

@@ -6,7 +6,7 @@
 
 use core::arch::asm;
 
-use lb_common::{DnsMessage, MAX_QUERY_LEN};
+use lb_common::{DnsMessage, MAX_QUERY_LEN, folded};
 
 use crate::headers::{ETHERNET_LEN, Headers, IPV4_LEN, IPV6_LEN, UDP_LEN};
 use crate::skb::Skb;
@@ -79,7 +79,7 @@ impl Words {
             at += 8;
             n_words += 1;
         }
-        fold(sum)
+        folded(sum)
     }
 }
 
@@ -165,20 +165,11 @@ pub fn turn(
 /// The sum of two halves in ones' complement (RFC 1071).
 #[inline(always)]
 pub fn add(a: u16, b: u16) -> u16 {
-    fold(u64::from(a) + u64::from(b))
+    folded(u64::from(a) + u64::from(b))
 }
 
 /// The sum of a word's halves.
 #[inline(always)]
 pub fn halves(word: u64) -> u64 {
     (word & u64::from(u32::MAX)) + (word >> 32)
-}
-
-/// A sum of fewer than 65,536 halves of words, in ones' complement.
-#[inline(always)]
-pub fn fold(sum: u64) -> u16 {
-    let sum = halves(sum);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
 }

@@ -8,11 +8,11 @@ use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC,
 };
 use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail};
-use lb_common::{DnsMessage, IPPROTO_UDP, answer, answer_len, fail, is_query};
+use lb_common::{DnsMessage, IPPROTO_UDP, answer, answer_len, fail, folded, is_query};
 
 use crate::headers::{Headers, Receiver, UDP_LEN, receiver};
 use crate::maps::{self, ControlPtr, RecordPtr, Scratch};
-use crate::packet::{Words, add, fold, halves, turn};
+use crate::packet::{Words, add, halves, turn};
 use crate::skb::{LOOPBACK, Skb};
 
 /// Makes the packet its answer, about a name's addresses, and sends it on its way: on `lo` it goes on up to
@@ -111,7 +111,7 @@ fn write(
 fn pseudo_sum(headers: &Headers) -> u16 {
     let ([a, b], [c, d]) = (headers.source.words(), headers.destination.words());
     let fixed = u64::from(u16::from(IPPROTO_UDP).to_be()) + u64::from(headers.udp_len.to_be());
-    fold(halves(a) + halves(b) + halves(c) + halves(d) + fixed)
+    folded(halves(a) + halves(b) + halves(c) + halves(d) + fixed)
 }
 
 /// Makes the checksum that of the answer, which the packet is but for that; `before` is the sum of the query's

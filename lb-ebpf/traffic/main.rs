@@ -8,6 +8,7 @@ use aya_ebpf::btf_maps::{Array, PerCpuArray};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_redirect};
 use aya_ebpf::macros::{btf_map, xdp};
 use aya_ebpf::programs::XdpContext;
+use lb_common::folded;
 
 /// The length of each packet, in octets; Ethernet's checksum not included.
 const LEN: usize = 64;
@@ -107,7 +108,7 @@ pub fn traffic_send(ctx: XdpContext) -> u32 {
         put(frame, IP + 12, (address >> 16) as u16);
         put(frame, IP + 14, address as u16);
         put(frame, TRANSPORT, port);
-        put(frame, IP + 10, fold((*plan).ip_sum + addresses));
+        put(frame, IP + 10, !folded(((*plan).ip_sum + addresses).into()));
         let sum = (*plan).transport_sum + addresses + u32::from(port);
         if (*plan).frame[IP + 9] == IPPROTO_UDP {
             frame.add(NUMBER).cast::<u64>().write_unaligned(number.to_be());
@@ -116,13 +117,13 @@ pub fn traffic_send(ctx: XdpContext) -> u32 {
                 + (nth >> 16)
                 + (nth & 0xffff);
             // 0 would mean that there is none.
-            let checksum = match fold(sum + numbers) {
+            let checksum = match !folded((sum + numbers).into()) {
                 0 => 0xffff,
                 checksum => checksum,
             };
             put(frame, TRANSPORT + 6, checksum);
         } else {
-            put(frame, TRANSPORT + 16, fold(sum));
+            put(frame, TRANSPORT + 16, !folded(sum.into()));
         }
         bpf_redirect((*plan).interface, 0) as u32
     }
@@ -133,13 +134,6 @@ pub fn traffic_send(ctx: XdpContext) -> u32 {
 unsafe fn put(frame: *mut u8, at: usize, word: u16) {
     // SAFETY: as the caller's.
     unsafe { frame.add(at).cast::<u16>().write_unaligned(word.to_be()) }
-}
-
-/// The checksum of a sum of words.
-#[inline(always)]
-fn fold(sum: u32) -> u16 {
-    let sum = (sum >> 16) + (sum & 0xffff);
-    !((sum >> 16) + sum) as u16
 }
 
 /// Counts and drops the packets of [`traffic_send`]; all others, such as neighbour discovery, pass. With `frags`,

@@ -2,16 +2,13 @@
 
 use core::hint::black_box;
 
-use crate::Address;
+use crate::edge::checksum::{fold, sum};
+use crate::edge::header::{ip_len, set_ip_header};
 use crate::edge::packet::{
     ICMP_HEADER, IPPROTO_ICMP, IPPROTO_ICMPV6, IPV4_HEADER, IPV6_HEADER, Packet, Window,
 };
-use crate::edge::reset::{set_address, sum};
-use crate::edge::translate::fold;
 
 const _: () = assert!(QUOTED == ICMP_HEADER);
-/// The hop limit of packets that begin here.
-const HOP_LIMIT: u8 = 64;
 /// How much of the transport header an error has to quote (RFC 792): the ports, and TCP's sequence number.
 const QUOTED: u32 = 8;
 
@@ -32,7 +29,7 @@ pub fn make_error(window: &mut Window, packet: &Packet, mtu: u32) -> u32 {
 fn make<const IS_IPV6: bool>(window: &mut Window, packet: &Packet, mtu: u32) -> u32 {
     let &Packet { source, destination, l4, .. } = packet;
     let is_ipv6 = IS_IPV6;
-    let ip_len = if is_ipv6 { IPV6_HEADER } else { IPV4_HEADER };
+    let ip_len = ip_len(is_ipv6);
     let begin = ip_len + ICMP_HEADER;
     let quoted = ip_len + QUOTED;
     if l4 != ip_len {
@@ -44,20 +41,9 @@ fn make<const IS_IPV6: bool>(window: &mut Window, packet: &Packet, mtu: u32) -> 
         false => quote::<{ IPV4_HEADER + QUOTED }>(window),
     }
     let (len, icmp_len) = (begin + quoted, ICMP_HEADER + quoted);
-    let mut set = |at: u32, number: u16| window.set_word(at, number.to_be());
-    if is_ipv6 {
-        set(0, 0x6000);
-        set(2, 0);
-        set(4, icmp_len as u16);
-        set(6, u16::from(IPPROTO_ICMPV6) << 8 | u16::from(HOP_LIMIT));
-    } else {
-        set(0, 0x4500);
-        set(2, len as u16);
-        set(4, 0);
-        set(6, 0x4000);
-        set(8, u16::from(HOP_LIMIT) << 8 | u16::from(IPPROTO_ICMP));
-        set(10, 0);
-    }
+    let protocol = if is_ipv6 { IPPROTO_ICMPV6 } else { IPPROTO_ICMP };
+    let ends = [&destination, &source];
+    let addresses = set_ip_header(window, is_ipv6, ends, protocol, icmp_len);
     let kind: u16 = match (is_ipv6, mtu != 0) {
         // Destination unreachable: fragmentation needed.
         (false, true) => 0x0304,
@@ -67,24 +53,15 @@ fn make<const IS_IPV6: bool>(window: &mut Window, packet: &Packet, mtu: u32) -> 
         (true, true) => 0x0200,
         (true, false) => 0x0300,
     };
+    let mut set = |at: u32, number: u16| window.set_word(at, number.to_be());
     set(ip_len, kind);
     set(ip_len + 2, 0);
     set(ip_len + 4, (mtu >> 16) as u16);
     set(ip_len + 6, mtu as u16);
-    let (from, to): (&Address, &Address) = (&destination, &source);
-    let addresses = if is_ipv6 {
-        set_address(window, 8, from, 0) + set_address(window, 24, to, 0)
-    } else {
-        set_address(window, 12, from, 12) + set_address(window, 16, to, 12)
-    };
-    if !is_ipv6 {
-        let checksum = !fold(sum(window, 0, IPV4_HEADER));
-        window.set_word(10, checksum);
-    }
     // ICMP of IPv4 sums up no addresses.
     let pseudo = match is_ipv6 {
         true => {
-            let protocol = u32::from(u16::from(IPPROTO_ICMPV6).to_be());
+            let protocol = u32::from(u16::from(protocol).to_be());
             addresses + protocol + u32::from((icmp_len as u16).to_be())
         }
         false => 0,

@@ -1,14 +1,17 @@
 //! The edge: packets of outside clients to public VIPs are sent to backends by translation of both
 //! addresses. Plain functions on the first bytes of packets, and the records of flows.
 
+mod checksum;
 mod error;
 mod flow;
+mod header;
 mod hop;
 mod packet;
 mod plain;
 mod reset;
 mod translate;
 
+pub use checksum::folded;
 pub use error::*;
 pub use flow::*;
 pub use hop::*;

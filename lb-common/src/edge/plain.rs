@@ -3,21 +3,13 @@
 //! sums are of words: a program needs no copy of the packet. [`translate`](super::translate()) and
 //! [`finish`](super::finish) do the same to packets of any kind.
 
+use crate::edge::checksum::folded;
 use crate::{IPPROTO_TCP, IPPROTO_UDP};
 
 /// The words of 32 bits with the addresses and ports of a plain IPv4 packet: they follow each other.
 pub const N_ENDS4: usize = 3;
 /// Those of IPv6.
 pub const N_ENDS6: usize = 9;
-
-/// The sum in ones' complement, folded to 16 bits.
-#[inline(always)]
-pub fn folded(sum: u64) -> u16 {
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
-}
 
 /// By how much the sums of words differ.
 #[inline(always)]

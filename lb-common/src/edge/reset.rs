@@ -1,14 +1,9 @@
 //! The RST that answers a TCP segment of no flow (RFC 9293, section 3.5.2).
 
-use crate::edge::packet::{
-    IPV4_HEADER, IPV6_HEADER, Packet, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, WINDOW_LEN,
-    Window,
-};
-use crate::edge::translate::fold;
-use crate::{Address, IPPROTO_TCP};
-
-/// The hop limit of packets that begin here.
-const HOP_LIMIT: u8 = 64;
+use crate::IPPROTO_TCP;
+use crate::edge::checksum::{fold, sum};
+use crate::edge::header::{ip_len, set_ip_header};
+use crate::edge::packet::{Packet, TCP_ACK, TCP_FIN, TCP_HEADER, TCP_RST, TCP_SYN, Window};
 
 /// A RST, whose headers are in the window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,21 +29,10 @@ pub fn make_reset(window: &mut Window, packet: &Packet) -> Reset {
     } else {
         (0, sequence.wrapping_add(data_len), TCP_RST | TCP_ACK)
     };
+    let ip_len = ip_len(is_ipv6);
+    let ends = [&destination, &source];
+    let addresses = set_ip_header(window, is_ipv6, ends, IPPROTO_TCP, TCP_HEADER);
     let mut set = |at: u32, number: u16| window.set_word(at, number.to_be());
-    let ip_len = if is_ipv6 { IPV6_HEADER } else { IPV4_HEADER };
-    if is_ipv6 {
-        set(0, 0x6000);
-        set(2, 0);
-        set(4, TCP_HEADER as u16);
-        set(6, u16::from(IPPROTO_TCP) << 8 | u16::from(HOP_LIMIT));
-    } else {
-        set(0, 0x4500);
-        set(2, (IPV4_HEADER + TCP_HEADER) as u16);
-        set(4, 0);
-        set(6, 0x4000);
-        set(8, u16::from(HOP_LIMIT) << 8 | u16::from(IPPROTO_TCP));
-        set(10, 0);
-    }
     set(ip_len, destination_port);
     set(ip_len + 2, source_port);
     set(ip_len + 4, (sequence >> 16) as u16);
@@ -59,36 +43,11 @@ pub fn make_reset(window: &mut Window, packet: &Packet) -> Reset {
     set(ip_len + 14, 0);
     set(ip_len + 16, 0);
     set(ip_len + 18, 0);
-    let addresses = if is_ipv6 {
-        set_address(window, 8, &destination, 0) + set_address(window, 24, &source, 0)
-    } else {
-        set_address(window, 12, &destination, 12) + set_address(window, 16, &source, 12)
-    };
-    if !is_ipv6 {
-        let checksum = !fold(sum(window, 0, IPV4_HEADER));
-        window.set_word(10, checksum);
-    }
     let protocol = u32::from(u16::from(IPPROTO_TCP).to_be());
     let pseudo = addresses + protocol + u32::from((TCP_HEADER as u16).to_be());
     let checksum = !fold(pseudo + sum(window, ip_len, TCP_HEADER));
     window.set_word(ip_len + 16, checksum);
     Reset { len: ip_len + TCP_HEADER, pseudo_sum: fold(pseudo) }
-}
-
-/// Writes an address from its nth octet on, and returns the sum of its words. A function of its own in the
-/// kernel: its loop is unrolled, and the stack there is short.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-pub(super) fn set_address(window: &mut Window, at: u32, address: &Address, first: usize) -> u32 {
-    let (mut sum, mut idx) = (0, first);
-    while idx < 16 {
-        // The mask spares the comparison.
-        let octet = idx & 14;
-        let word = u16::from_ne_bytes([address.octets[octet], address.octets[octet + 1]]);
-        window.set_word(at + (idx - first) as u32, word);
-        sum += u32::from(word);
-        idx += 2;
-    }
-    sum
 }
 
 /// Whether the checksum of a TCP segment that is whole in the window is right (RFC 9293, section 3.1).
@@ -106,15 +65,4 @@ pub fn is_checksum_right(window: &Window, packet: &Packet) -> bool {
     let last = if is_odd { u16::from_ne_bytes([window.octet(len.wrapping_sub(1)), 0]) } else { 0 };
     let segment = sum(window, l4, segment_len & !1) + u32::from(last);
     fold(addresses + pseudo + segment) == 0xffff
-}
-
-/// The sum of words, likewise.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-pub(super) fn sum(window: &Window, begin: u32, len: u32) -> u32 {
-    let (mut sum, mut at) = (0, 0);
-    while at < len && at < WINDOW_LEN as u32 {
-        sum += u32::from(window.word(begin + at));
-        at += 2;
-    }
-    sum
 }

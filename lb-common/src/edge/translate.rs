@@ -1,5 +1,6 @@
 //! The translation of a packet: addresses, ports, hop limit, and checksums by what differs (RFC 1624).
 
+use crate::edge::checksum::fold;
 use crate::edge::packet::{Packet, Window, unknown};
 use crate::{Address, IPPROTO_TCP, IPPROTO_UDP};
 
@@ -27,13 +28,6 @@ pub struct Difference {
     pub addresses: u32,
     /// Of the ports.
     pub ports: u32,
-}
-
-/// The sum folded to 16 bits.
-#[inline(always)]
-pub(super) fn fold(sum: u32) -> u16 {
-    let sum = (sum & 0xffff) + (sum >> 16);
-    ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 /// A checksum of data that has come to differ by this: RFC 1624, equation 3.

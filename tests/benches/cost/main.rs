@@ -283,7 +283,6 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
             let walk = walk.clone();
             move || walk.cost()
         }),
-        // So many that the first round of a ring, which the other cases' work has driven out of the caches, is few.
         work: Box::new(move || {
             walk.run(if name.ends_with("flows") { 100 } else { 10 } * n_calls, is_forwarded)
         }),

@@ -205,6 +205,20 @@ impl Walk {
 
     /// Sends so many packets through the program that forwards, or that does nothing.
     pub fn run(&self, n_packets: usize, is_forwarded: bool) {
+        // Flows that are in use have next hops which were looked up a short time ago, as they have after a round.
+        if let Some(ring) = self.ring {
+            let cost = self.cost.get();
+            self.send(ring.n_flows as usize, is_forwarded);
+            self.cost.set(cost);
+        }
+        self.send(n_packets, is_forwarded);
+        if self.ring.is_none() && is_forwarded {
+            // Room for the next round.
+            self.edge.bed.borrow_mut().datapath.sweep_edge_after(Duration::from_secs(100));
+        }
+    }
+
+    fn send(&self, n_packets: usize, is_forwarded: bool) {
         for _ in 0..n_packets.div_ceil(N_HOPS) {
             let nth = self.next.get();
             let (ends, last, flags) = match self.ring {
@@ -236,10 +250,6 @@ impl Walk {
             let Cost { n_runs, run_time: total } = self.cost.get();
             let n_runs = n_runs + N_HOPS as u64;
             self.cost.set(Cost { n_runs, run_time: total + run_time * N_HOPS as u32 });
-        }
-        if self.ring.is_none() && is_forwarded {
-            // Room for the next round.
-            self.edge.bed.borrow_mut().datapath.sweep_edge_after(Duration::from_secs(100));
         }
     }
 }
