@@ -96,7 +96,8 @@ extern "C" fn nohop_edge_admit() -> u64 {
         count(EdgeCounter::HopLimit);
         return EXPIRED;
     }
-    u64::from(service) + 1
+    scratch.shows_client = service.shows_client != 0 && packet.is_ipv6 == 0;
+    u64::from(service.service) + 1
 }
 
 /// What becomes of a packet that can't be sent on: by TCP a RST answers it.
@@ -281,6 +282,9 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, how: u64) ->
     }
     if packet.protocol == IPPROTO_TCP {
         flags |= outcomes::flags_of(backend);
+        if scratch.shows_client {
+            flags |= FlowWord::SHOWS_CLIENT;
+        }
         sent_us = outcomes::now_us();
     }
     record.clear();

@@ -8,16 +8,18 @@ use aya_ebpf::bindings::{
     TC_ACT_UNSPEC,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+    bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail,
 };
 use lb_common::{
-    Address, EdgeCounter, IPPROTO_UDP, Packet, UDP_HEADER, Window, checksum_offset, hop_limit,
-    translate, translate_error,
+    Address, CLIENT_OPTION_ROOM, Difference, EdgeCounter, FlowWord, IPPROTO_TCP, IPPROTO_UDP,
+    MAX_OPTIONS, OptionWalk, Packet, UDP_HEADER, Window, append_client, checksum_offset, hop_limit,
+    may_have_client, translate, translate_error,
 };
 use zerocopy::IntoBytes as _;
 
 use crate::answer;
 use crate::fib::{self, Fib, Question, Route};
+use crate::flows::Found;
 use crate::maps::{self, Scratch, count};
 use crate::skb::{IP, Skb};
 
@@ -72,13 +74,13 @@ const DROPPED: u64 = 3;
 /// Likewise, and an ICMP error reports that: with the MTU of the way in the bits above, or 0 for the hop limit.
 const REPORTED: u64 = 4;
 
-/// Sends the packet that was read on, to the target that was set. `is_again` for a SYN that is repeated: by the
-/// kernel's own output, which finds out whether the hardware address still is right. Returns a TC_ACT_*.
+/// Sends the packet of a flow that was read on, to the target that was set. `is_again` for a SYN that is repeated: by
+/// the kernel's own output, which finds out whether the hardware address still is right. Returns a TC_ACT_*.
 ///
 /// One step after the other, not one within the other, as all their stacks together have 512 bytes.
 #[inline(always)]
-pub fn send(skb: &Skb, is_local: bool, is_again: bool) -> i32 {
-    let mut way = if is_local { STAYS } else { nohop_edge_route(skb.0) };
+pub fn send(skb: &Skb, found: Found, is_syn: bool, is_again: bool) -> i32 {
+    let mut way = if found.is_local() { STAYS } else { nohop_edge_route(skb.0) };
     if way == LEAVES && is_again {
         way = UNRESOLVED;
     }
@@ -88,7 +90,8 @@ pub fn send(skb: &Skb, is_local: bool, is_again: bool) -> i32 {
     if way as u8 == REPORTED as u8 {
         return answer::nohop_edge_error(skb.0, way >> 8) as i32;
     }
-    if nohop_edge_write(skb.0, (way != STAYS).into()) == 0 {
+    let has_options = !is_syn || way == STAYS || nohop_edge_options(skb.0, found.0) != 0;
+    if !has_options || nohop_edge_write(skb.0, (way != STAYS).into()) == 0 {
         count(EdgeCounter::Broken);
         return TC_ACT_SHOT;
     }
@@ -141,6 +144,76 @@ extern "C" fn nohop_edge_leave(ctx: *mut __sk_buff, way: u64) -> u64 {
     }
     // SAFETY: the helper has no preconditions.
     unsafe { bpf_redirect(fib::egress(fib), 0) as u64 }
+}
+
+/// See [`may_have_client`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_may_have_client() -> u64 {
+    let may = |scratch: &mut Scratch| may_have_client(&scratch.window, scratch.packet.l4);
+    maps::scratch().is_some_and(may).into()
+}
+
+/// See [`OptionWalk::step`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_walk() -> u64 {
+    maps::scratch().is_some_and(|scratch| scratch.walk.step(&mut scratch.window)).into()
+}
+
+/// Has a SYN bear the client's address by the edge's option alone, and only where the flow's service asks for that:
+/// backends trust what comes from here. Returns whether it does.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_options(ctx: *mut __sk_buff, found: u64) -> u64 {
+    let (Some(scratch), Some(record)) = (maps::scratch(), maps::record(Found(found).record()))
+    else {
+        return 0;
+    };
+    let is_shown = record.word().flags & FlowWord::SHOWS_CLIENT != 0;
+    if scratch.packet.is_ipv6 != 0
+        || Found(found).is_back()
+        || !is_shown && nohop_edge_may_have_client() == 0
+    {
+        return 1;
+    }
+    scratch.walk = OptionWalk::of(&scratch.window, scratch.packet.l4);
+    let mut nth = 0;
+    while nth < MAX_OPTIONS && nohop_edge_walk() != 0 {
+        nth += 1;
+    }
+    let Some(Scratch { window, packet, walk, .. }) = maps::scratch() else { return 0 };
+    let mut difference = Difference { addresses: 0, ports: walk.difference };
+    let mut len = packet.len;
+    if is_shown {
+        match append_client(window, packet) {
+            Some(appended) => {
+                difference.addresses = appended.addresses;
+                difference.ports += appended.ports;
+                len += CLIENT_OPTION_ROOM;
+                count(EdgeCounter::Shown);
+            }
+            None => count(EdgeCounter::NotShown),
+        }
+    }
+    if difference.ports == 0 {
+        return 1;
+    }
+    // SAFETY: the helper takes the context; no pointer into the packet is used after it.
+    if len != packet.len && unsafe { bpf_skb_change_tail(ctx, IP + len, 0) } != 0 {
+        return 0;
+    }
+    let checksum = IP + packet.l4 + checksum_offset(IPPROTO_TCP);
+    let end = packet.l4 + u32::from(window.octet(packet.l4 + 12) >> 4) * 4;
+    let (addresses, segment) = (u64::from(difference.addresses), u64::from(difference.ports));
+    packet.len = len;
+    let is_stored = Skb(ctx).store_window(window, 0, end, 0);
+    // SAFETY: as above.
+    let is_summed = unsafe {
+        bpf_l4_csum_replace(ctx, checksum, 0, addresses, BPF_F_PSEUDO_HDR.into()) == 0
+            && bpf_l4_csum_replace(ctx, checksum, 0, segment, 0) == 0
+    };
+    (is_stored && is_summed).into()
 }
 
 /// Writes the translated headers. Returns whether it did.

@@ -74,7 +74,8 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
         return if is_ours { refuse(read) } else { TC_ACT_UNSPEC };
     }
     let mut found = Found(nohop_edge_find());
-    let mut is_again = nohop_edge_is_syn() != 0;
+    let is_syn = nohop_edge_is_syn() != 0;
+    let mut is_again = is_syn;
     if found.is_none() || found.is_over() {
         is_again = false;
         // A packet to a source address may be the host's own, and an error may be about anything.
@@ -93,7 +94,7 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     outcomes::apply();
-    forward::send(&skb, found.is_local(), is_again)
+    forward::send(&skb, found, is_syn, is_again)
 }
 
 /// Attached to the egress of the same interfaces: what a backend on this host sends to a client comes
@@ -112,7 +113,7 @@ pub fn nohop_edge_out(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     outcomes::apply();
-    forward::send(&skb, true, false)
+    forward::send(&skb, found, false, false)
 }
 
 /// What becomes of a packet of no flow.

@@ -7,11 +7,11 @@ use core::hint::black_box;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     ANY_PORT, Address, BackendEntry, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES,
-    EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter, EdgeCounters, EventKind,
-    FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend,
-    Frontend6, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, N_EDGE_ACCOUNTS,
-    N_FLOW_STATES, Packet, PortCursor, PortPlace, ServiceRef, ServiceStats, Target, Window,
-    has_rested,
+    EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter, EdgeCounters, EdgeServiceRef,
+    EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord,
+    Frontend, Frontend6, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES,
+    N_EDGE_ACCOUNTS, N_FLOW_STATES, OptionWalk, Packet, PortCursor, PortPlace, ServiceRef,
+    ServiceStats, Target, Window, has_rested,
 };
 
 use crate::flows::Side;
@@ -26,9 +26,9 @@ const N_RECORDS: usize = DEFAULT_MAX_FLOWS as usize;
 const N_FRONTENDS: usize = 16_384;
 
 #[btf_map]
-static EDGE_FRONTENDS: HashMap<Frontend, ServiceRef, N_FRONTENDS> = HashMap::new();
+static EDGE_FRONTENDS: HashMap<Frontend, EdgeServiceRef, N_FRONTENDS> = HashMap::new();
 #[btf_map]
-static EDGE_FRONTENDS6: HashMap<Frontend6, ServiceRef, N_FRONTENDS> = HashMap::new();
+static EDGE_FRONTENDS6: HashMap<Frontend6, EdgeServiceRef, N_FRONTENDS> = HashMap::new();
 #[btf_map]
 static EDGE_FLOWS: HashMap<FlowKey4, FlowRef, { 2 * N_RECORDS }> = HashMap::new();
 #[btf_map]
@@ -78,6 +78,10 @@ pub struct Scratch {
     pub target: Target,
     /// struct bpf_fib_lookup.
     pub fib: [u32; 16],
+    /// Whether the backend of the flow that is about to begin is shown the client's address.
+    pub shows_client: bool,
+    /// Through the options of its SYN.
+    pub walk: OptionWalk,
     pub shown: Shown,
 }
 
@@ -274,8 +278,8 @@ pub fn account(hash: u32) -> Option<*mut u64> {
 
 /// The service of the frontend that a packet goes to.
 #[inline(always)]
-pub fn service_of(packet: &Packet) -> Option<u32> {
-    service_at(&packet.destination, packet.destination_port, packet.protocol, packet.is_ipv6 != 0)
+pub fn service_of(packet: &Packet) -> Option<EdgeServiceRef> {
+    service_ref(&packet.destination, packet.destination_port, packet.protocol, packet.is_ipv6 != 0)
 }
 
 /// Whether a packet goes to the address of some frontend: the daemon inserts one of any port for each.
@@ -302,6 +306,16 @@ pub extern "C" fn nohop_edge_goes_to_vip(is_ipv6: u64) -> u64 {
 /// The service at a public address.
 #[inline(always)]
 pub fn service_at(address: &Address, port: u16, protocol: u8, is_ipv6: bool) -> Option<u32> {
+    service_ref(address, port, protocol, is_ipv6).map(|found| found.service)
+}
+
+#[inline(always)]
+fn service_ref(
+    address: &Address,
+    port: u16,
+    protocol: u8,
+    is_ipv6: bool,
+) -> Option<EdgeServiceRef> {
     let found = if is_ipv6 {
         let address = address.octets;
         EDGE_FRONTENDS6.get_ptr(Frontend6 { address, port, protocol, padding: 0 })
@@ -312,8 +326,7 @@ pub fn service_at(address: &Address, port: u16, protocol: u8, is_ipv6: bool) -> 
     // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as
     // the one word that it is. The daemon inserts nothing between a deletion and the end of the
     // readers that may have seen the element, so the word is this frontend's.
-    let found: ServiceRef = zerocopy::transmute!(unsafe { found?.cast::<u64>().read_volatile() });
-    Some(found.service)
+    Some(zerocopy::transmute!(unsafe { found?.cast::<u64>().read_volatile() }))
 }
 
 /// For the choice: frontends of the hooks, of which there are none here.

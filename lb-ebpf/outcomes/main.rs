@@ -6,6 +6,7 @@
 #![feature(core_intrinsics)]
 #![allow(internal_features)]
 
+mod clients;
 mod maps;
 mod sockops;
 mod trace;

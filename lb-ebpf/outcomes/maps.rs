@@ -76,6 +76,15 @@ pub fn stored(socket: *mut bpf_sock) -> *mut RevNat {
     unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0) }.cast()
 }
 
+/// The same, made as zeros where there is none; null for lack of memory.
+#[inline(always)]
+pub fn made(socket: *mut bpf_sock) -> *mut RevNat {
+    const CREATE: u64 = 1;
+    let map = (&raw const SK_REVNAT).cast_mut().cast();
+    // SAFETY: as above.
+    unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), CREATE) }.cast()
+}
+
 /// The entry of a backend that is still the one that a socket was sent to.
 #[inline(always)]
 pub fn backend(backend_idx: u32, generation: u32) -> Option<BackendPtr> {

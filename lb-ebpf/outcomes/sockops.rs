@@ -3,7 +3,7 @@
 //! and here when a client gives up.
 //!
 //! The program runs for each TCP socket of the cgroup, several times for each connection, so its
-//! first instructions return unless the operation is one of two. It never writes `reply`: the kernel
+//! first instructions return unless the operation is one of few. It never writes `reply`: the kernel
 //! hands it the answer of other programs of the hierarchy, to operations that aren't ours.
 //!
 //! The kernel runs it with the socket locked, as it does the hooks that read and write the socket's
@@ -12,8 +12,9 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
-    BPF_TCP_ESTABLISHED, bpf_sock,
+    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED,
+    bpf_sock,
 };
 use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock};
@@ -25,7 +26,7 @@ use lb_common::{
 };
 
 use crate::maps::{self, BackendPtr};
-use crate::trace;
+use crate::{clients, trace};
 
 /// The layout that the maps have.
 #[unsafe(no_mangle)]
@@ -66,6 +67,8 @@ pub fn nohop_sockops(ctx: SockOpsContext) -> u32 {
     match read!(ctx.op) {
         BPF_SOCK_OPS_STATE_CB => change_state(&ctx),
         BPF_SOCK_OPS_TCP_CONNECT_CB => begin(&ctx),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => clients::listen(&ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => clients::accept(&ctx),
         _ => {}
     }
     PROCEED
@@ -381,11 +384,11 @@ fn is_sent_to(ctx: &SockOpsContext, kept: &RevNat) -> bool {
 }
 
 #[inline(always)]
-fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+pub fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
     read!(ctx.__bindgen_anon_2.sk)
 }
 
 #[inline(always)]
-fn layout() -> u16 {
+pub fn layout() -> u16 {
     setting!(MAP_LAYOUT) as u16
 }

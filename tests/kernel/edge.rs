@@ -83,6 +83,7 @@ pub fn options() -> EdgeOptions {
         sources: vec![SOURCE.into(), "fd07::1".parse().unwrap()],
         max_flows: 1_024,
         timeouts: EdgeTimeouts::default(),
+        client_address: Vec::new(),
     }
 }
 

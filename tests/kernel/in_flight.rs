@@ -20,7 +20,7 @@ use crate::choice;
 use crate::fixture::{Bed, Place, VIP, VIP6, n_connects, service};
 use crate::pins::bpftool;
 use crate::restart::apply;
-use crate::sockops::Spoiler;
+use crate::sockops::Sockops;
 use zerocopy::FromBytes as _;
 
 const FLAG: &str = "--hold";
@@ -473,7 +473,7 @@ pub fn without_callbacks() {
     let place = Place::new();
     let mut datapath = place.start();
     apply(&mut datapath, vec![service("web", VIP, &[(address, 1)])]);
-    let spoiler = Spoiler::attach(&place.cgroup.path);
+    let spoiler = Sockops::spoiling(&place.cgroup.path);
     let held: Vec<_> = (0..3).map(|_| TcpStream::connect((VIP, 80)).unwrap()).collect();
     assert_eq!(in_flight(&datapath, address), 3);
     held.into_iter().for_each(reset);

@@ -10,6 +10,7 @@ mod connector;
 mod conns;
 mod disconnect;
 mod edge;
+mod edge_client;
 mod edge_room;
 mod edge_xdp;
 mod ejection;
@@ -93,6 +94,7 @@ const TRIALS: &[KernelTrial] = &[
     // In emulation some of its connections time out, which isn't explained yet.
     once("edge_short_links", edge::short_links),
     since((5, 10), "edge_flows_outlive_the_daemon", edge::flows_outlive_the_daemon),
+    since((5, 10), "edge_clients_are_shown", edge_client::clients_are_shown),
     // The kernel reports from 6.3 on whether the other end of a veth takes packets from XDP; tcx is of 6.6.
     since((6, 6), "edge_xdp_established_flows", edge_xdp::established_flows),
     since((6, 6), "edge_xdp_checksums_left_to_the_card", edge_xdp::checksums_left_to_the_card),

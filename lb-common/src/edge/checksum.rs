@@ -18,6 +18,12 @@ pub(super) fn fold(sum: u32) -> u16 {
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
+/// A checksum of data that has come to differ by this: RFC 1624, equation 3.
+#[inline(always)]
+pub fn adjusted(checksum: u16, difference: u32) -> u16 {
+    !fold(u32::from(fold(difference)) + u32::from(!checksum))
+}
+
 /// The sum of a part of the window. A function of its own in the kernel: its loop is unrolled, and the stack there
 /// is short.
 #[cfg_attr(target_arch = "bpf", inline(never))]

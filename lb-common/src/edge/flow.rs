@@ -87,6 +87,16 @@ pub struct FlowRef {
     pub is_back: u32,
 }
 
+/// The value of `EDGE_FRONTENDS` and `EDGE_FRONTENDS6`: the service behind a public frontend. One word.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct EdgeServiceRef {
+    /// The index into `SERVICES` and `SERVICE_STATS`; `u32::MAX` for none.
+    pub service: u32,
+    /// 1 where backends are shown the client's address, by an option of the SYN; else 0.
+    pub shows_client: u32,
+}
+
 /// The value of `EDGE_RECORDS`: a flow, in one cache line. All zero where there is none. The addresses of
 /// IPv6 are in `EDGE_ADDRESSES6`.
 ///
@@ -167,6 +177,8 @@ impl FlowWord {
     pub const LOCAL: u8 = 8;
     /// It was the trial of an ejected backend.
     pub const TRIAL: u8 = 16;
+    /// The backend is shown the client's address ([`EdgeServiceRef::shows_client`]).
+    pub const SHOWS_CLIENT: u8 = 32;
 
     /// For how long nothing may have come after a RST before a packet shows that the RST wasn't its sender's, in
     /// milliseconds. Packets that were sent before it may come after it.
@@ -486,11 +498,15 @@ pub enum EdgeCounter {
     /// Flows whose record another one got before their time was over: closed ones, UDP, and connections that
     /// weren't established.
     Taken = 18,
+    /// SYNs that were sent on with the client's address.
+    Shown = 19,
+    /// SYNs that were to be, without: their header has no room, or they have data.
+    NotShown = 20,
 }
 
 impl EdgeCounter {
     /// All, by their names in `status` and in metrics.
-    pub const ALL: [(&'static str, EdgeCounter); 19] = [
+    pub const ALL: [(&'static str, EdgeCounter); 21] = [
         ("forwarded", EdgeCounter::Forwarded),
         ("flows_begun", EdgeCounter::Begun),
         ("icmp_errors", EdgeCounter::Errors),
@@ -510,6 +526,8 @@ impl EdgeCounter {
         ("broken", EdgeCounter::Broken),
         ("bad_checksum", EdgeCounter::BadChecksum),
         ("flows_taken", EdgeCounter::Taken),
+        ("client_shown", EdgeCounter::Shown),
+        ("client_not_shown", EdgeCounter::NotShown),
     ];
 }
 

@@ -2,6 +2,7 @@
 //! addresses. Plain functions on the first bytes of packets, and the records of flows.
 
 mod checksum;
+mod client;
 mod error;
 mod flow;
 mod header;
@@ -11,7 +12,8 @@ mod plain;
 mod reset;
 mod translate;
 
-pub use checksum::folded;
+pub use checksum::{adjusted, folded};
+pub use client::*;
 pub use error::*;
 pub use flow::*;
 pub use hop::*;

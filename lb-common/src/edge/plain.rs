@@ -178,6 +178,7 @@ mod tests {
             numbers: [7, 9],
             hop_limit: 2,
             options: Vec::new(),
+            tcp_options: Vec::new(),
             is_unchecked: false,
             payload: octets.iter().copied().cycle().take(len).collect(),
         }

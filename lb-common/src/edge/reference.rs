@@ -4,9 +4,9 @@
 use std::vec::Vec;
 
 use crate::{
-    Address, Difference, IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Packet, Target,
-    WINDOW_LEN, Window, checksum_offset, finish, hop_limit, ip_header, parse, translate,
-    translate_error,
+    Address, CLIENT_EXPERIMENT, CLIENT_OPTION, Difference, IPPROTO_ICMP, IPPROTO_ICMPV6,
+    IPPROTO_TCP, IPPROTO_UDP, MAX_OPTIONS, Packet, Target, WINDOW_LEN, Window, append_client,
+    checksum_offset, client_of, finish, hop_limit, ip_header, parse, translate, translate_error,
 };
 
 /// A packet of TCP or UDP.
@@ -26,6 +26,8 @@ pub struct Spec {
     pub hop_limit: u8,
     /// Options of IPv4, in words; extension headers of IPv6, by their numbers.
     pub options: Vec<u8>,
+    /// Those of TCP, a multiple of four octets.
+    pub tcp_options: Vec<u8>,
     /// Whether UDP's checksum is left out.
     pub is_unchecked: bool,
     /// The data.
@@ -138,7 +140,9 @@ pub fn packet(spec: &Spec) -> Vec<u8> {
     l4.extend(target.destination_port.to_be_bytes());
     if *protocol == IPPROTO_TCP {
         l4.extend(spec.numbers.map(u32::to_be_bytes).concat());
-        l4.extend([0x50, spec.tcp_flags, 0, 0, 0, 0, 0, 0]);
+        let words = 5 + spec.tcp_options.len() as u8 / 4;
+        l4.extend([words << 4, spec.tcp_flags, 0, 0, 0, 0, 0, 0]);
+        l4.extend(&spec.tcp_options);
     } else {
         l4.extend((8 + spec.payload.len() as u16).to_be_bytes());
         l4.extend([0, 0]);
@@ -194,6 +198,25 @@ pub fn translated(packet: &[u8], parsed: &Packet, target: &Target, is_forwarded:
     [&window.octets[..len], &packet[len..]].concat()
 }
 
+/// The first option of ours, as `bpf_search_tcp_opt` in the kernel finds it.
+pub fn read_client(mut options: &[u8]) -> Option<&[u8]> {
+    while let [kind, rest @ ..] = options {
+        options = match (kind, rest) {
+            (0, _) => return None,
+            (1, _) => rest,
+            (_, [len, ..]) if *len >= 2 && usize::from(*len) <= options.len() => {
+                let (option, after) = options.split_at((*len).into());
+                if *kind == CLIENT_OPTION && option.get(2..4) == Some(&CLIENT_EXPERIMENT) {
+                    return Some(option);
+                }
+                after
+            }
+            _ => return None,
+        };
+    }
+    None
+}
+
 /// Any bytes are a packet of no flow, or one that comes back as it was when it is translated back.
 pub fn fuzz(bytes: &[u8]) {
     let Some((&first, rest)) = bytes.split_first() else { return };
@@ -206,6 +229,9 @@ pub fn fuzz(bytes: &[u8]) {
     let is_ipv6 = first & 1 != 0;
     let Ok(parsed) = parse(&window(rest), rest.len() as u32, is_ipv6) else { return };
     assert!(parsed.len as usize <= rest.len() && parsed.l4 < parsed.len, "{parsed:?}");
+    if !is_ipv6 && parsed.protocol == IPPROTO_TCP && parsed.is_error == 0 {
+        fuzz_options(window(rest), &parsed);
+    }
     let place = |octet: u8, port| match is_ipv6 {
         true => (Address { octets: [octet; 16] }, port),
         false => (Address::v4([octet; 4]), port),
@@ -242,4 +268,32 @@ pub fn fuzz(bytes: &[u8]) {
         before[at..at + 2].fill(0);
     }
     assert_eq!(twice, before);
+}
+
+/// Makes a SYN's own options of the edge's kind NOPs; returns by how much its sum differs.
+pub fn remove_client(window: &mut Window, l4: u32) -> u32 {
+    let mut walk = OptionWalk::of(window, l4);
+    let mut n_steps = 0;
+    while walk.step(window) {
+        n_steps += 1;
+    }
+    assert!(n_steps <= MAX_OPTIONS);
+    walk.difference
+}
+
+/// A reader of the options finds none of ours but the edge's.
+fn fuzz_options(mut window: Window, packet: &Packet) {
+    let l4 = packet.l4 as usize;
+    let read = |window: &Window| {
+        let end = l4 + usize::from(window.octets[l4 + 12] >> 4) * 4;
+        read_client(&window.octets[l4 + 20..end]).map(<[u8]>::to_vec)
+    };
+    remove_client(&mut window, packet.l4);
+    assert_eq!(read(&window), None);
+    if append_client(&mut window, packet).is_some() {
+        let found = read(&window).and_then(|option| option.try_into().ok());
+        let found = found.as_ref().and_then(client_of);
+        let [.., a, b, c, d] = packet.source.octets;
+        assert_eq!(found, Some(([a, b, c, d], packet.source_port)));
+    }
 }

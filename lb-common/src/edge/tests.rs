@@ -32,6 +32,7 @@ fn plain(is_ipv6: bool, protocol: u8) -> Spec {
         numbers: [u32::MAX - 3, 0xdead_beef],
         hop_limit: 64,
         options: Vec::new(),
+        tcp_options: Vec::new(),
         is_unchecked: false,
         payload: Vec::from(*b"an odd length"),
     }

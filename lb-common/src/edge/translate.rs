@@ -1,6 +1,6 @@
 //! The translation of a packet: addresses, ports, hop limit, and checksums by what differs (RFC 1624).
 
-use crate::edge::checksum::fold;
+use crate::edge::checksum::adjusted;
 use crate::edge::packet::{Packet, Window, unknown};
 use crate::{Address, IPPROTO_TCP, IPPROTO_UDP};
 
@@ -30,15 +30,9 @@ pub struct Difference {
     pub ports: u32,
 }
 
-/// A checksum of data that has come to differ by this: RFC 1624, equation 3.
-#[inline(always)]
-pub fn adjusted(checksum: u16, difference: u32) -> u16 {
-    !fold(u32::from(fold(difference)) + u32::from(!checksum))
-}
-
 /// Replaces 16 bits, and adds by how much they differ.
 #[inline(always)]
-fn replace(window: &mut Window, at: u32, word: u16, difference: &mut u32) {
+pub(super) fn replace(window: &mut Window, at: u32, word: u16, difference: &mut u32) {
     let before = window.word(at);
     *difference += u32::from(!before) + u32::from(word);
     window.set_word(at, word);

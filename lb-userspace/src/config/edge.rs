@@ -85,6 +85,9 @@ pub(super) fn interface(name: &str) -> Result<String, String> {
 /// The most addresses of one family in `edge.source`: the programs have room for as many.
 const MAX_SOURCES: usize = 4;
 
+/// The most addresses in `datapath.client_address_from`, likewise.
+const MAX_CLIENT_SOURCES: usize = 8;
+
 /// The addresses of this edge.
 pub(super) fn sources(value: &TomlValue) -> Parsed<Vec<IpAddr>> {
     let sources = value.list_or_none(|it| it.text(source))?;
@@ -97,6 +100,27 @@ pub(super) fn sources(value: &TomlValue) -> Parsed<Vec<IpAddr>> {
         }
     }
     Ok(sources)
+}
+
+/// The addresses of edges that this node trusts.
+pub(super) fn client_sources(value: &TomlValue) -> Parsed<Vec<Ipv4Addr>> {
+    let sources = value.list_or_none(|it| it.text(client_source))?;
+    if sources.len() > MAX_CLIENT_SOURCES {
+        return value.fault(format!(
+            "has {} addresses, and {MAX_CLIENT_SOURCES} is the most; write fewer",
+            sources.len()
+        ));
+    }
+    Ok(sources)
+}
+
+fn client_source(text: &str) -> Result<Ipv4Addr, String> {
+    match source(text)? {
+        IpAddr::V4(source) => Ok(source),
+        IpAddr::V6(source) => {
+            Err(format!("{source} is IPv6, which has no clients' addresses; remove it"))
+        }
+    }
 }
 
 /// An address of this edge.
@@ -192,9 +216,11 @@ pub(super) fn check(builder: &mut ConfigBuilder, own_addresses: &[(&'static str,
         );
     }
     if !edge.is_on() {
-        for (key, is_given) in
-            [("edge.source", !edge.source.is_empty()), ("edge.vips", !edge.vips.is_empty())]
-        {
+        for (key, is_given) in [
+            ("edge.source", !edge.source.is_empty()),
+            ("edge.vips", !edge.vips.is_empty()),
+            ("edge.client_address", !edge.client_address.is_empty()),
+        ] {
             if is_given {
                 builder.conflict(
                     &[key, "edge.interfaces"],

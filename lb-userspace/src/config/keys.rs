@@ -148,6 +148,9 @@ pub const KEYS: &[Key] = keys! {
         "addresses of this edge that backends see, four at most of each family"
     live "edge.vips" config.edge.vips: |value| value.table(address::service_name, |vip| vip.text(edge::public_vip));
         "public VIPs, beside those that services declare: { web = \"203.0.113.10:80\" }"
+    restart("the edge's frontends have it from the start")
+    "edge.client_address" config.edge.client_address: |value| value.list_or_none(|it| it.text(address::service_name));
+        "services whose instances are shown clients' addresses, by TCP and IPv4, where their nodes have datapath.client_address_from"
     restart("open flows are in maps of that size")
     "edge.max_flows" config.edge.max_flows: |value| value.integer(1_024..=16_777_216);
         "flows that this edge has room for, at some 290 bytes each, and twice that with IPv6"
@@ -190,6 +193,8 @@ pub const KEYS: &[Key] = keys! {
     restart("the programs are loaded for a number of them")
     "datapath.exclude_cgroups" config.datapath.exclude_cgroups: text::cgroups;
         "cgroups that are bypassed, with all below them: paths, * and ? allowed"
+    restart(PROGRAMS) "datapath.client_address_from" config.datapath.client_address_from: edge::client_sources;
+        "IPv4 addresses of edges (their edge.source) that are trusted with the addresses of clients, which accept() and getpeername() then show; eight at most"
     restart(LISTENS) "admin.listen" config.admin.listen: |value| value.list(|it| it.text(str::parse));
         "addresses of the admin interface: unix:PATH, or ADDR:PORT to read only"
     live "admin.hosts" config.admin.hosts: |value| value.list_or_none(|it| it.text(address::host));

@@ -213,6 +213,8 @@ pub struct EdgeConfig {
     pub source: Vec<IpAddr>,
     /// Public VIPs by service, beside those that services declare themselves; within [`VipConfig::public`].
     pub vips: BTreeMap<String, SocketAddr>,
+    /// The services whose instances are shown clients' addresses.
+    pub client_address: Vec<String>,
     /// How many flows there is room for.
     pub max_flows: u32,
     /// After how long without a packet flows end.
@@ -225,6 +227,7 @@ impl Default for EdgeConfig {
             interfaces: Vec::new(),
             source: Vec::new(),
             vips: BTreeMap::new(),
+            client_address: Vec::new(),
             max_flows: 131_072,
             timeouts: FlowTimeouts::default(),
         }
@@ -343,6 +346,8 @@ pub struct DatapathConfig {
     /// The cgroups whose processes are bypassed: below the mount when absolute, else below the
     /// root of the hierarchy. In a segment `*` stands for any characters and `?` for one.
     pub exclude_cgroups: Vec<PathBuf>,
+    /// The addresses of edges whose word is taken for the client's address.
+    pub client_address_from: Vec<Ipv4Addr>,
 }
 
 /// The admin interface.
@@ -459,6 +464,7 @@ impl Default for Config {
                 max_services: 16_384,
                 max_backends: 131_072,
                 exclude_cgroups: Vec::new(),
+                client_address_from: Vec::new(),
             },
             admin: AdminConfig {
                 listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())],

@@ -72,6 +72,7 @@ fn the_defaults_written_out_are_the_defaults() {
         interfaces = []
         source = []
         vips = {}
+        client_address = []
         [dns]
         listen = ["127.0.0.1:53"]
         listen_tls = []
@@ -91,6 +92,7 @@ fn the_defaults_written_out_are_the_defaults() {
         max_services = 16384
         max_backends = 131072
         exclude_cgroups = []
+        client_address_from = []
         [admin]
         listen = ["unix:/run/nohop/admin.sock"]
         hosts = []
@@ -147,6 +149,7 @@ const EVERY_KEY: &str = r#"
     interfaces = ["eth0", "eth1.100"]
     source = ["10.0.0.2", "2001:db8::2"]
     vips = { Web = "203.0.113.10:80" }
+    client_address = ["Web", "api"]
     max_flows = 1048576
     timeouts = { established = "2h", udp = "20s" }
     [dns]
@@ -168,6 +171,7 @@ const EVERY_KEY: &str = r#"
     max_services = 100
     max_backends = 200
     exclude_cgroups = ["system.slice/consul.service", "/sys/fs/cgroup/a/"]
+    client_address_from = ["10.0.0.2", "10.0.0.3"]
     [admin]
     listen = ["127.0.0.1:9000", "unix:/a.sock"]
     hosts = ["Nohop.example"]
@@ -241,6 +245,7 @@ fn every_key_is_taken() {
             interfaces: vec!["eth0".into(), "eth1.100".into()],
             source: vec!["10.0.0.2".parse().unwrap(), "2001:db8::2".parse().unwrap()],
             vips: BTreeMap::from([("web".into(), "203.0.113.10:80".parse().unwrap())]),
+            client_address: vec!["web".into(), "api".into()],
             max_flows: 1_048_576,
             timeouts: FlowTimeouts {
                 established: Duration::from_secs(7_200),
@@ -278,6 +283,7 @@ fn every_key_is_taken() {
             max_services: 100,
             max_backends: 200,
             exclude_cgroups: vec!["system.slice/consul.service".into(), "/sys/fs/cgroup/a".into()],
+            client_address_from: vec![[10, 0, 0, 2].into(), [10, 0, 0, 3].into()],
         },
         admin: AdminConfig {
             listen: vec![
@@ -395,6 +401,20 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "edge.source = ['10.0.0.1', '10.0.0.2', '10.0.0.3', '10.0.0.4', '10.0.0.5', 'fd00::1']",
             &["f:1: edge.source: has 5 IPv4 addresses, and 4 is the most; write fewer"],
+        ),
+        (
+            "edge.client_address = ['a b', 'web', 'Web']\n\
+             datapath.client_address_from = ['fd00::1', '127.0.0.1', '10.0.0.0/8']",
+            &[
+                "f:1: edge.client_address: 'a b' isn't a DNS label; write 1 to 63 letters, digits, - and _",
+                "f:1: edge.client_address: duplicate element; remove one",
+                "f:2: datapath.client_address_from: fd00::1 is IPv6, which has no clients' addresses; \
+                 remove it",
+                "f:2: datapath.client_address_from: 127.0.0.1 lies in 127.0.0.0/8, where no backend replies \
+                 to; write an address of this host, such as 10.0.0.2",
+                "f:2: datapath.client_address_from: '10.0.0.0/8' isn't an address; write an address of this \
+                 host, such as 10.0.0.2",
+            ],
         ),
         (
             "edge.timeouts = { established = '8d', tcp = '1m' }\nedge.max_flows = 1000",

@@ -29,6 +29,7 @@ pub fn options(config: &Config) -> Option<EdgeOptions> {
         sources: edge.source.clone(),
         max_flows: edge.max_flows,
         timeouts: EdgeTimeouts { established, half_closed, closed, udp },
+        client_address: edge.client_address.clone(),
     })
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use ipnet::IpNet;
-use lb_common::{Address, N_PUBLIC_NETWORKS};
+use lb_common::{Address, MAX_CLIENT_SOURCES, N_PUBLIC_NETWORKS};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::btf::Bit;
@@ -142,7 +142,12 @@ fn open(
     let error_offset = features.sockets.error.map_or(0, |Bit { offset, .. }| offset);
     let cookie_offset = features.sockets.cookie.map_or(0, |Bit { offset, .. }| offset);
     loader.override_global("COOKIE_OFFSET", &cookie_offset, true);
+    let mut trusted = [0u32; MAX_CLIENT_SOURCES];
+    for (word, source) in trusted.iter_mut().zip(&options.datapath.client_address_from) {
+        *word = u32::from_ne_bytes(source.octets());
+    }
     if object == Object::Outcomes {
+        loader.override_global("CLIENT_ADDRESS_FROM", &trusted, true);
         loader.override_global("SOCKET_ERROR_OFFSET", &error_offset, true);
         return loader.load(object.bytes()).map_err(DatapathError::Load);
     }

@@ -156,6 +156,7 @@ impl Edge {
             sources: vec![SOURCE.into()],
             max_flows: MAX_FLOWS,
             timeouts: EdgeTimeouts::default(),
+            client_address: Vec::new(),
         }));
         bed.apply(chain());
         let status = bed.datapath.edge_status().expect("it is configured");

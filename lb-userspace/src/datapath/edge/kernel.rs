@@ -10,9 +10,9 @@ use std::sync::Arc;
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray};
 use lb_common::{
-    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, EdgeSettings, FlowAddresses6,
-    FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6,
-    N_FAST_PATHS, ServiceRef, is_long_ago,
+    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, EdgeServiceRef, EdgeSettings,
+    FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend,
+    Frontend6, N_FAST_PATHS, is_long_ago,
 };
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -28,8 +28,8 @@ use super::super::pins::Pins;
 /// The maps.
 #[derive(Debug)]
 pub struct EdgeMaps {
-    frontends: Hash<Frontend, ServiceRef>,
-    frontends6: Hash<Frontend6, ServiceRef>,
+    frontends: Hash<Frontend, EdgeServiceRef>,
+    frontends6: Hash<Frontend6, EdgeServiceRef>,
     flows: Hash<FlowKey4, FlowRef>,
     flows6: Hash<FlowKey6, FlowRef>,
     records: FlowRecords,
@@ -165,23 +165,23 @@ impl EdgeMaps {
         &self.interfaces
     }
 
-    /// All frontends, each with its service's index.
+    /// All frontends, each with its service.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn frontends(&self) -> io::Result<BTreeMap<FrontendKey, u32>> {
+    pub fn frontends(&self) -> io::Result<BTreeMap<FrontendKey, EdgeServiceRef>> {
         let mut all = BTreeMap::new();
         for found in self.frontends.iter() {
             let (Plain(key), Plain(target)) = found.map_err(io_error)?;
             let Frontend { address, port, protocol, .. } = key;
             let key = FrontendKey { address: address.into(), port, protocol };
-            all.insert(key, target.service);
+            all.insert(key, target);
         }
         for found in self.frontends6.iter() {
             let (Plain(key), Plain(target)) = found.map_err(io_error)?;
             let Frontend6 { address, port, protocol, .. } = key;
             let key = FrontendKey { address: address.into(), port, protocol };
-            all.insert(key, target.service);
+            all.insert(key, target);
         }
         Ok(all)
     }
@@ -190,12 +190,12 @@ impl EdgeMaps {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn insert(&mut self, key: FrontendKey, service: u32) -> io::Result<()> {
+    pub fn insert(&mut self, key: FrontendKey, service: EdgeServiceRef) -> io::Result<()> {
         // The kernel reuses a removed element at once.
         if std::mem::take(&mut self.is_dirty) {
             wait_for_programs(self.program_wait.as_ref());
         }
-        let target = Plain(ServiceRef { service, host_only: 0 });
+        let target = Plain(service);
         let FrontendKey { port, protocol, .. } = key;
         match key.address {
             IpAddr::V4(ip) => {

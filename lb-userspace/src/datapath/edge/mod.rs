@@ -24,8 +24,8 @@ use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use ipnet::IpNet;
 use lb_common::{
-    ANY_PORT, DEFAULT_MAX_FLOWS, EdgeCounter, EdgeSettings, FastPath, FlowState, FlowWord,
-    IPPROTO_TCP, IPPROTO_UDP, N_FLOW_STATES,
+    ANY_PORT, DEFAULT_MAX_FLOWS, EdgeCounter, EdgeServiceRef, EdgeSettings, FastPath, FlowState,
+    FlowWord, IPPROTO_TCP, IPPROTO_UDP, N_FLOW_STATES,
 };
 
 use super::error::DatapathError;
@@ -51,8 +51,8 @@ pub use xdp::PIN_PREFIX;
 
 /// The unit's name.
 const UNIT: &str = "edge";
-/// The index of no service.
-const NO_SERVICE: u32 = u32::MAX;
+/// No service.
+const NO_SERVICE: EdgeServiceRef = EdgeServiceRef { service: u32::MAX, shows_client: 0 };
 /// For how long a VIP that no service has any more is refused rather than left to the host.
 const LEFT_FOR: Duration = Duration::from_secs(3_600);
 
@@ -73,6 +73,8 @@ pub struct EdgeOptions {
     pub max_flows: u32,
     /// After how long without a packet flows end.
     pub timeouts: EdgeTimeouts,
+    /// The services whose backends are shown clients' addresses, by IPv4 and TCP.
+    pub client_address: Vec<String>,
 }
 
 /// After how long without a packet a flow ends.
@@ -131,7 +133,7 @@ struct LoadedEdge {
     maps: EdgeMaps,
     pinned: PinnedMaps,
     /// The frontends in the map, each with the index of its service.
-    present: BTreeMap<FrontendKey, u32>,
+    present: BTreeMap<FrontendKey, EdgeServiceRef>,
     attached: Vec<AttachedTo>,
     fast: Fast,
     handle: FilterHandle,
@@ -266,9 +268,14 @@ impl Edge {
             !self.wanted.contains_key(key) && since.elapsed() < LEFT_FOR
         };
         self.left.retain(|key, since| is_left(key, since));
-        let wanted = self.wanted.iter();
+        let shown = self.options.iter().flat_map(|options| &options.client_address);
+        let shown: BTreeSet<&str> = shown.map(String::as_str).collect();
+        let reference = |name: &str| {
+            let shows_client = shown.contains(name).into();
+            index(name).map_or(NO_SERVICE, |service| EdgeServiceRef { service, shows_client })
+        };
         let mut wanted: BTreeMap<_, _> =
-            wanted.map(|(key, name)| (*key, index(name).unwrap_or(NO_SERVICE))).collect();
+            self.wanted.iter().map(|(key, name)| (*key, reference(name))).collect();
         wanted.extend(self.left.keys().map(|key| (*key, NO_SERVICE)));
         // What no service has of a VIP is dropped: one of any port shows that an address is a VIP.
         let addresses: BTreeSet<IpAddr> = wanted.keys().map(|key| key.address).collect();
@@ -514,7 +521,7 @@ impl LoadedEdge {
         let service = |flow: &RawFlow| {
             let (address, port) = (flow.vip.ip(), flow.vip.port());
             let key = FrontendKey { address, port, protocol: flow.record.word.protocol };
-            present.get(&key).copied()
+            present.get(&key).map(|found| found.service)
         };
         self.n_flows = maps.sweep(now_ms, |flow| ended(flow, service(flow), counters));
     }
@@ -529,13 +536,14 @@ impl LoadedEdge {
     }
 
     /// Updates the map of frontends.
-    fn apply(&mut self, wanted: &BTreeMap<FrontendKey, u32>) {
+    fn apply(&mut self, wanted: &BTreeMap<FrontendKey, EdgeServiceRef>) {
         if *wanted == self.present {
             return;
         }
         // What no service has any more stays, for none.
-        let is_kept = |(key, service): &(&FrontendKey, &u32)| {
-            wanted.get(*key).is_some_and(|wanted| wanted == *service || *wanted == NO_SERVICE)
+        let is_kept = |(key, present): &(&FrontendKey, &EdgeServiceRef)| {
+            let is_same = |wanted: &EdgeServiceRef| wanted.service == present.service;
+            wanted.get(*key).is_some_and(|wanted| is_same(wanted) || *wanted == NO_SERVICE)
         };
         let gone: Vec<_> =
             self.present.iter().filter(|one| !is_kept(one)).map(|(key, _)| *key).collect();
@@ -547,7 +555,7 @@ impl LoadedEdge {
         }
     }
 
-    fn insert(&mut self, key: FrontendKey, service: u32) {
+    fn insert(&mut self, key: FrontendKey, service: EdgeServiceRef) {
         match self.maps.insert(key, service) {
             Ok(()) => {
                 self.present.insert(key, service);

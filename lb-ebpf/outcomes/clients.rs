@@ -1,0 +1,96 @@
+//! The clients' addresses that edges send along with SYNs, for servers that ask for their peer's: accept() and
+//! getpeername() run the hook of the unit `connect`, which shows what is stored here as it shows VIPs.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::bpf_get_socket_cookie;
+use aya_ebpf::helpers::generated::{bpf_load_hdr_opt, bpf_setsockopt};
+use aya_ebpf::programs::SockOpsContext;
+use lb_common::{
+    Address, CLIENT_EXPERIMENT, CLIENT_OPTION, CLIENT_OPTION_LEN, MAX_CLIENT_SOURCES, NOT_COUNTED,
+    RevNat, client_of,
+};
+
+use crate::maps;
+use crate::sockops::{layout, socket};
+
+/// The addresses of edges that are trusted, as they lie in memory; 0 for none.
+#[unsafe(no_mangle)]
+static CLIENT_ADDRESS_FROM: [u32; MAX_CLIENT_SOURCES] = [0; MAX_CLIENT_SOURCES];
+
+const SOL_TCP: i32 = 6;
+const TCP_SAVE_SYN: i32 = 27;
+/// Look in the SYN that was kept, rather than in the segment at hand.
+const BPF_LOAD_HDR_OPT_TCP_SYN: u64 = 1;
+
+macro_rules! read {
+    // SAFETY: the kernel hands every program a valid context, and this is a field of it.
+    ($ctx:ident . $($field:tt)+) => {
+        unsafe { (&raw const (*$ctx.ops).$($field)+).read_volatile() }
+    };
+}
+
+#[inline(always)]
+fn trusted(nth: usize) -> u32 {
+    // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
+    unsafe { (&raw const CLIENT_ADDRESS_FROM[nth]).read_volatile() }
+}
+
+/// A socket begins to listen: the kernel is to keep the SYNs of its connections until they are established.
+#[inline(always)]
+pub fn listen(ctx: &SockOpsContext) {
+    if trusted(0) == 0 {
+        return;
+    }
+    let mut is_kept = 1i32;
+    // SAFETY: the helper takes the context, and a value that is as long as named.
+    unsafe {
+        bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_SAVE_SYN, (&raw mut is_kept).cast(), 4);
+    }
+}
+
+/// A connection was accepted: keeps the address that its SYN has, if an edge sent that.
+#[inline(always)]
+pub fn accept(ctx: &SockOpsContext) {
+    if trusted(0) == 0 {
+        return;
+    }
+    // Of IPv6 sockets it is 0 but where they have an IPv4 peer.
+    let peer = read!(ctx.remote_ip4);
+    let (mut is_trusted, mut nth) = (false, 0);
+    while nth < MAX_CLIENT_SOURCES {
+        is_trusted |= trusted(nth) == peer;
+        nth += 1;
+    }
+    let socket = socket(ctx);
+    if peer == 0 || !is_trusted || socket.is_null() {
+        return;
+    }
+    // What to look for, and room for what is found.
+    let [first, second] = CLIENT_EXPERIMENT;
+    let mut option = [0u8; CLIENT_OPTION_LEN as usize];
+    (option[0], option[1], option[2], option[3]) = (CLIENT_OPTION, 4, first, second);
+    let flags = BPF_LOAD_HDR_OPT_TCP_SYN;
+    // SAFETY: the helper takes the context, and as much room as named.
+    let len =
+        unsafe { bpf_load_hdr_opt(ctx.ops, option.as_mut_ptr().cast(), CLIENT_OPTION_LEN, flags) };
+    if len != i64::from(CLIENT_OPTION_LEN) {
+        return;
+    }
+    let Some((client, port)) = client_of(&option) else { return };
+    let [_, _, high, low] = read!(ctx.remote_port).to_ne_bytes();
+    // SAFETY: the storage is the socket's own, which nothing else has yet.
+    let Some(kept) = (unsafe { maps::made(socket).as_mut() }) else { return };
+    *kept = RevNat {
+        frontend: Address::v4(client),
+        backend: Address::v4(peer.to_ne_bytes()),
+        frontend_port: port,
+        backend_port: u16::from_be_bytes([high, low]),
+        layout: layout(),
+        naming: NOT_COUNTED,
+        backend_idx: 0,
+        generation: 0,
+    };
+    // The hook looks at sockets with a cookie alone.
+    // SAFETY: the context is valid.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+}
