@@ -5,8 +5,9 @@ use std::vec::Vec;
 
 use crate::{
     Address, CLIENT_EXPERIMENT, CLIENT_OPTION, Difference, IPPROTO_ICMP, IPPROTO_ICMPV6,
-    IPPROTO_TCP, IPPROTO_UDP, MAX_OPTIONS, Packet, Target, WINDOW_LEN, Window, append_client,
-    checksum_offset, client_of, finish, hop_limit, ip_header, parse, translate, translate_error,
+    IPPROTO_TCP, IPPROTO_UDP, MAX_OPTIONS, OptionWalk, Packet, Target, WINDOW_LEN, Window,
+    append_client, checksum_offset, client_of, finish, hop_limit, ip_header, parse, translate,
+    translate_error,
 };
 
 /// A packet of TCP or UDP.
