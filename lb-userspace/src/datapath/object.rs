@@ -70,19 +70,27 @@ pub fn processed_instructions(
 /// The same of one program.
 ///
 /// # Errors
-/// When the object has none of this name.
+/// When the object has none of this name, or the kernel refuses it.
 pub fn processed(
     ebpf: &mut Ebpf,
     name: &'static str,
 ) -> Result<(&'static str, Option<u32>), DatapathError> {
     let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
     let log = match without_descriptors(|| load_once(program)) {
-        Err(ProgramError::LoadError { verifier_log, .. }) => verifier_log.to_string(),
-        Ok(()) | Err(_) => String::new(),
+        Err(ProgramError::LoadError { io_error, verifier_log }) if is_accepted(&io_error) => {
+            verifier_log.to_string()
+        }
+        Err(source) => return Err(DatapathError::Program { program: name, source }),
+        Ok(()) => String::new(),
     };
     // `processed 14216 insns (limit 1000000) max_states_per_insn ...`
     let (_, count) = log.rsplit_once("processed ").unwrap_or_default();
     Ok((name, count.split(' ').next().and_then(|count| count.parse().ok())))
+}
+
+/// Whether a load without file descriptors failed for lack of one, so after the verifier.
+fn is_accepted(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EMFILE)
 }
 
 /// Runs `work` while this process can open nothing more.

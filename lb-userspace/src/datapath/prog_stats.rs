@@ -46,10 +46,11 @@ impl Cost {
 
 impl Datapath {
     /// The programs, each with how many instructions the verifier processed, on every path; from 5.16 on
-    /// as the kernel reports it, before by the verifier's log. `None` where there is neither.
+    /// as the kernel reports it for the units that run, else by the verifier's log. `None` where there is
+    /// neither.
     ///
     /// # Errors
-    /// When the kernel knows nothing of a program.
+    /// When the kernel refuses a program.
     pub fn verified_instructions(
         &mut self,
         options: &Options,
@@ -65,7 +66,7 @@ impl Datapath {
         };
         all.extend(self.intercept.processed_instructions(&self.pins)?);
         all.extend(self.edge.processed_instructions(&self.pins)?);
-        all.extend(self.names.verified_instructions(&sizes, &self.pins)?);
+        all.push(self.names.processed_instructions(&sizes, &self.pins)?);
         Ok(all)
     }
 

@@ -244,29 +244,19 @@ impl Names {
         }
     }
 
-    /// How many instructions the verifier processed for the program, as far as it runs here.
+    /// How many instructions the verifier processed for the program, by its log.
     ///
     /// # Errors
-    /// When the kernel knows nothing of it.
-    pub fn verified_instructions(
+    /// When the kernel refuses it.
+    pub fn processed_instructions(
         &self,
         sizes: &Sizes,
         pins: &Pins,
-    ) -> Result<Option<(&'static str, Option<u32>)>, DatapathError> {
-        let Ok(loaded) = &self.loaded else { return Ok(None) };
-        let program =
-            loaded.ebpf.program(PROGRAM).ok_or(DatapathError::Object { missing: PROGRAM })?;
-        let failed = |source| DatapathError::Program { program: PROGRAM, source };
-        let reported = program.info().map_err(failed)?.verified_instruction_count();
-        match reported {
-            Some(count) => Ok(Some((PROGRAM, Some(count)))),
-            None => {
-                let mut loader = loader(&names_shapes(sizes), pins);
-                loader.verifier_log_level(VerifierLogLevel::STATS);
-                let mut ebpf = loader.load(NAMES).map_err(DatapathError::Load)?;
-                processed(&mut ebpf, PROGRAM).map(Some)
-            }
-        }
+    ) -> Result<(&'static str, Option<u32>), DatapathError> {
+        let mut loader = loader(&names_shapes(sizes), pins);
+        loader.verifier_log_level(VerifierLogLevel::STATS);
+        let mut ebpf = loader.load(NAMES).map_err(DatapathError::Load)?;
+        processed(&mut ebpf, PROGRAM)
     }
 
     /// Detaches the program.
