@@ -8,8 +8,11 @@
 //!
 //! Messages: RFC 1035, section 4. EDNS: RFC 6891. Negative answers: RFC 2308.
 
+mod index;
+
 use core::hint::black_box;
 
+pub use index::NameIndexKey;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The length of a message's header, where the question begins.
@@ -141,8 +144,11 @@ pub struct NameRecord {
     pub queries: u64,
     /// When it answered the last one, in nanoseconds of CLOCK_MONOTONIC.
     pub last_query_ns: u64,
+    /// The [`NameKey::hash`] of the name, from when `NAMES` leads here until it doesn't any more: so that the index of
+    /// names isn't trusted about others. An earlier version writes 0, for which `NAMES` is asked.
+    pub check: u64,
     /// Zero.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 impl NameRecord {
@@ -337,12 +343,13 @@ pub struct NameQuery {
 }
 
 impl NameQuery {
-    /// Whether the type is one about which the answer is an address, or that there is none: others are
-    /// answered by SRV or by A, or refused.
+    /// Whether the answer is an address, or that there is none of this type: not one by SRV, if the name is a
+    /// service's, and not one that is refused.
     #[inline(always)]
-    pub fn is_about_addresses(&self) -> bool {
-        use record_type::{ANY, AXFR, IXFR, SRV};
-        !matches!(self.query_type, SRV | ANY | IXFR | AXFR)
+    pub fn is_about_addresses(&self, is_service: bool) -> bool {
+        use record_type::{AXFR, IXFR, SRV};
+        let is_refused = matches!(self.query_type, IXFR | AXFR);
+        !is_refused && !(is_service && self.query_type == SRV)
     }
 }
 
@@ -447,7 +454,8 @@ fn for_each_word(
 #[inline(always)]
 pub fn answer_len(query: &NameQuery, addresses: &NameAddresses) -> u32 {
     let record_len = match query.query_type {
-        record_type::A => A_LEN,
+        // As little as may be to ANY (RFC 8482, section 4.1).
+        record_type::A | record_type::ANY => A_LEN,
         record_type::AAAA if addresses.vip6.is_some() => AAAA_LEN,
         _ => SOA_LEN,
     };
@@ -464,7 +472,7 @@ pub fn answer(
 ) {
     let mut end = query.question_end;
     let n_answers = match query.query_type {
-        record_type::A => {
+        record_type::A | record_type::ANY => {
             put_a(message, end, addresses.vip, zone.ttl());
             end += A_LEN;
             1

@@ -110,7 +110,7 @@ fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
     let record = read.and_then(|read| {
         *query = read;
         maps::forget();
-        maps::record(key)
+        maps::record(skb, key)
     });
     // One that starts leaves queries in its sockets, and one that stops doesn't read them any more.
     let is_alive = control.is_ready() && now_ns < heartbeat_ns.saturating_add(NAMES_HEARTBEAT_NS);
@@ -125,10 +125,10 @@ fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
     }
     let is_wrong =
         control.is_detached() || max_age_ns != 0 && now_ns >= table_ns.saturating_add(max_age_ns);
-    let is_known = query.is_about_addresses();
+    let is_known = query.is_about_addresses(!is_probe);
     // The daemon explains what is wrong, as long as one runs.
     if !is_known || is_wrong && !is_probe {
-        let is_daemons = !is_probe && (is_alive || !is_known && !is_wrong);
+        let is_daemons = is_alive || !is_known && !is_wrong;
         return Decision::Fail { is_daemons };
     }
     // A query about a cold service is a demand for it.

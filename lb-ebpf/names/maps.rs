@@ -1,20 +1,21 @@
 //! The maps. `NAMES`, `NAME_RECORDS`, `NAMES_CONTROL` and `NAMES_COUNTERS` are pinned; `CONTROL` is the
 //! unit `connect`'s, by its pin. Each daemon fills the others before it attaches the program.
 
-use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MMAPABLE};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use core::arch::asm;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Address, Control, DEFAULT_MAX_SERVICES, FirstListener, ListenKey, MAX_ALLOWED, MAX_LISTEN,
-    N_CLIENT_ACCOUNTS, NameAddresses, NameKey, NameQuery, NameRecord, NameRef, NamesControl,
-    NamesCounters, NamesMode, ZoneWords,
+    Address, Control, DEFAULT_MAX_SERVICES, FirstListener, IndexBucket, ListenKey, MAX_ALLOWED,
+    MAX_LISTEN, N_CLIENT_ACCOUNTS, N_INDEX_BUCKETS, NameAddresses, NameIndexKey, NameKey,
+    NameQuery, NameRecord, NameRef, NamesControl, NamesCounters, NamesMode, ZoneWords,
 };
 
 use crate::clock::Clock;
 use crate::headers::Headers;
+use crate::skb::Skb;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
@@ -23,6 +24,12 @@ const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
 static NAMES: HashMap<NameKey, NameRef, N_SERVICES> = HashMap::new();
 #[btf_map]
 static NAME_RECORDS: Array<NameRecord, N_SERVICES, MMAPABLE> = Array::new();
+/// The index of names: see `lb_common::NameIndexKey`. Each daemon makes one for the program that it loads.
+#[btf_map]
+static NAME_INDEX: Array<IndexBucket, { N_INDEX_BUCKETS as usize }, MMAPABLE> = Array::new();
+/// The name that the index leads to, by its record.
+#[btf_map]
+static NAME_LABELS: Array<NameKey, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static NAMES_CONTROL: Array<NamesControl, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -209,19 +216,50 @@ impl ZoneWords for ControlPtr {
     }
 }
 
-/// See [`record`].
+/// A pointer to a record.
 #[derive(Clone, Copy)]
 pub struct RecordPtr(*mut NameRecord);
 
-/// A name's record.
+/// The record of the name in [`Scratch`].
 #[inline(always)]
-pub fn record(key: &NameKey) -> Option<RecordPtr> {
-    let found = NAMES.get_ptr(key)?;
+pub fn record(skb: &Skb, key: &NameKey) -> Option<RecordPtr> {
+    let indexed = indexed(key);
+    if indexed.is_some() {
+        return indexed;
+    }
+    NAME_RECORDS.get_ptr_mut(nohop_names_record(skb.0) as u32).map(RecordPtr)
+}
+
+/// A name's record, by the index.
+#[inline(always)]
+fn indexed(key: &NameKey) -> Option<RecordPtr> {
+    let hash = key.hash();
+    let index_key = NameIndexKey::of(hash);
+    let bucket = NAME_INDEX.get_ptr(index_key.bucket)?;
+    // SAFETY: an array's element stays; the daemon replaces each word by one store, and the loads are aligned.
+    let candidate = index_key.candidate(unsafe { bucket.read_volatile() });
+    let label = NAME_LABELS.get_ptr(candidate)?.cast::<[u64; 8]>();
+    let record = RecordPtr(NAME_RECORDS.get_ptr_mut(candidate)?);
+    // SAFETY: as above. The daemon writes the name before anything leads to the record, and `check` with it, which it
+    // takes back before it waits for the readers' end.
+    let (label, check) =
+        unsafe { (label.read_volatile(), (&raw const (*record.0).check).read_volatile()) };
+    (check == hash && key.is(label)).then_some(record)
+}
+
+/// Where the record is of the name in [`Scratch`], by the hash; `u32::MAX` where there is none.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_names_record(ctx: *mut __sk_buff) -> u64 {
+    // The compiler passes no argument that isn't used, and the verifier wants them all.
+    let _ = Skb(ctx).len();
+    let Some(Scratch { key, .. }) = scratch() else { return u32::MAX.into() };
+    let Some(found) = NAMES.get_ptr(key) else { return u32::MAX.into() };
     // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as
     // the one word that it is. The daemon inserts nothing between a deletion and the end of the readers
     // that may have seen the element, so the word is this name's.
     let found: NameRef = zerocopy::transmute!(unsafe { found.cast::<u64>().read_volatile() });
-    NAME_RECORDS.get_ptr_mut(found.record).map(RecordPtr)
+    found.record.into()
 }
 
 impl RecordPtr {

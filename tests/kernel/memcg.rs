@@ -189,6 +189,40 @@ pub fn maps_are_charged_to_none() {
     assert!(none.by_sockets < 200_000, "{}", none.by_sockets);
 }
 
+/// The growth of a memory cgroup's usage by a daemon in it that creates the maps of the unit `names` alone, in
+/// bytes.
+///
+/// # Errors
+/// Why there can't be a memory cgroup here.
+fn growth_by_names(map_creator: Option<PathBuf>) -> Result<i64, &'static str> {
+    let mut place = Place::new();
+    place.options.datapath.max_services = 65_536;
+    place.options.map_creator = Some("/proc/self/exe".into());
+    drop(place.start_attached());
+    for map in ["NAMES", "NAME_RECORDS", "NAMES_CONTROL", "NAMES_COUNTERS"] {
+        fs::remove_file(place.pin(&format!("v3/maps/{map}"))).unwrap();
+    }
+    place.options.map_creator = map_creator;
+    let memory = MemoryCgroup::enter()?;
+    let before = memory.usage();
+    let mut datapath = place.start();
+    let growth = memory.usage() - before;
+    memory.leave();
+    datapath.detach();
+    Ok(growth)
+}
+
+/// Those of the unit `names` are created by the same program, also where they alone aren't there.
+pub fn maps_of_names_are_charged_to_none() {
+    let own = match growth_by_names(None) {
+        Ok(own) => own,
+        Err(reason) => return crate::skip(reason),
+    };
+    let none = growth_by_names(Some("/proc/self/exe".into())).unwrap();
+    // NAME_RECORDS has 4 MB, NAMES 8.
+    assert!(own > none + 10_000_000, "{own} {none}");
+}
+
 /// A program that fails is no reason not to start: the daemon's own cgroup is charged, and `status`
 /// names why.
 pub fn a_charge_is_reported() {

@@ -25,6 +25,7 @@ pub const A: u16 = 1;
 pub const AAAA: u16 = 28;
 pub const SRV: u16 = 33;
 pub const HTTPS: u16 = 65;
+pub const ANY: u16 = 255;
 
 /// For what must come.
 pub const LONG: Duration = Duration::from_secs(20);
@@ -185,6 +186,7 @@ pub fn are_answered() {
                 // The other length of a name: the rest of the message begins at an odd place.
                 assert_eq!(ask(server, "cold.service", A, opt), OTHER_VIP.to_string());
                 assert_eq!(ask(server, "cold.service", AAAA, opt), "no data, [01, 02, 03, 04]");
+                assert_eq!(ask(server, "web.service", ANY, opt), VIP.to_string());
                 // Without a daemon, and without a socket.
                 assert_eq!(ask(server, "web.service", SRV, opt), "code 2");
                 assert_eq!(ask(server, "other.service", A, opt), "code 2");
@@ -196,7 +198,7 @@ pub fn are_answered() {
             assert_eq!(ask(other, "web.service", A, false), "ConnectionRefused");
         }
         let counters = datapath.names_counters();
-        assert_eq!((counters.answered, counters.failed, counters.broken), (20, 16, 0));
+        assert_eq!((counters.answered, counters.failed, counters.broken), (24, 16, 0));
         assert_eq!(datapath.active_since_last(), ["cold".into(), "web".into()]);
         assert!(datapath.active_since_last().is_empty());
     });
@@ -288,6 +290,32 @@ pub fn follow_the_table_and_the_daemon() {
         assert_eq!(ask(server, "web.service", AAAA, false), "no data, [01, 02, 03, 04]");
         datapath.apply(&table(vec![])).unwrap();
         passes("web.service");
+    });
+}
+
+/// Where it can't be attached the daemon answers, and `status` has the reason; once it can, it is.
+pub fn where_it_is_refused() {
+    inside(|| {
+        let place = Place::new();
+        let mut datapath = place.start();
+        datapath.apply(&names()).unwrap();
+        // What isn't a link is another's.
+        let pin = place.pin("v3/links/nohop_names_1");
+        std::fs::create_dir_all(&pin).unwrap();
+        datapath.configure_names(settings(PORT));
+        let state = |datapath: &Datapath| {
+            let unit = unit(datapath, "names").unwrap();
+            (unit.state, unit.reason.unwrap_or_default())
+        };
+        let (failed, reason) = state(&datapath);
+        assert_eq!(failed, UnitState::Failed);
+        assert!(reason.starts_with("it can't be attached to lo: "), "{reason}");
+        let web = || ask((Ipv4Addr::LOCALHOST, PORT).into(), "web.service", A, false);
+        assert_eq!(web(), "ConnectionRefused", "left to the daemon");
+        std::fs::remove_dir(&pin).unwrap();
+        datapath.fix();
+        assert_eq!(state(&datapath), (UnitState::Attached, String::new()));
+        assert_eq!(web(), VIP.to_string());
     });
 }
 
@@ -398,6 +426,11 @@ pub fn pass_where_answers_get_lost() {
         let reason =
             |datapath: &Datapath| unit(datapath, "names").unwrap().reason.unwrap_or_default();
         assert_eq!((probe(&mut datapath), reason(&datapath)), ((0, 2), String::new()));
+        // A client that asks for it gets an address, and no other data.
+        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
+        let probed = |kind| ask(server, "_nohop-probe.service", kind, false);
+        assert_eq!([A, ANY].map(probed), ["192.0.2.53", "192.0.2.53"]);
+        assert_eq!([AAAA, SRV].map(probed), ["no data, [01, 02, 03, 04]"; 2]);
         // Nobody else's: it is asked for on standby, and isn't counted.
         datapath.heartbeat(None);
         datapath
@@ -420,7 +453,6 @@ pub fn pass_where_answers_get_lost() {
         if !nft(&rules) {
             return crate::skip("needs nft, and a kernel with connection tracking");
         }
-        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
         assert_eq!((probe(&mut datapath), reason(&datapath)), ((2, 2), String::new()), "once");
         assert_eq!(probe(&mut datapath), (2, 2));
         assert!(reason(&datapath).contains("127.0.0.1:5399 don't arrive"), "{}", reason(&datapath));

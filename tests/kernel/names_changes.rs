@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use lb_common::{INDEX_WAYS, NameIndexKey, NameKey};
 use lb_userspace::datapath::NamesSettings;
 use lb_userspace::table::{Service, Table};
 
@@ -138,6 +139,54 @@ pub fn a_full_map() {
         datapath.apply(&of(&rest)).unwrap();
         assert_eq!(found(&names), rest);
         assert_eq!(unit(&datapath, "names").unwrap().reason, None);
+    });
+}
+
+/// More names than the index has room for in a bucket, by the program of the daemon that has inserted them and of
+/// the next one. An earlier daemon's program has an index that nothing keeps, and so finds what has changed by
+/// the hash.
+pub fn in_one_bucket() {
+    inside(|| {
+        let place = Place::new();
+        let bucket =
+            |name: &str| NameIndexKey::of(NameKey::of(name.as_bytes()).unwrap().hash()).bucket;
+        let all = (0..).map(|n| format!("n{n}")).filter(|name| bucket(name) == bucket("n0"));
+        let labels: Vec<String> = all.take(INDEX_WAYS + 2).collect();
+        let of = |wanted: &[(usize, u16)]| -> Table {
+            let each = wanted.iter();
+            let each = each.map(|&(n, table)| service(&labels[n], address(n as u16, table), &[]));
+            table(each.collect())
+        };
+        let found = || -> Vec<String> {
+            labels.iter().map(|name| ask(server(), &format!("{name}.service"), A, false)).collect()
+        };
+        let expected = |wanted: &[(usize, u16)]| -> Vec<String> {
+            let address_of = |n| {
+                let &(_, table) = wanted.iter().find(|(name, _)| *name == n)?;
+                Some(address(n as u16, table).to_string())
+            };
+            (0..labels.len()).map(|n| address_of(n).unwrap_or("code 2".into())).collect()
+        };
+        let first: Vec<_> = (0..labels.len()).map(|n| (n, 0)).collect();
+        let mut datapath = place.start();
+        datapath.apply(&of(&first)).unwrap();
+        datapath.configure_names(settings(PORT));
+        assert_eq!(found(), expected(&first));
+        drop(datapath);
+
+        // Two are gone, and give their records to others' new addresses; two have moved.
+        let mut datapath = place.start();
+        assert_eq!(found(), expected(&first), "by the earlier daemon's program");
+        for wanted in [&[(1, 0), (3, 1), (4, 0), (5, 1)][..], &[(0, 2), (1, 0), (2, 2), (5, 3)]] {
+            datapath.apply(&of(wanted)).unwrap();
+            assert_eq!(found(), expected(wanted), "by the earlier daemon's program");
+        }
+        datapath.configure_names(settings(PORT));
+        for wanted in [&[(0, 2), (1, 0), (2, 2), (5, 3)][..], &first, &[(5, 3)], &first] {
+            datapath.apply(&of(wanted)).unwrap();
+            assert_eq!(found(), expected(wanted));
+        }
+        datapath.detach();
     });
 }
 

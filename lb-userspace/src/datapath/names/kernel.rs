@@ -12,7 +12,8 @@ use aya::maps::MapData;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use ipnet::IpNet;
 use lb_common::{
-    FirstListener, ListenKey, NameKey, NameRecord, NameRef, PROBE_ADDRESS, PROBE_LABEL,
+    FirstListener, IndexBucket, ListenKey, NameIndexKey, NameKey, NameRecord, NameRef,
+    PROBE_ADDRESS, PROBE_LABEL,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -26,6 +27,7 @@ use super::table::NameMaps;
 pub struct KernelNames {
     names: Hash<NameKey, NameRef>,
     records: Arc<AtomicArray<NameRecord>>,
+    index: NameIndex,
     program_wait: Option<ProgramWait>,
 }
 
@@ -38,6 +40,10 @@ impl KernelNames {
         Ok(KernelNames {
             names: take_hash(ebpf, "NAMES")?,
             records: AtomicArray::take(ebpf, "NAME_RECORDS")?,
+            index: NameIndex {
+                buckets: AtomicArray::take(ebpf, "NAME_INDEX")?,
+                labels: AtomicArray::take(ebpf, "NAME_LABELS")?,
+            },
             program_wait: ProgramWait::new().ok(),
         })
     }
@@ -64,6 +70,34 @@ impl KernelNames {
     }
 }
 
+/// The index of names, and the names that it leads to.
+#[derive(Debug)]
+struct NameIndex {
+    buckets: Arc<AtomicArray<IndexBucket>>,
+    labels: Arc<AtomicArray<NameKey>>,
+}
+
+impl NameIndex {
+    /// Inserts a name that isn't there, if there is room.
+    fn insert(&self, key: &NameKey, record: u32) {
+        self.replace(key, 0, NameIndexKey::of(key.hash()).word(record));
+    }
+
+    /// Removes a name, if it is there.
+    fn remove(&self, key: &NameKey, record: u32) {
+        self.replace(key, NameIndexKey::of(key.hash()).word(record), 0);
+    }
+
+    /// Replaces a word of a name's bucket by one store.
+    fn replace(&self, key: &NameKey, old: u64, new: u64) {
+        let NameIndexKey { bucket, .. } = NameIndexKey::of(key.hash());
+        let words = self.buckets.load(bucket).words;
+        if let Some(way) = words.iter().position(|&word| word == old) {
+            self.buckets.store_field(bucket, way * size_of::<u64>(), &new);
+        }
+    }
+}
+
 /// How often a record's name was answered.
 pub fn queries(records: &AtomicArray<NameRecord>, record: u32) -> u64 {
     records.load_field(record, offset_of!(NameRecord, queries))
@@ -71,14 +105,26 @@ pub fn queries(records: &AtomicArray<NameRecord>, record: u32) -> u64 {
 
 impl NameMaps for KernelNames {
     fn insert(&mut self, key: NameKey, target: NameRef) -> io::Result<()> {
-        self.names.insert(Plain(key), Plain(target), 0).map_err(io_error)
+        self.names.insert(Plain(key), Plain(target), 0).map_err(io_error)?;
+        self.index(&key, target.record);
+        Ok(())
     }
 
-    fn remove(&mut self, key: &NameKey) -> io::Result<()> {
+    fn index(&mut self, key: &NameKey, record: u32) {
+        self.index.labels.store(record, key);
+        self.records.store_field(record, offset_of!(NameRecord, check), &key.hash());
+        self.index.insert(key, record);
+    }
+
+    fn remove(&mut self, key: &NameKey, record: u32) -> io::Result<()> {
         match self.names.remove(&Plain(*key)).map_err(io_error) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
+        // Also for an earlier daemon's program, which has an index of its own.
+        self.records.store_field(record, offset_of!(NameRecord, check), &0u64);
+        self.index.remove(key, record);
+        Ok(())
     }
 
     fn write(&mut self, record: u32, value: &NameRecord) {

@@ -549,6 +549,9 @@ fn loader(shapes: &[MapShape], pins: &Pins) -> EbpfLoader<'static> {
     let mut loader = EbpfLoader::new();
     for MapShape { name, max_entries, .. } in shapes {
         loader.map_max_entries(name, *max_entries).map_pin_path(name, pins.maps().join(name));
+        if *name == "NAME_RECORDS" {
+            loader.map_max_entries("NAME_LABELS", *max_entries);
+        }
     }
     loader.map_pin_path("CONTROL", pins.maps().join("CONTROL"));
     loader
@@ -620,7 +623,7 @@ pub fn answered(
     let mut key = NameKey { octets: [0; 64] };
     let query = read_query(message, message.len() as u32, &zone, &mut key)?;
     let ((vip, vip6), flags) = table::answered(table.services.get(&*table::label(&key))?);
-    if flags & NameRecord::COLD != 0 || !query.is_about_addresses() {
+    if flags & NameRecord::COLD != 0 || !query.is_about_addresses(true) {
         return None;
     }
     let vip6 = (flags & NameRecord::HAS_VIP6 != 0).then(|| vip6.octets());

@@ -23,11 +23,14 @@ pub trait NameMaps {
     /// When the kernel refuses, such as E2BIG for a full map.
     fn insert(&mut self, key: NameKey, target: NameRef) -> io::Result<()>;
 
-    /// Makes a name lead nowhere; one that is absent is no error.
+    /// Has a name found faster that leads to this record already: an earlier daemon inserted it.
+    fn index(&mut self, key: &NameKey, record: u32);
+
+    /// Makes a name lead nowhere that led to this record; one that is absent is no error.
     ///
     /// # Errors
     /// When the kernel refuses; then nothing has changed.
-    fn remove(&mut self, key: &NameKey) -> io::Result<()>;
+    fn remove(&mut self, key: &NameKey, record: u32) -> io::Result<()>;
 
     /// Writes a record that no reader knows yet, and resets its counters.
     fn write(&mut self, record: u32, value: &NameRecord);
@@ -89,10 +92,11 @@ impl<M: NameMaps> NameTable<M> {
             let NameRecord { vip, flags, vip6, .. } = maps.record(record);
             // The records are others than those that the name was written with.
             if vip == [0; 4] || record >= capacity {
-                maps.remove(&key)?;
+                maps.remove(&key, record)?;
                 has_removed = true;
                 continue;
             }
+            maps.index(&key, record);
             let name = label(&key);
             mapped.insert(name, MappedName { record, addresses: (vip.into(), vip6.into()), flags });
         }
@@ -221,7 +225,7 @@ impl<M: NameMaps> NameTable<M> {
         else {
             return Ok(());
         };
-        self.maps.remove(&key)?;
+        self.maps.remove(&key, mapped.record)?;
         self.quarantine.push(mapped.record);
         self.has_removed = true;
         self.mapped.remove(name);

@@ -9,6 +9,8 @@ use crate::table::{Ports, Protocols};
 #[derive(Debug, Default)]
 struct Model {
     names: BTreeMap<[u8; 64], u32>,
+    /// The names that are found faster.
+    indexed: BTreeMap<[u8; 64], u32>,
     records: BTreeMap<u32, NameRecord>,
     /// Records that a reader may have found by a name that is gone.
     readers: BTreeSet<u32>,
@@ -27,14 +29,22 @@ impl NameMaps for Model {
         assert!(!self.has_removed, "a reader may find another name's element");
         assert!(self.records.contains_key(&record), "a name leads to a record that isn't written");
         assert_eq!(self.names.insert(key.octets, record), None, "inserted twice");
+        self.index(&key, record);
         Ok(())
     }
 
-    fn remove(&mut self, key: &NameKey) -> io::Result<()> {
+    fn index(&mut self, key: &NameKey, record: u32) {
+        assert_eq!(self.names.get(&key.octets), Some(&record), "another record");
+        assert_eq!(self.indexed.insert(key.octets, record), None, "indexed twice");
+    }
+
+    fn remove(&mut self, key: &NameKey, record: u32) -> io::Result<()> {
         if self.fails {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         let removed = self.names.remove(&key.octets);
+        assert!(removed.is_none_or(|removed| removed == record), "of another record");
+        self.indexed.remove(&key.octets);
         self.readers.extend(removed);
         self.has_removed = true;
         Ok(())
@@ -134,6 +144,7 @@ fn what_an_earlier_daemon_left_is_taken_over() {
     let mut names = new(4);
     names.apply(&table([service("a", 1, Watch::Live), service("b", 2, Watch::Live)]));
     let record = names.records().find(|(name, _)| ***name == *"a").unwrap().1;
+    names.maps.indexed.clear();
     let mut names = NameTable::adopt(names.maps, 4).unwrap();
     assert_eq!((shown(&names), names.is_behind()), (vec!["a 1 v6".into(), "b 2".into()], false));
     names.apply(&table([service("a", 1, Watch::Live), service("c", 3, Watch::Live)]));
@@ -188,8 +199,10 @@ proptest! {
                 prop_assert_eq!(rest, format!("{last}{vip6}{cold}"));
             }
             if restarts {
-                // Readers are gone long before another daemon runs.
+                prop_assert_eq!(&names.maps.indexed, &names.maps.names);
+                // Readers are gone long before another daemon runs, which has an index of its own.
                 names.maps.synchronize_rcu();
+                names.maps.indexed.clear();
                 names = NameTable::adopt(names.maps, 5).unwrap();
             }
         }
