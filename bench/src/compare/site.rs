@@ -250,7 +250,7 @@ impl Daemon {
         samples.add(Quantity::ForwardedCpu, cpu_us);
         let Some(rate) = forwarded_rate else { return Ok(()) };
         let arguments = format!("{CLIENTS} -l {DNS_SECONDS} -Q {rate:.0}");
-        let (summary, [_, p99_us]) = dnsperf::query_and_list(at, &others, &arguments)?;
+        let (summary, p99_us) = dnsperf::query_and_list(at, &others, &arguments)?;
         ensure!(
             summary.rate() > 0.9 * rate,
             "less than {rate:.0} forwarded queries a second in a turn"

@@ -6,6 +6,8 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
 use crate::figures::{Figures, Goal};
 
 pub const CASES: [&str; 4] = ["TCP, with names", "TCP", "datagrams, with names", "datagrams"];
@@ -32,11 +34,19 @@ pub fn measure(n_rounds: usize, n_calls: usize, unshare: fn()) -> Figures {
     });
     let without = Without { work, result };
     let mut figures = Figures::of(CASES.into_iter());
-    for _ in 0..n_rounds {
+    for round in 0..n_rounds {
         let pair = |job: fn(usize) -> f64| {
-            without.work.send(job).expect("the thread runs");
-            let other = without.result.recv().expect("the thread runs");
-            [job(n_calls), other]
+            let other = || {
+                without.work.send(job).expect("the thread runs");
+                without.result.recv().expect("the thread runs")
+            };
+            // Neither is always the first.
+            if round % 2 == 0 {
+                let other = other();
+                [job(n_calls), other]
+            } else {
+                [job(n_calls), other()]
+            }
         };
         figures.add([pair(transfer), pair(exchange)].into_iter().flatten());
     }
@@ -64,8 +74,13 @@ fn transfer(n_calls: usize) -> f64 {
     started.elapsed().as_nanos() as f64 / n_calls as f64
 }
 
-/// The time that a datagram takes from one socket to another of this thread, in ns.
+/// The time that a datagram takes from one socket to another of this thread, in ns. On one processor, since others
+/// may be slower or busier.
 fn exchange(n_calls: usize) -> f64 {
+    let all = sched_getaffinity(None).expect("a thread has processors");
+    let mut first = CpuSet::new();
+    first.set((0..CpuSet::MAX_CPU).find(|&cpu| all.is_set(cpu)).expect("it has one"));
+    sched_setaffinity(None, &first).expect("it may run there");
     let [from, to] = [(); 2].map(|()| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket"));
     from.connect(to.local_addr().expect("it is bound")).expect("it is connected");
     let mut bytes = [7; 64];
@@ -75,5 +90,7 @@ fn exchange(n_calls: usize) -> f64 {
         from.send(&bytes).expect("it is sent");
         to.recv(&mut bytes).expect("it came");
     }
-    started.elapsed().as_nanos() as f64 / n_datagrams as f64
+    let took = started.elapsed();
+    sched_setaffinity(None, &all).expect("it may run anywhere again");
+    took.as_nanos() as f64 / n_datagrams as f64
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod dnsperf;
 pub(crate) mod site;
+mod stub;
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -98,7 +99,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     draft.note(
         "each server has the first processor for itself, dnsperf the second one, but for \
          `from both processors`, where it has two threads that share the server's; what the kernel \
-         answers takes the client's time; the resolver that is forwarded to shares dnsperf's",
+         answers takes the client's time; the resolver that is forwarded to shares dnsperf's; at 2,000 \
+         queries/s the client is one thread, as an application's resolver, on dnsperf's processor",
     );
     draft.finish();
     judge(&mut draft, &plan);
@@ -162,12 +164,11 @@ fn zone(
             }
         }
     }
-    let questions = |site: &Site| Ok(site.questions().to_owned());
-    at_rate(draft, &sites, &condition, plan, progress, questions);
+    at_rate(draft, &sites, &condition, plan, progress, |site| Ok(site.questions().to_owned()));
     for round in 0..plan.n_rounds {
         for site in draft.shuffled(&sites) {
             progress.step(&format!("{condition}, calm: {}", site.name));
-            let waits_us = waits(draft, site, &condition, CALM_RATE, plan, questions);
+            let waits_us = calm_waits(draft, site, &condition, plan);
             draft.add(P50_CALM, &condition, site.name, round, waits_us.map(|[p50, _]| p50));
             draft.add(P99_CALM, &condition, site.name, round, waits_us.map(|[_, p99]| p99));
         }
@@ -198,8 +199,8 @@ fn at_rate(
     for round in 0..plan.n_rounds {
         for site in draft.shuffled(sites) {
             progress.step(&format!("{condition}: {}", site.name));
-            let waits_us = waits(draft, site, &condition, fixed.rate, plan, &questions);
-            draft.add(P99, &condition, site.name, round, waits_us.map(|[_, p99]| p99));
+            let p99_us = p99_at(draft, site, &condition, fixed.rate, plan, &questions);
+            draft.add(P99, &condition, site.name, round, p99_us);
         }
     }
 }
@@ -231,21 +232,34 @@ fn saturate(
     }
 }
 
-/// How long half of the queries wait at most and the slowest hundredth at least, in microseconds, at this
-/// rate; `None` for a server that doesn't keep up with it.
-fn waits(
+/// How long half of the queries of an application wait at most and the slowest hundredth at least, in
+/// microseconds, while it is calm.
+fn calm_waits(draft: &mut Draft, site: &Site, condition: &str, plan: &Plan) -> Option<[f64; 2]> {
+    let (host, server) = (site.client_host(), site.address);
+    match stub::waits_us(host, server, site.questions(), CALM_RATE, plan.seconds) {
+        Ok(waits_us) => Some(waits_us),
+        Err(error) => {
+            draft.failed(site.name, condition, &error);
+            None
+        }
+    }
+}
+
+/// How long the slowest hundredth of the queries waits at least, in microseconds, at this rate; `None` for a
+/// server that doesn't keep up with it.
+fn p99_at(
     draft: &mut Draft,
     site: &Site,
     condition: &str,
     rate: f64,
     plan: &Plan,
     questions: impl Fn(&Site) -> Result<PathBuf>,
-) -> Option<[f64; 2]> {
+) -> Option<f64> {
     let arguments = format!("{CLIENTS} -t 2 -l {} -Q {rate:.0}", plan.seconds);
     let asked = questions(site)
         .and_then(|questions| dnsperf::query_and_list(site.at(), &questions, &arguments));
     match asked {
-        Ok((summary, waits_us)) if summary.rate() >= KEPT_UP * rate => Some(waits_us),
+        Ok((summary, p99_us)) if summary.rate() >= KEPT_UP * rate => Some(p99_us),
         Ok(_) => {
             draft.note(format!(
                 "{}, {condition}: too slow in a round, which has no latency",

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use testbed::cmd;
 use testbed::consul::Consul;
-use testbed::net::ExecContext;
+use testbed::net::{ExecContext, Host};
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
@@ -104,6 +104,11 @@ impl Site {
     /// When they can't be written.
     pub fn questions_of_others(&self, n_names: usize) -> Result<PathBuf> {
         write_questions((0..n_names).map(service_name), self.files.path(), "example")
+    }
+
+    /// The host that queries come from.
+    pub fn client_host(&self) -> &Host {
+        self.node.client_host()
     }
 
     /// Where queries come from, and the address.
