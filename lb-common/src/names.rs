@@ -349,7 +349,8 @@ impl NameQuery {
     pub fn is_about_addresses(&self, is_service: bool) -> bool {
         use record_type::{AXFR, IXFR, SRV};
         let is_refused = matches!(self.query_type, IXFR | AXFR);
-        !is_refused && !(is_service && self.query_type == SRV)
+        let is_by_srv = is_service && self.query_type == SRV;
+        !is_refused && !is_by_srv
     }
 }
 
