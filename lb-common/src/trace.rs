@@ -72,6 +72,102 @@ pub struct TraceEvent {
     pub error: u32,
 }
 
+/// What the unit `edge` sends to the daemon through its map `TRACE`: a flow begins, is refused or ends.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct FlowEvent {
+    /// The flow's [`flow_cookie`].
+    pub cookie: u64,
+    /// When, in nanoseconds of CLOCK_MONOTONIC.
+    pub at_ns: u64,
+    /// The packets of both directions until then.
+    pub packets: u64,
+    /// Their bytes, from the IP header on.
+    pub bytes: u64,
+    /// The client.
+    pub client: Address,
+    /// What it sends to.
+    pub vip: Address,
+    /// Where its packets go; unspecified where it is refused, as the source.
+    pub backend: Address,
+    /// From where they go there.
+    pub source: Address,
+    /// The client's port.
+    pub client_port: u16,
+    /// The VIP's.
+    pub vip_port: u16,
+    /// The backend's.
+    pub backend_port: u16,
+    /// That of the source address.
+    pub source_port: u16,
+    /// The index into `SERVICES`; `u32::MAX` where there is none.
+    pub service: u32,
+    /// The protocol number.
+    pub protocol: u8,
+    /// A [`FlowEventKind`].
+    pub kind: u8,
+    /// Of a flow that begins the number of a [`ChoiceReason`](crate::ChoiceReason), of one that is refused that
+    /// of an [`EdgeCounter`](crate::EdgeCounter), of one that ends a [`FlowEnd`].
+    pub reason: u8,
+    /// A [`FlowState`](crate::FlowState).
+    pub state: u8,
+}
+
+/// What happened to a flow.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowEventKind {
+    /// Its first packet was sent on.
+    Begun = 1,
+    /// Its first packet was dropped, or answered by the edge.
+    Refused = 2,
+    /// It is over.
+    Ended = 3,
+}
+
+/// Why a flow is over.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowEnd {
+    /// Both sides closed it.
+    Closed = 1,
+    /// The client reset it.
+    ClientReset = 2,
+    /// The backend did.
+    BackendReset = 3,
+    /// The backend refused the client's SYN.
+    Refused = 4,
+    /// Its timeout.
+    Timeout = 5,
+    /// Another flow needed its record.
+    Taken = 6,
+    /// Another flow of the same client's port replaced it: the client connects again, or its backend has left.
+    Replaced = 7,
+}
+
+impl FlowEnd {
+    /// As `nohop trace` shows it.
+    pub const fn name(number: u8) -> &'static str {
+        match number {
+            1 => "closed",
+            2 => "reset by the client",
+            3 => "reset by the backend",
+            4 => "refused by the backend",
+            5 => "timed out",
+            6 => "its place was needed",
+            7 => "replaced by a new flow",
+            _ => "unknown",
+        }
+    }
+}
+
+/// By what a flow is sampled ([`is_sampled`]): the same for all events of it.
+#[inline(always)]
+pub fn flow_cookie(client: &Address, client_port: u16, vip_port: u16) -> u64 {
+    let [high, low] = client.words();
+    high ^ low ^ (client_port as u64) << 16 ^ vip_port as u64
+}
+
 /// What became of a connection.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +204,7 @@ pub enum RefusalReason {
 
 const _: () = {
     assert!(size_of::<TraceSwitch>() == 16);
+    assert!(size_of::<FlowEvent>() == 112);
     assert!(size_of::<TraceEvent>() == 96 && offset_of!(TraceEvent, comm) == 72);
 };
 

@@ -2,9 +2,9 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use lb_common::{
-    Address, Algorithm, BackendWords as _, EdgeCounter, Family, FlowWord, IPPROTO_TCP, Netns,
-    PortPlace, Question, Reach, ServiceWords as _, TCP_RST, Tables as _, first_group, hop_limit,
-    is_expired, is_first_syn, unpack,
+    Address, Algorithm, BackendWords as _, EdgeCounter, Family, FlowEnd, FlowWord, IPPROTO_TCP,
+    Netns, PortPlace, Question, Reach, ServiceWords as _, TCP_RST, Tables as _, first_group,
+    hop_limit, is_expired, is_first_syn, unpack,
 };
 
 use crate::choice::Kernel;
@@ -13,7 +13,7 @@ use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
 use crate::forward;
 use crate::maps::{self, count};
 use crate::skb::Skb;
-use crate::{hops, outcomes, reset, tables};
+use crate::{hops, outcomes, reset, tables, trace};
 
 /// What becomes of a packet instead of a flow: it goes on as it came. No [`Found`] has these numbers.
 pub const PASS: u64 = 0;
@@ -43,11 +43,11 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
         return service;
     }
     if reset::nohop_edge_is_sound(skb.0) == 0 {
-        count(EdgeCounter::BadChecksum);
+        trace::refused(EdgeCounter::BadChecksum);
         return DROP;
     }
     if !over.is_none() {
-        nohop_edge_end(over.record().into());
+        nohop_edge_end(over.record().into(), FlowEnd::Replaced as u64);
         outcomes::apply();
     }
     let backend = nohop_edge_choose(service - 1);
@@ -81,19 +81,19 @@ extern "C" fn nohop_edge_admit() -> u64 {
         if !maps::is_vip(packet) {
             return PASS;
         }
-        count(EdgeCounter::NoFrontend);
+        trace::refused(EdgeCounter::NoFrontend);
         return DROP;
     };
     if packet.protocol == IPPROTO_TCP && !is_first_syn(packet.tcp_flags) {
         if packet.tcp_flags & TCP_RST != 0 {
             return DROP;
         }
-        count(EdgeCounter::UnknownFlow);
+        trace::refused(EdgeCounter::UnknownFlow);
         return RESET;
     }
     // Before it is a connection without an answer, by which anyone could have a backend ejected.
     if hop_limit(&scratch.window, packet.is_ipv6 != 0) <= 1 {
-        count(EdgeCounter::HopLimit);
+        trace::refused(EdgeCounter::HopLimit);
         return EXPIRED;
     }
     scratch.shows_client = service.shows_client != 0 && packet.is_ipv6 == 0;
@@ -111,7 +111,7 @@ fn refused() -> u64 {
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_refuse(service: u64) -> u64 {
-    count(EdgeCounter::NoBackend);
+    trace::refused(EdgeCounter::NoBackend);
     maps::count_no_backend(service as u32);
     refused()
 }
@@ -133,13 +133,13 @@ extern "C" fn nohop_edge_reserve() -> u64 {
     }
     if claimed == flows::ONLY_PENDING {
         if nohop_edge_is_flooded() != 0 {
-            count(EdgeCounter::SynFlood);
+            trace::refused(EdgeCounter::SynFlood);
             return DROP;
         }
         claimed = nohop_edge_claim(now_ms, 1);
     }
     if claimed == 0 || claimed == flows::ONLY_PENDING {
-        count(EdgeCounter::TableFull);
+        trace::refused(EdgeCounter::TableFull);
         return refused();
     }
     claimed
@@ -156,10 +156,11 @@ extern "C" fn nohop_edge_begun(record_idx: u64, service: u64, begun: u64) -> u64
     }
     if begun == 0 {
         record.add_claims(-1);
-        count(EdgeCounter::NoPort);
+        trace::refused(EdgeCounter::NoPort);
         return refused();
     }
     count(EdgeCounter::Begun);
+    trace::begun(record, record_idx as u32);
     tables::count_connect(service as u32, record.backend_idx());
     if record.word().protocol == IPPROTO_TCP {
         outcomes::begun(record);
@@ -194,12 +195,14 @@ extern "C" fn nohop_edge_choose(service: u64) -> u64 {
         _ => 0,
     };
     let question = Question { service, reach, group, range, key, is_udp_connect: false, is_tcp };
-    let (backend_idx, _) = unpack(Kernel.choose_for(question));
+    let (backend_idx, reason) = unpack(Kernel.choose_for(question));
+    scratch.choice = reason.0.into();
     let Some(backend) = tables::backend(backend_idx) else { return 0 };
     if backend.backend().port == 0 { 0 } else { u64::from(backend_idx) + 1 }
 }
 
-/// Whether a backend is on this host.
+/// Whether a backend is on this host. To an address that there is no route to the kernel's answer is the same as to
+/// one of the host.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_is_local(ctx: *mut __sk_buff, backend_idx: u64) -> u64 {
@@ -211,7 +214,8 @@ extern "C" fn nohop_edge_is_local(ctx: *mut __sk_buff, backend_idx: u64) -> u64 
     let (from, to) = (packet.source, backend.backend().address);
     // Of any length.
     let route = forward::route(ctx, &mut scratch.fib, packet, 0, &from, &to);
-    (route == Route::Local).into()
+    scratch.target.destination = to;
+    (route == Route::Local && maps::is_own(&scratch.target.destination)).into()
 }
 
 /// Inserts a flow with the record that was claimed. Returns a [`Found`]; 0 where no port was free, or [`DROP`].

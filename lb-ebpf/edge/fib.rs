@@ -20,11 +20,11 @@ pub enum Route {
     Found,
     /// The next hop's hardware address isn't.
     Unresolved,
-    /// It is an address of this host.
+    /// It is an address of this host, or there is none.
     Local,
     /// The packet is too long for it.
     TooLong,
-    /// There is none, or forwarding is off.
+    /// One refuses it, or forwarding is off.
     None,
 }
 

@@ -1,7 +1,8 @@
 //! The flows: how one is found, followed and ended.
 
 use lb_common::{
-    Address, EdgeCounter, FlowKey4, FlowKey6, FlowRef, FlowState, IPPROTO_TCP, Packet, Target,
+    Address, EdgeCounter, FlowEnd, FlowKey4, FlowKey6, FlowRef, FlowState, IPPROTO_TCP, Packet,
+    Target,
 };
 
 use crate::maps::{self, RecordPtr, count};
@@ -239,10 +240,11 @@ fn set_target(target: &mut Target, record: RecordPtr, found: Found) {
         (Address::v4(source.to_ne_bytes()), Address::v4(destination.to_ne_bytes()));
 }
 
-/// Ends a flow, if no other processor does: removes its keys and frees its record. Returns 1 if it did.
+/// Ends a flow, if no other processor does: removes its keys and frees its record. `end` is the number of a
+/// [`FlowEnd`]. Returns 1 if it did.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn nohop_edge_end(record_idx: u64) -> u64 {
+pub extern "C" fn nohop_edge_end(record_idx: u64, end: u64) -> u64 {
     let idx = record_idx as u32;
     let Some(record) = maps::record(idx) else { return 0 };
     record.add_claims(1);
@@ -253,7 +255,7 @@ pub extern "C" fn nohop_edge_end(record_idx: u64) -> u64 {
     }
     nohop_edge_remove_key(record_idx, 0);
     nohop_edge_remove_key(record_idx, 1);
-    outcomes::nohop_edge_ended(record_idx);
+    outcomes::nohop_edge_ended(record_idx, end);
     record.clear();
     record.add_claims(-2);
     1
@@ -344,7 +346,7 @@ pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
     if seen == 0 {
         return 0;
     }
-    if nohop_edge_end(idx.into()) != 0 && claim(record) {
+    if nohop_edge_end(idx.into(), FlowEnd::Taken as u64) != 0 && claim(record) {
         count(EdgeCounter::Taken);
         return u64::from(idx) + 1;
     }
@@ -404,7 +406,7 @@ extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
                 _ => 0,
             };
         }
-        if nohop_edge_end(idx.into()) == 0 {
+        if nohop_edge_end(idx.into(), FlowEnd::Timeout as u64) == 0 {
             return 0;
         }
         count(EdgeCounter::Expired);

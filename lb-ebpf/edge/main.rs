@@ -27,6 +27,7 @@ mod reset;
 mod skb;
 #[path = "../src/tables.rs"]
 mod tables;
+mod trace;
 mod xdp;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
@@ -82,7 +83,9 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
         if side == Side::Source {
             return TC_ACT_UNSPEC;
         }
-        match begin::begin(&skb, found) {
+        let begun = begin::begin(&skb, found);
+        trace::report();
+        match begun {
             begin::PASS => return TC_ACT_UNSPEC,
             begin::DROP => return TC_ACT_SHOT,
             begin::RESET => return reset::nohop_edge_reset(skb.0) as i32,

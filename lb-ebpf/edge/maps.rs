@@ -1,17 +1,18 @@
 //! The maps of this unit. The tables are the unit `connect`'s, by their pins.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
-use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
 use core::hint::black_box;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    ANY_PORT, Address, BackendEntry, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SERVICES,
-    EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter, EdgeCounters, EdgeServiceRef,
-    EventKind, FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord,
-    Frontend, Frontend6, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES,
-    N_EDGE_ACCOUNTS, N_FLOW_STATES, OptionWalk, Packet, PortCursor, PortPlace, ServiceRef,
-    ServiceStats, Target, Window, has_rested,
+    ANY_PORT, Address, BackendEntry, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS,
+    DEFAULT_MAX_SERVICES, EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter,
+    EdgeCounters, EdgeServiceRef, Event, EventKind, FlowAddresses6, FlowEvent, FlowKey4, FlowKey6,
+    FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6, GlobalCounters, IPPROTO_ICMPV6,
+    IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, MAX_OWN_ADDRESSES, N_EDGE_ACCOUNTS,
+    N_FLOW_STATES, OptionWalk, Packet, PortCursor, PortPlace, ServiceRef, ServiceStats, Target,
+    Window, has_rested,
 };
 
 use crate::flows::Side;
@@ -46,6 +47,14 @@ static EDGE_PORTS: Array<PortCursor, N_BACKENDS, MMAPABLE> = Array::new();
 /// When each account of first packets is full again, in nanoseconds of CLOCK_MONOTONIC.
 #[btf_map]
 static EDGE_ACCOUNTS: Array<u64, { N_EDGE_ACCOUNTS as usize }, MMAPABLE> = Array::new();
+/// This host's addresses.
+#[btf_map]
+static EDGE_OWN: HashMap<Address, u32, { MAX_OWN_ADDRESSES as usize }> = HashMap::new();
+#[btf_map]
+static COUNTERS: Array<GlobalCounters, 1, MMAPABLE> = Array::new();
+/// This object's own: the daemon reads those of the others as well.
+#[btf_map]
+static EVENTS: RingBuf<Event, 65_536> = RingBuf::new();
 #[btf_map]
 static SERVICE_STATS: Array<ServiceStats, N_SERVICES, MMAPABLE> = Array::new();
 
@@ -83,6 +92,14 @@ pub struct Scratch {
     /// Through the options of its SYN.
     pub walk: OptionWalk,
     pub shown: Shown,
+    /// The number of the [`ChoiceReason`](lb_common::ChoiceReason) by which a backend was chosen.
+    pub choice: u32,
+    /// What is to be reported of a flow, see `trace.rs`: the number of a `FlowEventKind`, and above that the reason
+    /// and the state; 0 for nothing.
+    pub traced: u32,
+    pub traced_record: u32,
+    pub padding: u32,
+    pub event: FlowEvent,
 }
 
 /// What a flow showed of its backend, which is to be applied when the flow may be over.
@@ -192,6 +209,12 @@ pub fn set_local() {
         // SAFETY: an array's element stays, and this is an aligned word of it, which is only ever set to 1.
         unsafe { (&raw mut (*control).has_local).write_volatile(1) };
     }
+}
+
+/// Whether an address is this host's.
+#[inline(always)]
+pub fn is_own(address: &Address) -> bool {
+    EDGE_OWN.get_ptr(address).is_some()
 }
 
 /// The number of records.
@@ -347,9 +370,42 @@ pub fn frontend6(_: &Frontend6) -> Option<ServiceRef> {
     None
 }
 
-/// Counts an ejection. The daemon looks through the backends for those that it has no event of.
+/// Until when flows are traced, in nanoseconds of CLOCK_MONOTONIC; 0 while they aren't.
 #[inline(always)]
-pub fn emit_ejection(kind: EventKind, service: u32, _backend: u32, _generation: u32) {
+pub fn trace_until_ns() -> u64 {
+    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because the daemon writes it.
+    table_control()
+        .map_or(0, |control| unsafe { (&raw const (*control.0).trace.until_ns).read_volatile() })
+}
+
+/// The greatest hash of a flow that is traced.
+#[inline(always)]
+pub fn trace_max_hash() -> u32 {
+    // SAFETY: as above.
+    table_control()
+        .map_or(0, |control| unsafe { (&raw const (*control.0).trace.max_hash).read_volatile() })
+}
+
+/// Counts an event of a traced flow that there was no room for.
+#[inline(always)]
+pub fn count_trace_lost() {
+    count_lost(Counter::TraceLost);
+}
+
+#[inline(always)]
+fn count_lost(counter: Counter) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: the counter is a word within the element, which stays.
+        add_one(unsafe { counters.cast::<u64>().add(counter as usize) });
+    }
+}
+
+/// Reports to the daemon that a backend is ejected, or returns, and counts the former.
+#[inline(always)]
+pub fn emit_ejection(kind: EventKind, service: u32, backend: u32, generation: u32) {
+    if EVENTS.output(Event { service, kind: kind as u32, backend, generation }, 0).is_err() {
+        count_lost(Counter::EventsLost);
+    }
     if kind == EventKind::Ejected
         && let Some(stats) = SERVICE_STATS.get_ptr_mut(service)
     {
@@ -521,6 +577,15 @@ impl RecordPtr {
         let upper = if cfg!(target_endian = "little") { 1 } else { 0 };
         // SAFETY: as above: half of an aligned word, which others add to whole.
         unsafe { (&raw mut (*self.0).bytes).cast::<u32>().add(upper).write_volatile(0) };
+    }
+
+    /// Their bytes: see [`FlowRecord::n_bytes`].
+    #[inline(always)]
+    pub fn bytes(self) -> u64 {
+        // SAFETY: as above.
+        let bytes = unsafe { (&raw const (*self.0).bytes).read_volatile() };
+        let is_pending = self.word().flags & FlowWord::PENDING != 0;
+        if is_pending { bytes & u64::from(u32::MAX) } else { bytes }
     }
 
     /// The packets of both directions.

@@ -2,13 +2,14 @@
 //! flight or pending, and what ejects.
 
 use lb_common::{
-    Address, BackendEntry, BackendWords as _, EjectionWord, FlowWord, IPPROTO_TCP, Sign,
-    peak_average_us,
+    Address, BackendEntry, BackendWords as _, EjectionWord, FlowEnd, FlowState, FlowWord,
+    IPPROTO_TCP, Sign, peak_average_us,
 };
 
 use crate::choice::Kernel;
 use crate::maps::{self, RecordPtr, Scratch};
 use crate::tables::{self, BackendPtr};
+use crate::trace;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::Tables as _;
 
@@ -146,6 +147,9 @@ fn settle(record: RecordPtr, record_idx: u32) {
     if is_open != (flags & FlowWord::IN_FLIGHT != 0) {
         flags ^= FlowWord::IN_FLIGHT;
         in_flight = if is_open { 1 } else { -1 };
+        if !is_open {
+            trace::ended(record_idx, end_of(word) as u64, FlowState::Closed);
+        }
     }
     record.set_flags(flags);
     if let Some(backend) = backend {
@@ -156,6 +160,19 @@ fn settle(record: RecordPtr, record_idx: u32) {
             count_failure(record, record_idx);
         }
         defer(record_idx, sign);
+    }
+}
+
+/// Why a connection that is closed is.
+#[inline(always)]
+fn end_of(word: FlowWord) -> FlowEnd {
+    if word.backend & FlowWord::RST != 0 {
+        let is_answered = word.backend & FlowWord::FIRST != 0;
+        if is_answered { FlowEnd::BackendReset } else { FlowEnd::Refused }
+    } else if word.client & FlowWord::RST != 0 {
+        FlowEnd::ClientReset
+    } else {
+        FlowEnd::Closed
     }
 }
 
@@ -172,9 +189,11 @@ fn defer(record_idx: u32, sign: Sign) {
     }
 }
 
-/// Applies what a flow showed of its backend, if it did. Its record may be another flow's by now.
+/// Applies what a flow showed of its backend, if it did, and reports its end, if that is traced. Its record may be
+/// another flow's by now: then what is reported is that one's, which is rare.
 #[inline(always)]
 pub fn apply() {
+    trace::report();
     if let Some(scratch) = maps::scratch()
         && scratch.shown.sign != 0
     {
@@ -183,18 +202,25 @@ pub fn apply() {
     }
 }
 
-/// A flow's record is about to be freed. Returns nothing of use.
+/// A flow's record is about to be freed: for the reason with that number, see [`FlowEnd`]. Returns nothing of use.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn nohop_edge_ended(record_idx: u64) -> u64 {
+pub extern "C" fn nohop_edge_ended(record_idx: u64, end: u64) -> u64 {
     let Some(record) = maps::record(record_idx as u32) else { return 0 };
-    let flags = record.word().flags;
+    let word = record.word();
+    let flags = word.flags;
+    // The end of one that was closed is reported already.
+    let state = word.state();
+    if state as u8 != FlowState::Closed as u8 {
+        trace::ended(record_idx as u32, end, state);
+    }
     let is_pending = flags & FlowWord::PENDING != 0;
     let in_flight = if flags & FlowWord::IN_FLIGHT != 0 { -1 } else { 0 };
     if let Some(backend) = backend_of(record) {
         add(backend, in_flight, if is_pending { -1 } else { 0 });
     }
     if is_pending {
+        record.clear_sent_us();
         // Its time is over, and the backend hasn't answered.
         count_failure(record, record_idx as u32);
         defer(record_idx as u32, Sign::Failed);

@@ -10,8 +10,10 @@ mod connector;
 mod conns;
 mod disconnect;
 mod edge;
+mod edge_bad_input;
 mod edge_client;
 mod edge_room;
+mod edge_trace;
 mod edge_xdp;
 mod ejection;
 mod families;
@@ -93,6 +95,14 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_what_is_the_hosts", edge::what_is_the_hosts),
     // In emulation some of its connections time out, which isn't explained yet.
     once("edge_short_links", edge::short_links),
+    since((5, 10), "edge_flows_are_traced", edge_trace::flows_are_traced),
+    since((5, 10), "edge_ejections_are_reported", edge_trace::ejections_are_reported),
+    since((5, 10), "edge_packets_that_are_not_right", edge_bad_input::packets_that_are_not_right),
+    since((5, 10), "edge_vlans", edge_bad_input::vlans),
+    once("edge_jumbo_frames", edge_bad_input::jumbo_frames),
+    once("edge_without_forwarding", edge_bad_input::without_forwarding),
+    since((5, 10), "edge_a_proof", edge_trace::a_proof),
+    since((5, 10), "edge_no_route", edge_trace::no_route),
     since((5, 10), "edge_flows_outlive_the_daemon", edge::flows_outlive_the_daemon),
     since((5, 10), "edge_clients_are_shown", edge_client::clients_are_shown),
     // The kernel reports from 6.3 on whether the other end of a veth takes packets from XDP; tcx is of 6.6.

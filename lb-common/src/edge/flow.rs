@@ -11,6 +11,8 @@ pub const MAX_EDGE_SOURCES: usize = 4;
 pub const MAX_EDGE_NETWORKS: usize = 4;
 /// How many accounts of first packets there are.
 pub const N_EDGE_ACCOUNTS: u32 = 16_384;
+/// How many addresses of its host an edge knows.
+pub const MAX_OWN_ADDRESSES: u32 = 4_096;
 /// How many flows there is room for by default.
 pub const DEFAULT_MAX_FLOWS: u32 = 131_072;
 
@@ -317,6 +319,23 @@ pub enum FlowState {
     Udp = 6,
     /// UDP: the backend has sent nothing yet.
     UdpUnanswered = 7,
+}
+
+impl FlowState {
+    /// The state with this number.
+    pub const fn of(number: u8) -> Option<FlowState> {
+        Some(match number {
+            0 => FlowState::None,
+            1 => FlowState::SynSent,
+            2 => FlowState::SynReceived,
+            3 => FlowState::Established,
+            4 => FlowState::HalfClosed,
+            5 => FlowState::Closed,
+            6 => FlowState::Udp,
+            7 => FlowState::UdpUnanswered,
+            _ => return None,
+        })
+    }
 }
 
 /// Whether a packet is a client's first of a TCP connection.

@@ -91,6 +91,9 @@ pub struct WatchStatus {
 pub struct EdgeDocument {
     /// Its interfaces, in the order of the configuration.
     pub interfaces: Vec<EdgeInterfaceDocument>,
+    /// `passed` where a packet of the daemon's own was translated by the attached programs, and the answer to it; why it
+    /// wasn't; `null` where that isn't known.
+    pub proof: Option<String>,
     /// The flows through it.
     pub flows: u64,
     /// The flows that it has room for.
@@ -585,6 +588,37 @@ pub enum TraceLine {
     },
     /// A connection with its outcome.
     Connection(Box<TraceRecord>),
+    /// Something that happened to a flow through this edge.
+    Flow(Box<FlowTraceRecord>),
+}
+
+/// Something that happened to a flow through this edge, within [`TraceLine`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlowTraceRecord {
+    /// When it happened, in seconds of the Unix epoch.
+    pub time: f64,
+    /// The client's address and port.
+    pub client: String,
+    /// What it sends to: a public VIP and a port.
+    pub vip: String,
+    /// The service; `null` where no service has this address and port.
+    pub service: Option<String>,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Where its packets go; `null` where it is refused.
+    pub backend: Option<String>,
+    /// The address and port of this edge from which they do; `null` where it is refused.
+    pub source: Option<String>,
+    /// `begun`, `refused` or `ended`.
+    pub outcome: String,
+    /// Why that backend was chosen, why it is refused, or why it is over.
+    pub reason: String,
+    /// Its state, as in `flows`; `null` where it is refused.
+    pub state: Option<String>,
+    /// The packets of both directions until then.
+    pub packets: u64,
+    /// Their bytes, from the IP header on.
+    pub bytes: u64,
 }
 
 /// A connection to a VIP, within [`TraceLine`].

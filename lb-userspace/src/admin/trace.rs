@@ -3,8 +3,18 @@
 use super::query::{decode, encode};
 
 /// The outcomes of a traced connection, by which a client may filter.
-pub const OUTCOMES: [&str; 8] =
-    ["established", "refused", "failed", "aborted", "sent", "unknown", "intercepted", "passed"];
+pub const OUTCOMES: [&str; 10] = [
+    "established",
+    "refused",
+    "failed",
+    "aborted",
+    "sent",
+    "unknown",
+    "intercepted",
+    "passed",
+    "begun",
+    "ended",
+];
 
 /// Which connections a client gets.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -56,7 +66,7 @@ impl TraceFilter {
                 "outcome" if OUTCOMES.contains(&text.as_str()) => filter.outcome = Some(text),
                 "outcome" => {
                     return Err(wrong(
-                        "write established, refused, failed, aborted, sent, unknown, intercepted or passed",
+                        "write established, refused, failed, aborted, sent, unknown, intercepted, passed, begun or ended",
                     ));
                 }
                 "sample" => match text.parse() {

@@ -351,6 +351,7 @@ mod tests {
         };
         let running = api::EdgeDocument {
             interfaces: vec![interface("eth0", Some("tcx")), interface("eth0.7", None)],
+            proof: None,
             flows: 0,
             capacity: 1,
             announced: Vec::new(),

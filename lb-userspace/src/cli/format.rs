@@ -85,13 +85,18 @@ pub fn status(status: &Status) -> String {
 
 /// The edge's interfaces and flows, and what it announces.
 fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
-    let EdgeDocument { interfaces, flows, capacity, announced, withdrawn } = edge;
+    let EdgeDocument { interfaces, proof, flows, capacity, announced, withdrawn } = edge;
     let announced = match (withdrawn, announced.len()) {
         (Some(why), 0) => format!("no public VIP announced: {why}"),
         (Some(why), n) => format!("{n} public addresses announced: {why}"),
         (None, n) => format!("{n} public addresses announced"),
     };
-    let mut lines = vec![format!("edge      {flows} of {capacity} flows; {announced}")];
+    let proof = match proof.as_deref() {
+        Some("passed") => "; proof passed".to_owned(),
+        Some(why) => format!("; {why}"),
+        None => String::new(),
+    };
+    let mut lines = vec![format!("edge      {flows} of {capacity} flows; {announced}{proof}")];
     lines.extend(interfaces.iter().map(|EdgeInterfaceDocument { name, mode, message }| {
         let mode = mode.as_deref().unwrap_or("NOT ATTACHED");
         let message = message.as_ref().map(|text| format!(": {text}")).unwrap_or_default();

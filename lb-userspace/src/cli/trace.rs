@@ -5,7 +5,7 @@ use anyhow::Context;
 use super::args::ClientArguments;
 use super::instance::short_allocation;
 use super::process::{environment, runtime};
-use crate::admin::api::{TraceLine, TraceRecord};
+use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, client};
 use crate::terminal;
 
@@ -45,7 +45,21 @@ fn text(line: &TraceLine) -> String {
     match line {
         TraceLine::Lost { lost } => format!("{lost} connections were lost\n"),
         TraceLine::Connection(connection) => connection_text(connection),
+        TraceLine::Flow(flow) => flow_text(flow),
     }
+}
+
+fn flow_text(flow: &FlowTraceRecord) -> String {
+    let FlowTraceRecord { client, service, vip, outcome, reason, packets, bytes, .. } = flow;
+    let time = time_of_day(flow.time);
+    let service = service.as_deref().unwrap_or("no service");
+    let udp = if flow.protocol == "udp" { " udp" } else { "" };
+    let backend = flow.backend.as_deref().map(|to| format!(" -> {to}")).unwrap_or_default();
+    let counts = match (outcome.as_str(), &flow.state) {
+        ("ended", Some(state)) => format!("  {state}, {packets} packets, {bytes} bytes"),
+        _ => String::new(),
+    };
+    format!("{time}  edge  {client}  {service} {vip}{udp}{backend}  {outcome}  {reason}{counts}\n")
 }
 
 fn connection_text(connection: &TraceRecord) -> String {
@@ -155,5 +169,43 @@ mod tests {
              10.0.0.2:53 udp -> 127.0.0.1:53  intercepted  dns.intercept\n"
         );
         assert_eq!(text(&TraceLine::Lost { lost: 3 }), "3 connections were lost\n");
+    }
+
+    #[test]
+    fn what_happens_to_a_flow_is_a_line() {
+        let ended = FlowTraceRecord {
+            time: 1_764_414_123.000_456,
+            client: "198.51.100.7:40000".into(),
+            vip: "203.0.113.10:80".into(),
+            service: Some("web".into()),
+            protocol: "tcp".into(),
+            backend: Some("10.0.0.7:23456".into()),
+            source: Some("10.0.0.2:1024".into()),
+            outcome: "ended".into(),
+            reason: "reset by the client".into(),
+            state: Some("closed".into()),
+            packets: 7,
+            bytes: 900,
+        };
+        assert_eq!(
+            flow_text(&ended),
+            "11:02:03.000456  edge  198.51.100.7:40000  web 203.0.113.10:80 -> 10.0.0.7:23456  ended  \
+             reset by the client  closed, 7 packets, 900 bytes\n"
+        );
+        let refused = FlowTraceRecord {
+            service: None,
+            protocol: "udp".into(),
+            backend: None,
+            source: None,
+            outcome: "refused".into(),
+            reason: "no service has this address and port".into(),
+            state: None,
+            ..ended
+        };
+        assert_eq!(
+            flow_text(&refused),
+            "11:02:03.000456  edge  198.51.100.7:40000  no service 203.0.113.10:80 udp  refused  no \
+             service has this address and port\n"
+        );
     }
 }

@@ -70,6 +70,9 @@ impl Announcement {
         if let Some(problem) = problem.filter(|_| !edge.sources.iter().any(forwards)) {
             return Announcement::Withdraw(problem.clone());
         }
+        if let Some(Err(why)) = &edge.proof {
+            return Announcement::Withdraw(why.clone());
+        }
         if drains.is_incomplete() {
             let why = "what is drained isn't read from the state directory yet";
             return Announcement::Unknown(why.to_owned());
@@ -241,6 +244,10 @@ pub fn document(
     };
     api::EdgeDocument {
         interfaces: edge.interfaces.iter().map(interface).collect(),
+        proof: edge.proof.as_ref().map(|proof| match proof {
+            Ok(()) => "passed".to_owned(),
+            Err(why) => why.clone(),
+        }),
         flows: edge.n_flows.into(),
         capacity: edge.max_flows.into(),
         announced: routes.announced.iter().copied().collect(),
@@ -293,6 +300,7 @@ mod tests {
             max_flows: 8,
             problems: Vec::new(),
             forwards: [true; 2],
+            proof: None,
         }
     }
 
@@ -304,6 +312,7 @@ mod tests {
         let problems = vec!["no".to_owned()];
         let no_forwarding = EdgeStatus { problems, forwards: [false, true], ..attached.clone() };
         let no_ipv6 = EdgeStatus { forwards: [true, false], ..no_forwarding.clone() };
+        let disproved = EdgeStatus { proof: Some(Err("why".to_owned())), ..attached.clone() };
         let (none, mut drained) = (Drains::default(), Drains::default());
         let drain = Drain { since: 0, boottime_ms: 0 };
         drained.add(DrainTarget::Edge, drain).unwrap();
@@ -323,6 +332,7 @@ mod tests {
                     "the programs aren't attached to eth0: no such interface".to_owned(),
                 ),
             ),
+            (&synced, &disproved, &none, Announcement::Withdraw("why".to_owned())),
             (&synced, &no_forwarding, &none, Announcement::Withdraw("no".to_owned())),
             // VIPs of the other family aren't concerned.
             (&synced, &no_ipv6, &none, Announcement::Announce(BTreeSet::new())),

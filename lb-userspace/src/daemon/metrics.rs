@@ -422,6 +422,7 @@ mod tests {
                     max_flows: 16,
                     problems: Vec::new(),
                     forwards: [true; 2],
+                    proof: Some(Ok(())),
                 },
                 announces: true,
                 counts: vec![("forwarded", 9)],

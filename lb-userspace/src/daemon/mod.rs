@@ -203,6 +203,8 @@ impl Daemon {
         let sources = Sources::spawn(&config, datapath.in_use())?;
         let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
+        // Before the events are read, those of its programs among them.
+        datapath.configure_edge(edge::options(&config));
         let (changes_out, changes) = mpsc::channel(ejected::MAX_CHANGES);
         forward_from_kernel(&mut datapath, sources.demand(), changes_out);
         let trace_events = datapath.take_trace_events();
@@ -213,7 +215,6 @@ impl Daemon {
         let counters = datapath.counters();
         let datapath = Arc::new(SharedDatapath::new(datapath));
         tokio::task::block_in_place(|| datapath.probe_hooks());
-        datapath.configure_edge(edge::options(&config));
         datapath.set_mode(shadow.mode(sources.is_off()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);

@@ -14,6 +14,7 @@ const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_PROG_QUERY: libc::c_int = 16;
@@ -425,6 +426,31 @@ pub fn netns_cookie() -> io::Result<u64> {
         )
     };
     if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Runs a program on a packet, without doing what it decides. `context` is the beginning of its context. Returns what
+/// it returns, and the packet that it leaves.
+///
+/// # Errors
+/// When the kernel refuses, such as a context that it can't make.
+pub fn test_run(
+    program: BorrowedFd<'_>,
+    packet: &[u8],
+    context: &[u32],
+) -> io::Result<(u32, Vec<u8>)> {
+    let mut out = vec![0; packet.len() + 256];
+    let mut attr = [0u64; 16];
+    attr[0] = joined(program.as_raw_fd() as u32, 0);
+    attr[1] = joined(packet.len() as u32, out.len() as u32);
+    (attr[2], attr[3]) = (packet.as_ptr() as u64, out.as_mut_ptr() as u64);
+    // Once.
+    attr[4] = joined(1, 0);
+    attr[5] = joined(size_of_val(context) as u32, 0);
+    attr[6] = context.as_ptr() as u64;
+    bpf_by(BPF_PROG_TEST_RUN, &mut attr)?;
+    let ([_, verdict], [_, len]) = (halves(attr[0]), halves(attr[1]));
+    out.truncate(len as usize);
+    Ok((verdict, out))
 }
 
 /// The 32-bit halves of a word, in the order in which they lie in memory.

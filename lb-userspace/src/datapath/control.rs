@@ -298,6 +298,17 @@ impl Datapath {
         self.edge.sweep_after(time);
     }
 
+    /// Goes on with ending flows through the edge that [`Datapath::fix`] has begun, by a part. Returns whether there is
+    /// more.
+    pub fn sweep_edge_on(&mut self) -> bool {
+        self.edge.sweep_on()
+    }
+
+    /// Has the edge prove again that its programs translate.
+    pub fn prove_edge_again(&mut self) {
+        self.edge.prove_again();
+    }
+
     /// How the edge does; `None` where this node is none.
     pub fn edge_status(&self) -> Option<EdgeStatus> {
         self.edge.status()
@@ -444,6 +455,7 @@ impl Datapath {
     /// Has the programs report connections one by one, for a while: those of sockets whose hash isn't
     /// above this; or none.
     pub fn set_trace(&self, trace: Option<(Duration, u32)>) {
+        self.edge.ended().set_traced(trace.is_some());
         let trace = trace.map_or_else(TraceSwitch::default, |(time, max_hash)| {
             let until_ns = monotonic_ns().saturating_add(time.as_nanos() as u64);
             TraceSwitch { until_ns, max_hash, padding: 0 }
@@ -458,7 +470,8 @@ impl Datapath {
     pub fn take_trace_events(&mut self) -> Result<TraceEvents, DatapathError> {
         let names = self.reconciler.maps_mut().names();
         let maps = self.units.loaded_mut().filter_map(|ebpf| ebpf.take_map("TRACE"));
-        TraceEvents::new(maps, names, self.intercept.trace_ring())
+        let (flows, ended) = (self.edge.take_ring("TRACE"), self.edge.ended().clone());
+        TraceEvents::new(maps, flows, ended, names, self.intercept.trace_ring())
     }
 
     /// Whether connections are only counted.
@@ -483,7 +496,8 @@ impl Datapath {
         let mut maps = self.units.loaded_mut().filter_map(|ebpf| ebpf.take_map("EVENTS"));
         // The required unit's, and those of others that are there.
         let first = maps.next().ok_or(DatapathError::Object { missing: "EVENTS" })?;
-        Reports::new(std::iter::once(first).chain(maps), names, counters)
+        let maps = std::iter::once(first).chain(maps).chain(self.edge.take_ring("EVENTS"));
+        Reports::new(maps, names, counters)
     }
 
     /// The indices of a service and its backends in the kernel's maps.

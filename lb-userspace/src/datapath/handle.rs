@@ -345,6 +345,10 @@ impl SharedDatapath {
         let scope = datapath.scope().display().to_string();
         let notes: Vec<String> = datapath.notes().cloned().collect();
         drop(datapath);
+        // Changes don't wait for all of it.
+        while lock(&self.datapath).sweep_edge_on() {
+            std::thread::yield_now();
+        }
         let mut hook_state = lock(&self.hook_state);
         for note in notes.iter().filter(|note| !hook_state.notes.contains(note)) {
             tracing::warn!("{note}");

@@ -79,5 +79,7 @@ pub use reconcile::{Indices, Pressure, ReconcileError};
 pub use start::{find_obstacle, unload, unload_after};
 pub use tc::Interface as IngressInterface;
 pub use tcp_terminator::{TcpTerminator, VipConnection, VipConnections};
-pub use trace::{Begun, TraceEvents, TraceStep, Traced, now_ns as trace_now_ns};
+pub use trace::{
+    Begun, FlowStep, TraceEvents, TraceStep, Traced, TracedFlow, now_ns as trace_now_ns,
+};
 pub use units::{AttachPoint, Hook, OUTCOMES, Object, UNITS, Unit, UnitHealth, UnitState, hooks};

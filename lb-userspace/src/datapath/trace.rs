@@ -2,12 +2,17 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aya::maps::{Map, MapData, RingBuf};
-use lb_common::{Address, ChoiceReason, Interception, RefusalReason, TraceEvent, TraceKind};
+use lb_common::{
+    Address, ChoiceReason, EdgeCounter, FlowEnd, FlowEvent, FlowEventKind, FlowState, Interception,
+    RefusalReason, TraceEvent, TraceKind,
+};
 use zerocopy::FromBytes;
 
+use super::edge::{EdgeFlow, EdgeFlowState, address_of};
 use super::error::DatapathError;
 use super::kernel::ServiceNames;
 use super::pins::monotonic_ns;
@@ -18,6 +23,9 @@ pub struct TraceEvents {
     /// That of the unit `intercept`, which is loaded when it is wanted.
     intercept: Option<RingBuf<MapData>>,
     next_intercept: NextRing,
+    /// The unit `edge`'s, whose events are of another kind.
+    flows: Option<RingBuf<MapData>>,
+    ended: EndedFlows,
     names: ServiceNames,
 }
 
@@ -34,6 +42,158 @@ impl NextRing {
     fn take(&self) -> Option<Map> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
+}
+
+/// Flows through the edge that the daemon ended, while a client traces: the programs report the others.
+#[derive(Clone, Debug, Default)]
+pub(super) struct EndedFlows(Arc<EndedQueue>);
+
+#[derive(Debug, Default)]
+struct EndedQueue {
+    is_traced: AtomicBool,
+    flows: Mutex<Vec<TracedFlow>>,
+}
+
+impl EndedFlows {
+    /// How many may wait for the reader, which comes four times a second.
+    const MAX: usize = 65_536;
+
+    /// Whether a client traces.
+    pub(super) fn set_traced(&self, is_traced: bool) {
+        self.0.is_traced.store(is_traced, Ordering::Relaxed);
+    }
+
+    /// Adds a flow that has timed out.
+    pub(super) fn add(&self, flow: impl FnOnce() -> Option<EdgeFlow>) {
+        if self.0.is_traced.load(Ordering::Relaxed)
+            && let Some(flow) = flow()
+        {
+            let mut flows = self.0.flows.lock().unwrap_or_else(PoisonError::into_inner);
+            if flows.len() < EndedFlows::MAX {
+                flows.push(TracedFlow::timed_out(flow));
+            }
+        }
+    }
+
+    fn take(&self) -> Vec<TracedFlow> {
+        std::mem::take(&mut self.0.flows.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Something that happened to a flow through the edge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TracedFlow {
+    /// By what it is sampled.
+    pub cookie: u64,
+    /// When it happened, in nanoseconds of CLOCK_MONOTONIC.
+    pub at_ns: u64,
+    /// What happened.
+    pub step: FlowStep,
+    /// Why that backend was chosen, or why it is refused or over.
+    pub reason: &'static str,
+    /// The service, where there is one.
+    pub service: Option<Arc<str>>,
+    /// The client.
+    pub client: SocketAddr,
+    /// What it sends to.
+    pub vip: SocketAddr,
+    /// Where its packets go, and from where; `None` where it is refused.
+    pub backend: Option<(SocketAddr, SocketAddr)>,
+    /// The protocol number.
+    pub protocol: u8,
+    /// Its state; `None` where it is refused.
+    pub state: Option<EdgeFlowState>,
+    /// The packets of both directions until then.
+    pub packets: u64,
+    /// Their bytes, from the IP header on.
+    pub bytes: u64,
+}
+
+/// What happened to a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlowStep {
+    /// It began.
+    Begun,
+    /// It was refused.
+    Refused,
+    /// It is over.
+    Ended,
+}
+
+impl FlowStep {
+    /// As `nohop trace` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            FlowStep::Begun => "begun",
+            FlowStep::Refused => "refused",
+            FlowStep::Ended => "ended",
+        }
+    }
+}
+
+impl TracedFlow {
+    fn timed_out(flow: EdgeFlow) -> TracedFlow {
+        let client = address_of(flow.client.ip());
+        TracedFlow {
+            cookie: lb_common::flow_cookie(&client, flow.client.port(), flow.vip.port()),
+            at_ns: monotonic_ns(),
+            step: FlowStep::Ended,
+            reason: FlowEnd::name(FlowEnd::Timeout as u8),
+            service: flow.service,
+            client: flow.client,
+            vip: flow.vip,
+            backend: Some((flow.backend, flow.source)),
+            protocol: flow.protocol,
+            state: Some(flow.state),
+            packets: flow.packets,
+            bytes: flow.bytes,
+        }
+    }
+
+    /// `None` for an event of another version.
+    fn of(event: &FlowEvent, names: &ServiceNames) -> Option<TracedFlow> {
+        const BEGUN: u8 = FlowEventKind::Begun as u8;
+        const REFUSED: u8 = FlowEventKind::Refused as u8;
+        const ENDED: u8 = FlowEventKind::Ended as u8;
+        let (step, reason) = match event.kind {
+            BEGUN => (FlowStep::Begun, ChoiceReason(event.reason).name()),
+            REFUSED => (FlowStep::Refused, flow_refusal(event.reason)),
+            ENDED => (FlowStep::Ended, FlowEnd::name(event.reason)),
+            _ => return None,
+        };
+        let backend = socket_addr(event.backend, event.backend_port);
+        let source = socket_addr(event.source, event.source_port);
+        Some(TracedFlow {
+            cookie: event.cookie,
+            at_ns: event.at_ns,
+            step,
+            reason,
+            service: names.name(event.service),
+            client: socket_addr(event.client, event.client_port),
+            vip: socket_addr(event.vip, event.vip_port),
+            backend: (step != FlowStep::Refused).then_some((backend, source)),
+            protocol: event.protocol,
+            state: FlowState::of(event.state).and_then(EdgeFlowState::of),
+            packets: event.packets,
+            bytes: event.bytes,
+        })
+    }
+}
+
+/// Why the edge began no flow, by the number of an [`EdgeCounter`].
+fn flow_refusal(number: u8) -> &'static str {
+    let refusals = [
+        (EdgeCounter::NoFrontend, "no service has this address and port"),
+        (EdgeCounter::NoBackend, "the service has no backend"),
+        (EdgeCounter::NoPort, "no source port is free: more addresses in edge.source"),
+        (EdgeCounter::TableFull, "the table of flows is full"),
+        (EdgeCounter::SynFlood, "too many first packets, while room is short"),
+        (EdgeCounter::UnknownFlow, "a packet of no known flow"),
+        (EdgeCounter::HopLimit, "its hop limit is used up"),
+        (EdgeCounter::BadChecksum, "its checksum is wrong"),
+    ];
+    let found = refusals.into_iter().find(|(counter, _)| *counter as u32 == u32::from(number));
+    found.map_or("unknown", |(_, text)| text)
 }
 
 /// An event of a traced connection.
@@ -93,18 +253,21 @@ pub struct Begun {
 impl TraceEvents {
     pub(super) fn new(
         maps: impl Iterator<Item = Map>,
+        flows: Option<Map>,
+        ended: EndedFlows,
         names: ServiceNames,
         next_intercept: NextRing,
     ) -> Result<TraceEvents, DatapathError> {
-        let rings = maps.map(RingBuf::try_from).collect::<Result<_, _>>();
-        let rings = rings.map_err(|source| DatapathError::Map { source })?;
-        Ok(TraceEvents { rings, intercept: None, next_intercept, names })
+        let ring = |map| RingBuf::try_from(map).map_err(|source| DatapathError::Map { source });
+        let rings = maps.map(ring).collect::<Result<_, _>>()?;
+        let flows = flows.map(ring).transpose()?;
+        Ok(TraceEvents { rings, intercept: None, next_intercept, flows, ended, names })
     }
 
     /// The descriptors that are readable while there are events.
     pub fn fds(&mut self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.follow_intercept();
-        self.rings.iter().chain(&self.intercept).map(AsFd::as_fd)
+        self.rings.iter().chain(&self.intercept).chain(&self.flows).map(AsFd::as_fd)
     }
 
     fn follow_intercept(&mut self) {
@@ -129,6 +292,23 @@ impl TraceEvents {
                 }
             }
         }
+    }
+}
+
+impl TraceEvents {
+    /// Reads what happened to flows through the edge, at most `max` of the programs' events.
+    pub fn read_flows(&mut self, max: usize, mut each: impl FnMut(TracedFlow)) {
+        let ended = self.ended.take();
+        if let Some(ring) = &mut self.flows {
+            for _ in 0..max {
+                let Some(event) = ring.next() else { break };
+                let event = FlowEvent::read_from_bytes(&event).ok();
+                if let Some(flow) = event.and_then(|event| TracedFlow::of(&event, &self.names)) {
+                    each(flow);
+                }
+            }
+        }
+        ended.into_iter().for_each(each);
     }
 }
 

@@ -9,7 +9,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// The modules that the tests need, where the kernel hasn't them built in.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
+    "8021q",
     "bridge",
     "cls_bpf",
     "dummy",

@@ -15,10 +15,12 @@ use hyper::body::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 
-use crate::admin::api::{TraceLine, TraceRecord};
+use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, TraceRefusal};
 use crate::capabilities;
-use crate::datapath::{Counters, SharedDatapath, TraceEvents, is_sampled, trace_now_ns};
+use crate::datapath::{
+    Counters, SharedDatapath, TraceEvents, TracedFlow, is_sampled, trace_now_ns,
+};
 use cgroups::{CgroupPaths, allocation};
 use join::{Joined, Joiner, Outcome};
 
@@ -161,6 +163,8 @@ impl TraceState {
                 let mut joined = Vec::new();
                 events.read(MAX_EVENTS, |event| joined.extend(joiner.add(event, has_outcomes)));
                 joined.extend(joiner.expire(trace_now_ns()));
+                let mut flows = Vec::new();
+                events.read_flows(MAX_EVENTS, |flow| flows.push(flow));
                 let seen = joined.iter().map(|Joined { begun, .. }| (begun.cgroup_id, begun.pid));
                 cgroups.look_for(seen);
                 let now_lost = self.counters.trace_lost();
@@ -169,7 +173,9 @@ impl TraceState {
                     client.n_lost += now_lost.saturating_sub(n_lost);
                 }
                 n_lost = now_lost;
-                distribute(&mut clients.list, &joined, &cgroups);
+                let joined = joined.into_iter().map(Item::Connection);
+                let items: Vec<Item> = joined.chain(flows.into_iter().map(Item::Flow)).collect();
+                distribute(&mut clients.list, &items, &cgroups);
                 clients.list.retain(|client| !client.lines.is_closed());
                 self.switch(&clients);
             }
@@ -177,14 +183,55 @@ impl TraceState {
     }
 }
 
-/// Sends each connection to the clients that want it; one that is behind loses it.
-fn distribute(clients: &mut [Client], joined: &[Joined], cgroups: &CgroupPaths) {
-    for each in joined {
+/// What a line is about.
+enum Item {
+    Connection(Joined),
+    Flow(TracedFlow),
+}
+
+impl Item {
+    fn cookie(&self) -> u64 {
+        match self {
+            Item::Connection(joined) => joined.cookie,
+            Item::Flow(flow) => flow.cookie,
+        }
+    }
+
+    fn at_ns(&self) -> u64 {
+        match self {
+            Item::Connection(joined) => joined.at_ns,
+            Item::Flow(flow) => flow.at_ns,
+        }
+    }
+
+    fn service(&self) -> Option<&str> {
+        match self {
+            Item::Connection(joined) => joined.begun.service.as_deref(),
+            Item::Flow(flow) => flow.service.as_deref(),
+        }
+    }
+
+    fn outcome(&self) -> &'static str {
+        match self {
+            Item::Connection(joined) => joined.outcome.name(),
+            Item::Flow(flow) => flow.step.name(),
+        }
+    }
+
+    fn line(&self, cgroups: &CgroupPaths) -> TraceLine {
+        match self {
+            Item::Connection(joined) => TraceLine::Connection(Box::new(record(joined, cgroups))),
+            Item::Flow(flow) => TraceLine::Flow(Box::new(flow_record(flow))),
+        }
+    }
+}
+
+/// Sends each connection, and what happened to flows, to the clients that want it; one that is behind loses it.
+fn distribute(clients: &mut [Client], items: &[Item], cgroups: &CgroupPaths) {
+    for each in items {
         let mut line = None;
         for client in clients.iter_mut().filter(|client| client.wants(each)) {
-            let line = line.get_or_insert_with(|| {
-                line_of(&TraceLine::Connection(Box::new(record(each, cgroups))))
-            });
+            let line = line.get_or_insert_with(|| line_of(&each.line(cgroups)));
             client.send(line.clone());
         }
     }
@@ -193,15 +240,15 @@ fn distribute(clients: &mut [Client], joined: &[Joined], cgroups: &CgroupPaths) 
 }
 
 impl Client {
-    fn wants(&self, joined: &Joined) -> bool {
+    fn wants(&self, item: &Item) -> bool {
         let TraceFilter { service, not, outcome, .. } = &self.filter;
-        let name = joined.begun.service.as_deref();
+        let name = item.service();
         let is = |wanted: &String| name.is_some_and(|name| name.eq_ignore_ascii_case(wanted));
-        joined.at_ns >= self.since_ns
-            && is_sampled(joined.cookie, self.filter.max_hash())
+        item.at_ns() >= self.since_ns
+            && is_sampled(item.cookie(), self.filter.max_hash())
             && service.as_ref().is_none_or(is)
             && !not.iter().any(is)
-            && outcome.as_ref().is_none_or(|outcome| outcome == joined.outcome.name())
+            && outcome.as_ref().is_none_or(|outcome| outcome == item.outcome())
     }
 
     fn send(&mut self, line: Bytes) {
@@ -269,6 +316,24 @@ fn record(joined: &Joined, cgroups: &CgroupPaths) -> TraceRecord {
     }
 }
 
+fn flow_record(flow: &TracedFlow) -> FlowTraceRecord {
+    let (backend, source) = flow.backend.unzip();
+    FlowTraceRecord {
+        time: wall_clock(flow.at_ns),
+        client: flow.client.to_string(),
+        vip: flow.vip.to_string(),
+        service: flow.service.as_deref().map(str::to_owned),
+        protocol: if flow.protocol == 6 { "tcp" } else { "udp" }.to_owned(),
+        backend: backend.map(|address| address.to_string()),
+        source: source.map(|address| address.to_string()),
+        outcome: flow.step.name().to_owned(),
+        reason: flow.reason.to_owned(),
+        state: flow.state.map(|state| state.name().to_owned()),
+        packets: flow.packets,
+        bytes: flow.bytes,
+    }
+}
+
 /// A time of CLOCK_MONOTONIC in seconds of the Unix epoch, to the microsecond.
 fn wall_clock(at_ns: u64) -> f64 {
     let age = Duration::from_nanos(trace_now_ns().saturating_sub(at_ns));
@@ -300,7 +365,7 @@ mod tests {
         (Client { filter, lines, since_ns: 5, n_lost: 0 }, receiver)
     }
 
-    fn joined(service: &str, at_ns: u64, outcome: Outcome) -> Joined {
+    fn joined(service: &str, at_ns: u64, outcome: Outcome) -> Item {
         let begun = Begun {
             pid: 7,
             comm: "curl".into(),
@@ -311,7 +376,7 @@ mod tests {
             backend: Some("10.0.0.1:8080".parse().unwrap()),
             reason: "at random",
         };
-        Joined { cookie: 1, at_ns, begun, outcome }
+        Item::Connection(Joined { cookie: 1, at_ns, begun, outcome })
     }
 
     #[test]
@@ -342,7 +407,7 @@ mod tests {
     fn what_a_client_that_is_behind_has_lost_is_reported_in_line() {
         let (mut client, mut lines) = client(TraceFilter::default());
         let cgroups = CgroupPaths::new("/nonexistent".into());
-        let five = vec![joined("web", 5, Outcome::Established(Some(150))); 5];
+        let five = [(); 5].map(|()| joined("web", 5, Outcome::Established(Some(150))));
         distribute(std::slice::from_mut(&mut client), &five, &cgroups);
         let mut read = || -> Vec<TraceLine> {
             let lines = std::iter::from_fn(|| lines.try_recv().ok());

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lb_common::{FlowRecord, FlowState};
+use lb_common::FlowRecord;
 
 use super::kernel::{FlowRecords, RawFlow};
 use super::now_ms;
@@ -31,36 +31,34 @@ impl FlowReader {
     /// The flows, in no order.
     pub fn flows(&self) -> Vec<EdgeFlow> {
         let now_ms = now_ms();
-        self.records.flows().filter_map(|raw| self.flow(&raw, now_ms)).collect()
+        let flow = |raw: RawFlow| flow(&raw, &self.frontends, now_ms);
+        self.records.flows().filter_map(flow).collect()
     }
+}
 
-    fn flow(&self, raw: &RawFlow, now_ms: u32) -> Option<EdgeFlow> {
-        let FlowRecord { word, packets, begun_ms, last_ms, .. } = raw.record;
-        let since = |ms: u32| {
-            // Another processor's clock may be ahead.
-            Duration::from_millis(u64::try_from(now_ms.wrapping_sub(ms) as i32).unwrap_or(0))
-        };
-        let (address, port, protocol) = (raw.vip.ip(), raw.vip.port(), word.protocol);
-        Some(EdgeFlow {
-            service: self.frontends.get(&FrontendKey { address, port, protocol }).cloned(),
-            client: raw.client,
-            vip: raw.vip,
-            backend: raw.backend,
-            source: raw.source,
-            protocol,
-            state: match word.state() {
-                FlowState::None => return None,
-                FlowState::SynSent => EdgeFlowState::SynSent,
-                FlowState::SynReceived => EdgeFlowState::SynReceived,
-                FlowState::Established => EdgeFlowState::Established,
-                FlowState::HalfClosed => EdgeFlowState::HalfClosed,
-                FlowState::Closed => EdgeFlowState::Closed,
-                FlowState::Udp | FlowState::UdpUnanswered => EdgeFlowState::Udp,
-            },
-            packets,
-            bytes: raw.record.n_bytes(),
-            age: since(begun_ms),
-            idle: since(last_ms),
-        })
-    }
+/// A flow, with the service of its frontend; `None` if it isn't one any more.
+pub(super) fn flow(
+    raw: &RawFlow,
+    frontends: &BTreeMap<FrontendKey, Arc<str>>,
+    now_ms: u32,
+) -> Option<EdgeFlow> {
+    let FlowRecord { word, packets, begun_ms, last_ms, .. } = raw.record;
+    let since = |ms: u32| {
+        // Another processor's clock may be ahead.
+        Duration::from_millis(u64::try_from(now_ms.wrapping_sub(ms) as i32).unwrap_or(0))
+    };
+    let (address, port, protocol) = (raw.vip.ip(), raw.vip.port(), word.protocol);
+    Some(EdgeFlow {
+        service: frontends.get(&FrontendKey { address, port, protocol }).cloned(),
+        client: raw.client,
+        vip: raw.vip,
+        backend: raw.backend,
+        source: raw.source,
+        protocol,
+        state: EdgeFlowState::of(word.state())?,
+        packets,
+        bytes: raw.record.n_bytes(),
+        age: since(begun_ms),
+        idle: since(last_ms),
+    })
 }

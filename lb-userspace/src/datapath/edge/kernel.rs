@@ -1,10 +1,11 @@
 //! The unit's maps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::mem::offset_of;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::ops::Range;
 use std::sync::Arc;
 
 use aya::Ebpf;
@@ -30,6 +31,9 @@ use super::super::pins::Pins;
 pub struct EdgeMaps {
     frontends: Hash<Frontend, EdgeServiceRef>,
     frontends6: Hash<Frontend6, EdgeServiceRef>,
+    own: Hash<Address, u32>,
+    /// The addresses in `own`.
+    own_addresses: BTreeSet<IpAddr>,
     flows: Hash<FlowKey4, FlowRef>,
     flows6: Hash<FlowKey6, FlowRef>,
     records: FlowRecords,
@@ -106,6 +110,8 @@ impl EdgeMaps {
         Ok(EdgeMaps {
             frontends: take_hash(ebpf, "EDGE_FRONTENDS")?,
             frontends6: take_hash(ebpf, "EDGE_FRONTENDS6")?,
+            own: take_hash(ebpf, "EDGE_OWN")?,
+            own_addresses: BTreeSet::new(),
             flows: take_hash(ebpf, "EDGE_FLOWS")?,
             flows6: take_hash(ebpf, "EDGE_FLOWS6")?,
             records: FlowRecords {
@@ -140,6 +146,21 @@ impl EdgeMaps {
     /// Where the heartbeat is.
     pub fn heartbeat(&self) -> Heartbeat {
         Heartbeat(self.control.clone())
+    }
+
+    /// Updates this host's addresses.
+    ///
+    /// # Errors
+    /// When the kernel refuses, such as more than there is room for.
+    pub fn set_own(&mut self, addresses: BTreeSet<IpAddr>) -> io::Result<()> {
+        for gone in self.own_addresses.difference(&addresses) {
+            self.own.remove(&Plain(address_of(*gone))).map_err(io_error)?;
+        }
+        for new in addresses.difference(&self.own_addresses) {
+            self.own.insert(Plain(address_of(*new)), Plain(1), 0).map_err(io_error)?;
+        }
+        self.own_addresses = addresses;
+        Ok(())
     }
 
     /// What was decided on packets.
@@ -234,13 +255,16 @@ impl EdgeMaps {
         }
     }
 
-    /// Ends the flows whose time is over, and calls the function with each. Returns how many
-    /// are left.
-    pub fn sweep(&mut self, now_ms: u32, mut ended: impl FnMut(&RawFlow)) -> u32 {
+    /// Ends the flows of these records whose time is over, and calls the function with each. Returns how many are left.
+    pub fn sweep(
+        &mut self,
+        records: Range<u32>,
+        now_ms: u32,
+        mut ended: impl FnMut(&RawFlow),
+    ) -> u32 {
         let timeouts_ms = self.settings().timeouts_ms;
         let (mut n_left, mut n_ended) = (0, 0);
-        let stuck = std::mem::take(&mut self.stuck);
-        for idx in 0..self.records.len() {
+        for idx in records {
             let Some(state) = self.records.state(idx) else { continue };
             let timeout_ms = timeouts_ms.get(state as usize).copied();
             let last_ms = self.records.last_ms(idx);
@@ -252,9 +276,10 @@ impl EdgeMaps {
                 }
                 None => n_left += 1,
             }
+            let stuck = self.stuck.remove(&idx);
             if is_over && self.records.is_claimed(idx) {
                 // A program has a record for microseconds. A daemon that was killed here has it for ever.
-                if stuck.get(&idx) == Some(&last_ms) {
+                if stuck == Some(last_ms) {
                     self.records.release(idx);
                 } else {
                     self.stuck.insert(idx, last_ms);
@@ -262,6 +287,60 @@ impl EdgeMaps {
             }
         }
         n_left
+    }
+
+    /// Inserts a flow that no packet began. Returns the index of its record; `None` where none of a few is free, or
+    /// there is such a flow.
+    pub fn insert_flow(
+        &mut self,
+        record: &FlowRecord,
+        addresses: Option<FlowAddresses6>,
+    ) -> Option<u32> {
+        const N_TRIES: usize = 256;
+        let all = (0..self.records.len()).rev().take(N_TRIES);
+        let idx = all.into_iter().find(|idx| self.records.claim_free(*idx))?;
+        self.records.fill(idx, record, addresses);
+        let protocol = record.word.protocol;
+        let flow = self.records.flow(idx)?;
+        let back = self.insert_key((flow.backend, flow.source), protocol, idx, true);
+        let there = back.and_then(|()| {
+            let inserted = self.insert_key((flow.client, flow.vip), protocol, idx, false);
+            inserted.inspect_err(|_| self.remove_key(flow.backend, flow.source, protocol))
+        });
+        if there.is_err() {
+            self.records.clear(idx);
+            return None;
+        }
+        Some(idx)
+    }
+
+    fn insert_key(
+        &mut self,
+        (from, to): (SocketAddr, SocketAddr),
+        protocol: u8,
+        record: u32,
+        is_back: bool,
+    ) -> io::Result<()> {
+        const BPF_NOEXIST: u64 = 1;
+        let flow = Plain(FlowRef { record, is_back: is_back.into() });
+        match (from.ip(), to.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let from = (source.octets(), from.port());
+                let key = FlowKey4::of(from, (destination.octets(), to.port()), protocol);
+                self.flows.insert(Plain(key), flow, BPF_NOEXIST)
+            }
+            (source, destination) => {
+                let from = (address_of(source), from.port());
+                let key = FlowKey6::of(from, (address_of(destination), to.port()), protocol);
+                self.flows6.insert(Plain(key), flow, BPF_NOEXIST)
+            }
+        }
+        .map_err(io_error)
+    }
+
+    /// Ends a flow of [`EdgeMaps::insert_flow`].
+    pub fn end_flow(&mut self, idx: u32) {
+        self.end(idx);
     }
 
     /// Ends a flow, unless a program does something with it. Returns it.
@@ -282,12 +361,8 @@ impl EdgeMaps {
                 self.flows.remove(&Plain(key))
             }
             (source, destination) => {
-                let address = |ip: IpAddr| match ip {
-                    IpAddr::V4(ip) => Address::v4(ip.octets()),
-                    IpAddr::V6(ip) => Address { octets: ip.octets() },
-                };
-                let from = (address(source), from.port());
-                let key = FlowKey6::of(from, (address(destination), to.port()), protocol);
+                let from = (address_of(source), from.port());
+                let key = FlowKey6::of(from, (address_of(destination), to.port()), protocol);
                 self.flows6.remove(&Plain(key))
             }
         };
@@ -310,7 +385,8 @@ impl FlowRecords {
 
     /// All flows.
     pub fn flows(&self) -> impl Iterator<Item = RawFlow> {
-        (0..self.len()).filter_map(|idx| self.flow(idx))
+        let is_real = |flow: &RawFlow| flow.record.generation != super::proof::GENERATION;
+        (0..self.len()).filter_map(|idx| self.flow(idx)).filter(is_real)
     }
 
     fn flow(&self, idx: u32) -> Option<RawFlow> {
@@ -351,6 +427,43 @@ impl FlowRecords {
         claims > 1
     }
 
+    /// Claims a record if it is free.
+    fn claim_free(&self, idx: u32) -> bool {
+        let claim = |both| {
+            let Claimed { claims, .. } = zerocopy::transmute!(both);
+            let claimed = Claimed { claims: 1, word: FlowWord::default() };
+            (claims == 0).then(|| zerocopy::transmute!(claimed))
+        };
+        self.records.exchange_word(idx, 0, claim).is_some()
+    }
+
+    /// Makes a record that was claimed a flow's.
+    fn fill(&self, idx: u32, record: &FlowRecord, addresses: Option<FlowAddresses6>) {
+        if let Some(addresses) = addresses {
+            self.addresses6.store(idx, &addresses);
+        }
+        let now_ms = super::now_ms();
+        let record = FlowRecord { begun_ms: now_ms, last_ms: now_ms, ..*record };
+        let words: [u64; size_of::<FlowRecord>() / 8] = zerocopy::transmute!(record);
+        let [_, rest @ ..] = &words;
+        self.records.store_field(idx, 8, rest);
+        let set = |both| {
+            let Claimed { claims, .. } = zerocopy::transmute!(both);
+            Some(zerocopy::transmute!(Claimed { claims, word: record.word }))
+        };
+        self.records.exchange_word(idx, 0, set);
+    }
+
+    /// Frees a record that no key leads to.
+    fn clear(&self, idx: u32) {
+        let clear = |both| {
+            let Claimed { claims, .. } = zerocopy::transmute!(both);
+            let (claims, word) = (claims.wrapping_sub(1), FlowWord::default());
+            Some(zerocopy::transmute!(Claimed { claims, word }))
+        };
+        self.records.exchange_word(idx, 0, clear);
+    }
+
     /// Takes back the claims of others.
     fn release(&self, idx: u32) {
         let release = |both| {
@@ -379,6 +492,14 @@ impl FlowRecords {
             Some(zerocopy::transmute!(Claimed { claims, word }))
         };
         self.records.exchange_word(idx, 0, free);
+    }
+}
+
+/// An address as the programs have it.
+pub fn address_of(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => Address::v4(ip.octets()),
+        IpAddr::V6(ip) => Address { octets: ip.octets() },
     }
 }
 

@@ -9,6 +9,7 @@ mod device;
 mod flows;
 mod kernel;
 mod networks;
+mod proof;
 mod sources;
 mod status;
 mod xdp;
@@ -16,11 +17,13 @@ mod xdp;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use aya::programs::SchedClassifier;
+use aya::maps::Map;
+use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use ipnet::IpNet;
 use lb_common::{
@@ -39,10 +42,12 @@ use super::pins::{PinnedMaps, Pins, monotonic_ns, unpin};
 use super::tc::{
     Attached, Direction, FilterHandle, Interface, Place, detach_filter, end_links, interface_names,
 };
+use super::trace::EndedFlows;
 use super::units::{UnitHealth, UnitState};
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table};
 pub use flows::FlowReader;
+pub use kernel::address_of;
 use kernel::{EdgeMaps, Heartbeat, RawFlow};
 pub use sources::is_own;
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
@@ -55,6 +60,11 @@ const UNIT: &str = "edge";
 const NO_SERVICE: EdgeServiceRef = EdgeServiceRef { service: u32::MAX, shows_client: 0 };
 /// For how long a VIP that no service has any more is refused rather than left to the host.
 const LEFT_FOR: Duration = Duration::from_secs(3_600);
+
+/// How many records a sweep looks at while the datapath waits.
+const SLICE: u32 = 65_536;
+/// After how long what was proved is proved again.
+const PROOF_AGAIN: Duration = Duration::from_secs(10);
 
 /// The programs, in the order in which they are attached: the way back first.
 const PROGRAMS: [(&str, Direction); 2] =
@@ -125,6 +135,7 @@ pub struct Edge {
     has_table: bool,
     /// Whether an earlier daemon's is known to be gone.
     is_tidy: bool,
+    ended: EndedFlows,
 }
 
 #[derive(Debug)]
@@ -142,6 +153,10 @@ struct LoadedEdge {
     /// See [`EdgeStatus::forwards`].
     forwards: [bool; 2],
     n_flows: u32,
+    /// The record at which the sweep goes on, and how many flows it has found before that.
+    swept: (u32, u32),
+    /// See [`EdgeStatus::proof`], and when that was found.
+    proof: Option<(Result<(), String>, Instant)>,
 }
 
 #[derive(Debug)]
@@ -174,7 +189,19 @@ impl Edge {
             left: BTreeMap::new(),
             has_table: false,
             is_tidy: false,
+            ended: EndedFlows::default(),
         }
+    }
+
+    /// Takes a ring buffer of the loaded object, by its name.
+    pub fn take_ring(&mut self, name: &str) -> Option<Map> {
+        let Some(Ok(loaded)) = &mut self.loaded else { return None };
+        loaded.ebpf.take_map(name)
+    }
+
+    /// The flows that the daemon ends, for their reader.
+    pub fn ended(&self) -> &EndedFlows {
+        &self.ended
     }
 
     /// Sets what it does; `None` for nothing, which ends what an earlier daemon's did.
@@ -276,6 +303,7 @@ impl Edge {
         };
         let mut wanted: BTreeMap<_, _> =
             self.wanted.iter().map(|(key, name)| (*key, reference(name))).collect();
+        loaded.update_own();
         wanted.extend(self.left.keys().map(|key| (*key, NO_SERVICE)));
         // What no service has of a VIP is dropped: one of any port shows that an address is a VIP.
         let addresses: BTreeSet<IpAddr> = wanted.keys().map(|key| key.address).collect();
@@ -287,21 +315,42 @@ impl Edge {
         loaded.apply(&wanted);
     }
 
-    /// Attaches and pins again what isn't, and ends the flows whose time is over.
+    /// Attaches and pins again what isn't, and begins to end the flows whose time is over.
     pub fn fix(&mut self, pins: &Pins, index: impl Fn(&str) -> Option<u32>) {
         let (Some(Ok(loaded)), Some(options)) = (&mut self.loaded, &self.options) else { return };
         if let Err(error) = loaded.pinned.fix() {
             tracing::debug!("the maps of the unit {UNIT} can't be pinned again: {error}");
         }
         loaded.attach(options, pins);
-        loaded.sweep(now_ms(), &self.counters);
+        loaded.update_own();
+        loaded.prove(options);
+        loaded.sweep(now_ms(), &self.counters, &self.wanted, &self.ended);
         self.apply(index);
     }
 
     /// Ends the flows whose time is over, as if it were so much later.
     pub fn sweep_after(&mut self, time: Duration) {
         if let Some(Ok(loaded)) = &mut self.loaded {
-            loaded.sweep(now_ms().wrapping_add(time.as_millis() as u32), &self.counters);
+            let now_ms = now_ms().wrapping_add(time.as_millis() as u32);
+            while loaded.sweep(now_ms, &self.counters, &self.wanted, &self.ended) {}
+        }
+    }
+
+    /// Goes on with a sweep that [`Edge::fix`] has begun, by a part. Returns whether there is more.
+    pub fn sweep_on(&mut self) -> bool {
+        match &mut self.loaded {
+            Some(Ok(loaded)) if loaded.swept.0 != 0 => {
+                loaded.sweep(now_ms(), &self.counters, &self.wanted, &self.ended)
+            }
+            _ => false,
+        }
+    }
+
+    /// Proves again that the programs translate.
+    pub fn prove_again(&mut self) {
+        if let (Some(Ok(loaded)), Some(options)) = (&mut self.loaded, &self.options) {
+            loaded.proof = None;
+            loaded.prove(options);
         }
     }
 
@@ -325,10 +374,11 @@ impl Edge {
         let options = self.options.as_ref()?;
         let (max_flows, sources) = (options.max_flows, options.sources.clone());
         Some(match self.loaded.as_ref()? {
-            Ok(LoadedEdge { interfaces, problems, forwards, n_flows, .. }) => {
+            Ok(LoadedEdge { interfaces, problems, forwards, n_flows, proof, .. }) => {
                 let (interfaces, problems) = (interfaces.clone(), problems.clone());
                 let (n_flows, forwards) = (*n_flows, *forwards);
-                EdgeStatus { interfaces, sources, n_flows, max_flows, problems, forwards }
+                let proof = proof.as_ref().map(|(result, _)| result.clone());
+                EdgeStatus { interfaces, sources, n_flows, max_flows, problems, forwards, proof }
             }
             Err(reason) => {
                 let interface = |name: &String| EdgeInterface {
@@ -339,7 +389,8 @@ impl Edge {
                 let interfaces = options.interfaces.iter().map(interface).collect();
                 let problems = vec![reason.clone()];
                 let forwards = [false; 2];
-                EdgeStatus { interfaces, sources, n_flows: 0, max_flows, problems, forwards }
+                let (n_flows, proof) = (0, None);
+                EdgeStatus { interfaces, sources, n_flows, max_flows, problems, forwards, proof }
             }
         })
     }
@@ -366,9 +417,10 @@ impl Edge {
 
     /// The unit's state; `None` where it isn't configured.
     pub fn health(&self) -> Option<UnitHealth> {
-        let EdgeStatus { interfaces, problems, .. } = self.status()?;
+        let EdgeStatus { interfaces, problems, proof, .. } = self.status()?;
         let detached = interfaces.into_iter().find(|interface| interface.mode.is_none());
-        let (state, reason) = match (detached, problems.into_iter().next()) {
+        let disproof = proof.and_then(Result::err);
+        let (state, reason) = match (detached, problems.into_iter().chain(disproof).next()) {
             (Some(EdgeInterface { name, message, .. }), _) => {
                 let why = message.unwrap_or_default();
                 (UnitState::Failed, Some(format!("it isn't attached to {name}: {why}")))
@@ -487,7 +539,71 @@ impl LoadedEdge {
             problems: Vec::new(),
             forwards: [true; 2],
             n_flows: 0,
+            swept: (0, 0),
+            proof: None,
         })
+    }
+
+    /// Proves that the attached programs translate: after some time again, and at once where they didn't.
+    fn prove(&mut self, options: &EdgeOptions) {
+        let is_fresh =
+            |(result, at): &(Result<_, _>, Instant)| result.is_ok() && at.elapsed() < PROOF_AGAIN;
+        if self.proof.as_ref().is_some_and(is_fresh) {
+            return;
+        }
+        let former = self.proof.take().map(|(result, _)| result);
+        self.proof = self.proved(options).map(|result| (result, Instant::now()));
+        if let Some((Err(why), _)) = &self.proof
+            && former.is_none_or(|former| former.as_ref() != Err(why))
+        {
+            tracing::error!("edge: {why}");
+        }
+    }
+
+    /// `None` where nothing can be proved.
+    fn proved(&mut self, options: &EdgeOptions) -> Option<Result<(), String>> {
+        let LoadedEdge { ebpf, maps, attached, fast, .. } = self;
+        let devices = device::all().ok()?;
+        let tc: &SchedClassifier = ebpf.program(PROGRAMS[1].0)?.try_into().ok()?;
+        let xdp: Option<&Xdp> =
+            ebpf.program(xdp::PROGRAM).and_then(|program| program.try_into().ok());
+        let own = sources::all_own().ok()?;
+        let mut is_proved = None;
+        for Interface { name, index } in attached.iter().map(|attached| &attached.interface) {
+            let networks = sources::of_interface(name).unwrap_or_default();
+            let xdp = xdp.filter(|_| fast.is_attached(*index)).and_then(|xdp| xdp.fd().ok());
+            for is_ipv4 in [true, false] {
+                let is_of = |ip: &IpAddr| ip.is_ipv4() == is_ipv4;
+                let source = options.sources.iter().copied().find(is_of);
+                let vip = options.networks.iter().map(IpNet::network).find(is_of);
+                let neighbour =
+                    networks.iter().filter(|(ip, _)| is_of(ip)).find_map(|&(ip, prefix)| {
+                        proof::neighbour(ip, prefix, |address| own.contains(address))
+                    });
+                let (Some(source), Some(vip), Some(neighbour), Some(device)) =
+                    (source, vip, neighbour, devices.get(index))
+                else {
+                    continue;
+                };
+                let question = proof::Question {
+                    index: *index,
+                    device,
+                    tc: tc.fd().ok()?.as_fd(),
+                    xdp: xdp.map(|xdp| xdp.as_fd()),
+                    vip,
+                    source,
+                    neighbour,
+                };
+                match proof::prove(maps, &question) {
+                    Some(Err(why)) => {
+                        return Some(Err(format!("a proof by {name} has failed: {why}")));
+                    }
+                    Some(Ok(())) => is_proved = Some(Ok(())),
+                    None => {}
+                }
+            }
+        }
+        is_proved
     }
 
     /// Writes what the programs read.
@@ -513,17 +629,47 @@ impl LoadedEdge {
         sources::set(&mut settings, sources, sources::is_own);
         networks::set(&mut settings, networks);
         self.maps.set_settings(&settings);
+        self.update_own();
     }
 
-    /// Ends the flows whose time is over.
-    fn sweep(&mut self, now_ms: u32, counters: &Counters) {
+    /// Updates this host's addresses: a backend that has one is here.
+    fn update_own(&mut self) {
+        if let Err(error) = sources::all_own().and_then(|all| self.maps.set_own(all)) {
+            tracing::warn!("edge: this host's addresses can't be listed: {error}");
+        }
+    }
+
+    /// Ends the flows whose time is over, of the next records. Returns whether there are more.
+    fn sweep(
+        &mut self,
+        now_ms: u32,
+        counters: &Counters,
+        frontends: &BTreeMap<FrontendKey, Arc<str>>,
+        traced: &EndedFlows,
+    ) -> bool {
         let LoadedEdge { maps, present, .. } = self;
+        let (first, n_before) = self.swept;
+        let n_records = maps.records().len();
+        let end = first.saturating_add(SLICE).min(n_records);
         let service = |flow: &RawFlow| {
             let (address, port) = (flow.vip.ip(), flow.vip.port());
             let key = FrontendKey { address, port, protocol: flow.record.word.protocol };
             present.get(&key).map(|found| found.service)
         };
-        self.n_flows = maps.sweep(now_ms, |flow| ended(flow, service(flow), counters));
+        let n_left = maps.sweep(first..end, now_ms, |flow| {
+            ended(flow, service(flow), counters);
+            // The program reports the end of one that was closed.
+            if flow.record.word.is_open() || flow.record.word.protocol != IPPROTO_TCP {
+                traced.add(|| flows::flow(flow, frontends, now_ms));
+            }
+        });
+        let n_flows = n_before + n_left;
+        if end < n_records {
+            self.swept = (end, n_flows);
+            return true;
+        }
+        (self.n_flows, self.swept) = (n_flows, (0, 0));
+        false
     }
 
     fn remove(&mut self, key: &FrontendKey) {

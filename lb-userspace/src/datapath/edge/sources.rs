@@ -1,9 +1,12 @@
 //! The addresses from which packets go to backends.
 
+use std::collections::BTreeSet;
+use std::io;
 use std::net::IpAddr;
 
 use lb_common::{Address, EdgeSettings, MAX_EDGE_SOURCES};
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::sys::socket::SockaddrStorage;
 
 /// Sets the addresses that new flows get. Former ones follow, as far as there is room and they are this host's
 /// still: flows have them.
@@ -49,6 +52,40 @@ pub fn is_own(address: &IpAddr) -> bool {
         }
     };
     getifaddrs().is_ok_and(|mut all| all.any(is_it))
+}
+
+/// The addresses of an interface, each with the length of its network's prefix.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn of_interface(name: &str) -> io::Result<Vec<(IpAddr, u8)>> {
+    let ip = |address: SockaddrStorage| -> Option<IpAddr> {
+        let v4 = address.as_sockaddr_in().map(|own| own.ip().into());
+        v4.or_else(|| address.as_sockaddr_in6().map(|own| own.ip().into()))
+    };
+    let ones = |mask: IpAddr| match mask {
+        IpAddr::V4(mask) => mask.to_bits().leading_ones() as u8,
+        IpAddr::V6(mask) => mask.to_bits().leading_ones() as u8,
+    };
+    let network = |one: InterfaceAddress| {
+        let address = ip(one.address.filter(|_| one.interface_name == name)?)?;
+        let is_of_link = matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local());
+        Some((address, ones(ip(one.netmask?)?))).filter(|_| !is_of_link)
+    };
+    Ok(getifaddrs()?.filter_map(network).collect())
+}
+
+/// This host's addresses, in this network namespace.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn all_own() -> io::Result<BTreeSet<IpAddr>> {
+    let ip = |one: InterfaceAddress| {
+        let own = one.address?;
+        let v4 = own.as_sockaddr_in().map(|own| own.ip().into());
+        v4.or_else(|| own.as_sockaddr_in6().map(|own| own.ip().into()))
+    };
+    Ok(getifaddrs()?.filter_map(ip).collect())
 }
 
 #[cfg(test)]

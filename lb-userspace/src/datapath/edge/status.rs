@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use lb_common::FlowState;
+
 /// How an edge does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EdgeStatus {
@@ -19,6 +21,9 @@ pub struct EdgeStatus {
     pub problems: Vec<String>,
     /// Whether each interface forwards packets of IPv4, and of IPv6.
     pub forwards: [bool; 2],
+    /// Whether a packet of the daemon's own was translated by the attached programs, and the answer to it; why it
+    /// wasn't. `None` where that isn't known.
+    pub proof: Option<Result<(), String>>,
 }
 
 /// An interface of an edge.
@@ -110,6 +115,19 @@ pub enum EdgeFlowState {
 }
 
 impl EdgeFlowState {
+    /// That of a record; `None` for no flow's.
+    pub fn of(state: FlowState) -> Option<EdgeFlowState> {
+        Some(match state {
+            FlowState::None => return None,
+            FlowState::SynSent => EdgeFlowState::SynSent,
+            FlowState::SynReceived => EdgeFlowState::SynReceived,
+            FlowState::Established => EdgeFlowState::Established,
+            FlowState::HalfClosed => EdgeFlowState::HalfClosed,
+            FlowState::Closed => EdgeFlowState::Closed,
+            FlowState::Udp | FlowState::UdpUnanswered => EdgeFlowState::Udp,
+        })
+    }
+
     /// As `nohop flows` shows it.
     pub fn name(self) -> &'static str {
         match self {
