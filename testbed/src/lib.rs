@@ -18,6 +18,7 @@ pub mod http;
 pub mod load;
 pub mod net;
 pub mod nohop;
+pub mod picture;
 pub mod process;
 pub mod tempdir;
 pub mod terminal;

@@ -122,6 +122,24 @@ impl Terminal {
         Ok((status, self.parser.screen()))
     }
 
+    /// What the terminal shows.
+    pub fn screen(&self) -> &vt100::Screen {
+        self.parser.screen()
+    }
+
+    /// A screen of so many columns that shows what a program wrote into a pipe.
+    ///
+    /// # Errors
+    /// When there are too many lines or columns for a terminal.
+    pub fn of_output(output: &[u8], n_columns: u16) -> Result<vt100::Parser> {
+        let n_lines = output.iter().filter(|octet| **octet == b'\n').count() + 1;
+        let size = |n: usize| u16::try_from(n).ok().and_then(NonZero::new).context("a size");
+        let mut parser = vt100::Parser::new(size(n_lines)?, size(n_columns.into())?, 0);
+        let text = String::from_utf8_lossy(output).trim_end().replace('\n', "\r\n");
+        parser.process(text.as_bytes());
+        Ok(parser)
+    }
+
     /// Whether the terminal shows something in a colour.
     pub fn has_colour(&self) -> bool {
         let screen = self.parser.screen();
