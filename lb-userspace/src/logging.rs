@@ -1,5 +1,6 @@
 //! The log: lines go to stderr by a thread of their own, so that a pipe that isn't read, or a
-//! journal that stalls, holds up no other thread. What doesn't fit into the queue is counted.
+//! journal that stalls, holds up no other thread. What doesn't fit into the queue is counted. The filter
+//! can be changed while the daemon runs, and lines for the journal have their priorities.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -8,9 +9,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
+use tracing::{Level, Metadata, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::capabilities;
 use crate::terminal;
@@ -46,12 +50,21 @@ const LAST_WAIT: Duration = Duration::from_millis(200);
 /// The queue of the daemon, once it logs.
 static QUEUE: OnceLock<Queue> = OnceLock::new();
 
+/// The filter of the daemon, once it logs.
+static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// The priorities of lines for the journal (sd-daemon(3), syslog(3)).
+const ERROR: &str = "<3>";
+const WARNING: &str = "<4>";
+
 /// Lines on their way to stderr.
 #[derive(Clone, Debug, Default)]
 struct Queue(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
+    /// Whether the journal reads the lines.
+    is_journal: bool,
     lines: Mutex<Lines>,
     changed: Condvar,
 }
@@ -69,8 +82,8 @@ struct Lines {
 
 impl Queue {
     /// A queue and the thread that empties it into `out`.
-    fn start(mut out: impl Write + Send + 'static) -> io::Result<Queue> {
-        let queue = Queue::default();
+    fn start(mut out: impl Write + Send + 'static, is_journal: bool) -> io::Result<Queue> {
+        let queue = Queue(Arc::new(Shared { is_journal, ..Shared::default() }));
         let of_thread = queue.clone();
         std::thread::Builder::new().name("log".into()).spawn(move || {
             capabilities::none();
@@ -107,14 +120,20 @@ impl Queue {
         lines.is_writing = true;
         let n_unreported = std::mem::take(&mut lines.n_unreported);
         if n_unreported > 0 {
+            let priority = self.priority(WARNING);
             line.extend(
                 format!(
-                    "{n_unreported} lines of the log were dropped: stderr isn't read fast enough\n"
+                    "{priority}{n_unreported} lines of the log were dropped: stderr isn't read fast enough\n"
                 )
                 .into_bytes(),
             );
         }
         line
+    }
+
+    /// The prefix with this priority, where one is read.
+    fn priority(&self, priority: &'static str) -> &'static str {
+        if self.0.is_journal { priority } else { "" }
     }
 
     fn wrote(&self, is_lost: bool) {
@@ -150,12 +169,14 @@ enum Style {
 struct Event<'a> {
     queue: &'a Queue,
     style: Style,
+    priority: &'static str,
 }
 
 impl Write for Event<'_> {
     /// The subscriber writes each event by one call.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        self.queue.push(line(event, self.style).as_bytes());
+        let line = self.queue.priority(self.priority).to_owned() + &line(event, self.style);
+        self.queue.push(line.as_bytes());
         Ok(event.len())
     }
 
@@ -189,7 +210,17 @@ impl<'a> MakeWriter<'a> for Events {
     type Writer = Event<'a>;
 
     fn make_writer(&'a self) -> Event<'a> {
-        Event { queue: &self.queue, style: self.style }
+        Event { queue: &self.queue, style: self.style, priority: "<6>" }
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> Event<'a> {
+        let priority = match *event.level() {
+            Level::ERROR => ERROR,
+            Level::WARN => WARNING,
+            Level::INFO => "<6>",
+            Level::DEBUG | Level::TRACE => "<7>",
+        };
+        Event { priority, ..self.make_writer() }
     }
 }
 
@@ -200,15 +231,24 @@ fn filter(variable: Option<&OsStr>) -> (EnvFilter, Option<String>) {
     let Some(variable) = variable.filter(|value| !value.is_empty()) else {
         return (default(), None);
     };
-    let wrong = |what: String| {
-        let text = variable.to_string_lossy();
-        let complaint = format!(
-            "RUST_LOG: '{text}' is ignored ({what}): write a level (error, warn, info, debug, \
-             trace, off) or MODULE=LEVEL, separated by commas; logging at {DEFAULT_FILTER}"
-        );
-        (default(), Some(complaint))
+    let parsed = match variable.to_str() {
+        Some(text) => parse(text),
+        None => Err(format!("'{}' is ignored (it isn't UTF-8): {FIX}", variable.display())),
     };
-    let Some(text) = variable.to_str() else { return wrong("it isn't UTF-8".to_owned()) };
+    match parsed {
+        Ok(filter) => (filter, None),
+        Err(why) => (default(), Some(format!("RUST_LOG: {why}; logging at {DEFAULT_FILTER}"))),
+    }
+}
+
+/// How a filter is written.
+const FIX: &str = "write a level (error, warn, info, debug, trace, off) or MODULE=LEVEL, separated by \
+                   commas";
+
+/// The filter that a text names. A bare word that is no level is read as a module by the library, and
+/// would silence everything else: `wran`.
+fn parse(text: &str) -> Result<EnvFilter, String> {
+    let wrong = |what: String| Err(format!("'{text}' is ignored ({what}): {FIX}"));
     let is_level = |word: &str| word.parse::<LevelFilter>().is_ok();
     let mut words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
     let stray = words.find(|word| {
@@ -218,7 +258,53 @@ fn filter(variable: Option<&OsStr>) -> (EnvFilter, Option<String>) {
     if let Some(stray) = stray {
         return wrong(format!("{stray} is no level"));
     }
-    EnvFilter::try_new(text).map_or_else(|error| wrong(error.to_string()), |filter| (filter, None))
+    EnvFilter::try_new(text).or_else(|error| wrong(error.to_string()))
+}
+
+/// The filter in use; empty before the daemon logs.
+pub fn current_filter() -> String {
+    let filter = FILTER.get().and_then(|handle| handle.with_current(ToString::to_string).ok());
+    filter.unwrap_or_default()
+}
+
+/// Changes the filter, until the daemon ends.
+///
+/// # Errors
+/// Why the text is none, with the fix; then nothing changes.
+pub fn set_filter(text: &str) -> Result<(), String> {
+    let filter = parse(text)?;
+    let handle = FILTER.get().ok_or("this process doesn't log")?;
+    handle.reload(filter).map_err(|error| error.to_string())
+}
+
+/// Whether the journal reads stderr: JOURNAL_STREAM has its device and inode (systemd.exec(5)).
+fn is_journal(variable: Option<&OsStr>) -> bool {
+    let Some((device, inode)) = variable.and_then(OsStr::to_str).and_then(|it| it.split_once(':'))
+    else {
+        return false;
+    };
+    rustix::fs::fstat(io::stderr())
+        .is_ok_and(|stat| (device.parse(), inode.parse()) == (Ok(stat.st_dev), Ok(stat.st_ino)))
+}
+
+/// What formats events: without the time, which the journal has itself.
+fn subscriber(
+    filter: reload::Layer<EnvFilter, Registry>,
+    format: LogFormat,
+    events: Events,
+) -> Box<dyn Subscriber + Send + Sync> {
+    let is_journal = events.queue.0.is_journal;
+    let has_colour = events.style == Style::Coloured;
+    let lines = tracing_subscriber::fmt::layer()
+        .with_target(false)
+        .with_ansi(has_colour)
+        .with_writer(events);
+    let registry = tracing_subscriber::registry().with(filter);
+    match (format, is_journal) {
+        (LogFormat::Text, false) => Box::new(registry.with(lines)),
+        (LogFormat::Text, true) => Box::new(registry.with(lines.without_time().with_level(false))),
+        (LogFormat::Json, _) => Box::new(registry.with(lines.json())),
+    }
 }
 
 /// Starts to log to stderr, by the filter in RUST_LOG. If that is invalid, a warning is
@@ -228,24 +314,19 @@ fn filter(variable: Option<&OsStr>) -> (EnvFilter, Option<String>) {
 /// When no thread can be started.
 pub fn start(format: LogFormat) -> io::Result<()> {
     let (filter, complaint) = filter(std::env::var_os("RUST_LOG").as_deref());
-    let queue = Queue::start(io::stderr())?;
+    let (filter, handle) = reload::Layer::new(filter);
+    let is_journal = is_journal(std::env::var_os("JOURNAL_STREAM").as_deref());
+    let queue = Queue::start(io::stderr(), is_journal)?;
     // A process logs once.
     let _ = QUEUE.set(queue.clone());
+    let _ = FILTER.set(handle);
     let is_terminal = io::stderr().is_terminal();
     let style = match (format, is_terminal) {
         (LogFormat::Json, _) => Style::Json,
         (LogFormat::Text, true) => Style::Coloured,
         (LogFormat::Text, false) => Style::Plain,
     };
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(is_terminal)
-        .with_writer(Events { queue, style });
-    match format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().init(),
-    }
+    subscriber(filter, format, Events { queue, style }).init();
     // The default hook writes to stderr itself, and would block.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     if let Some(complaint) = complaint {
@@ -257,7 +338,7 @@ pub fn start(format: LogFormat) -> io::Result<()> {
 /// Prints a message of the process itself: by the queue once it logs, else directly.
 pub fn write_line(message: &str) {
     match QUEUE.get() {
-        Some(queue) => queue.push(format!("{message}\n").as_bytes()),
+        Some(queue) => queue.push(format!("{}{message}\n", queue.priority(ERROR)).as_bytes()),
         None => eprintln!("{message}"),
     }
 }
@@ -301,7 +382,7 @@ mod tests {
     #[test]
     fn a_stderr_that_is_not_read_holds_nobody_up_and_what_is_lost_is_counted() {
         let ((turn, turns), (out, written)) = (mpsc::channel(), mpsc::channel());
-        let queue = Queue::start(Stalled { turns, out }).unwrap();
+        let queue = Queue::start(Stalled { turns, out }, false).unwrap();
         let long = vec![b'x'; MAX_QUEUED / 8];
         for _ in 0..20 {
             queue.push(&long); // returns at once
@@ -330,6 +411,57 @@ mod tests {
         let long = vec![b'x'; 2 * MAX_LINE];
         assert_eq!(line(&long, Style::Plain).len(), MAX_LINE + 1);
         serde_json::from_str::<serde_json::Value>(&line(&long, Style::Json)).unwrap();
+    }
+
+    /// What a subscriber writes for a warning and an event of debugging that is let through later.
+    fn written(format: LogFormat, is_journal: bool) -> String {
+        let (out, written) = mpsc::channel();
+        struct Out(mpsc::Sender<Vec<u8>>);
+        impl Write for Out {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.send(bytes.to_vec()).map_err(io::Error::other)?;
+                Ok(bytes.len())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let queue = Queue::start(Out(out), is_journal).unwrap();
+        let style = if format == LogFormat::Json { Style::Json } else { Style::Plain };
+        let (filter, handle) = reload::Layer::new(EnvFilter::new("info"));
+        let events = Events { queue: queue.clone(), style };
+        tracing::subscriber::with_default(subscriber(filter, format, events), || {
+            tracing::warn!(service = "web", "a warning");
+            tracing::debug!("not logged");
+            handle.reload(parse("debug").unwrap()).unwrap();
+            tracing::debug!("logged");
+        });
+        queue.drain(Duration::from_secs(60));
+        String::from_utf8(written.try_iter().flatten().collect()).unwrap()
+    }
+
+    #[test]
+    fn lines_for_the_journal_have_priorities() {
+        let lines = written(LogFormat::Text, true);
+        assert_eq!(lines, "<4>a warning service=\"web\"\n<7>logged\n");
+        let lines = written(LogFormat::Text, false);
+        assert!(lines.contains("Z  WARN a warning service") && !lines.contains('<'), "{lines}");
+    }
+
+    /// The keys that docs/operations.md has.
+    #[test]
+    fn json_lines_have_stable_keys() {
+        let lines = written(LogFormat::Json, false);
+        let events: Vec<serde_json::Value> =
+            lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let keys = |value: &serde_json::Value| {
+            value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(keys(&events[0]), "fields level timestamp");
+        assert_eq!(keys(&events[0]["fields"]), "message service");
+        assert_eq!((&events[0]["level"], &events[1]["level"]), (&"WARN".into(), &"DEBUG".into()));
+        assert!(written(LogFormat::Json, true).starts_with("<4>{"));
     }
 
     #[test]

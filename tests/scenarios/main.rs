@@ -13,12 +13,14 @@ mod cgroup_namespace;
 mod cgroup_recreated;
 mod clients_by_name;
 mod cluster;
+mod command_line;
 mod consul_connections;
 mod consul_killed_and_restarted;
 mod container_namespace;
 mod crash_loop;
 mod critical_backend_leaves;
 mod curl_by_name;
+mod dashboard;
 mod disk;
 mod dns_over_tls;
 mod drain;
@@ -30,6 +32,7 @@ mod ejected_is_shown;
 mod explained;
 mod external_detach;
 mod faulty_backends;
+mod first_minutes;
 mod foreign_route;
 mod forwarding;
 mod four_capabilities;
@@ -51,6 +54,7 @@ mod names_under_load;
 mod non_vip_passthrough;
 mod not_ready_before_consul;
 mod one_of_ten_fails;
+mod openapi;
 mod operators_view;
 mod page;
 mod page_cost;
@@ -108,6 +112,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("bpf_log", bpf_log::run),
     ("cgroup_namespace", cgroup_namespace::run),
     ("cgroup_recreated", cgroup_recreated::run),
+    ("command_line", command_line::run),
     ("consul_as_resolver", resolvers::consul),
     ("consul_connections", consul_connections::run),
     ("consul_killed_and_restarted", consul_killed_and_restarted::run),
@@ -151,6 +156,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("not_ready_before_consul", not_ready_before_consul::run),
     ("one_of_ten_is_silent", one_of_ten_fails::is_silent),
     ("one_of_ten_refuses", one_of_ten_fails::refuses),
+    ("openapi", openapi::run),
     ("operators_view", operators_view::run),
     ("public_vips", public_vips::run),
     ("reference_page", reference::run),
@@ -187,7 +193,9 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("edge_bgp", &["bgpd", "bird", "zebra"], edge_bgp::run),
     ("edge_clients", &["gtlsclient", "gtlsserver", "iperf3", "wrk"], edge_clients::run),
     ("drill_by_name", &["drill"], resolvers::drill),
+    ("first_minutes", &["tmux"], first_minutes::run),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
+    ("grafana_dashboard", &["promtool"], dashboard::run),
     ("java_by_name", &["java", "javac"], clients_by_name::java),
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),

@@ -8,6 +8,7 @@ use serde_json::Value;
 use testbed::cmd;
 use testbed::consul::{Consul, instance};
 use testbed::nohop::Nohop;
+use testbed::terminal::Terminal;
 
 use crate::cluster::{CLIENT, Nodes};
 
@@ -30,15 +31,7 @@ pub fn run() -> Result<()> {
     nohop.wait_for_backends("helloworld", 1)?;
     ensure!(nohop.cli("status")?.status.success());
 
-    for arguments in ["services", "explain helloworld"] {
-        let text = String::from_utf8(nohop.cli(arguments)?.stdout)?;
-        ensure!(
-            text.contains(r"web-1\n  healthy    10.9.9.9:1\u{1b}[2J\u{9b}31m\u{202e}"),
-            "{text}"
-        );
-        let is_plain = |c: char| c == '\n' || !c.is_control() && c != '\u{202e}';
-        ensure!(text.chars().all(is_plain), "{text:?}");
-    }
+    shows_nothing_forged(&nohop)?;
     let json = String::from_utf8(nohop.cli("services --json")?.stdout)?;
     ensure!(!json.contains(['\u{1b}', '\u{9b}', '\u{202e}']), "{json:?}");
     let services: Value = serde_json::from_str(&json)?;
@@ -65,6 +58,44 @@ pub fn run() -> Result<()> {
     nohop.start_again_unready()?;
     let later = revision(&nohop.document(&format!("/v1/status?after={earlier}&wait=600"))?)?;
     ensure!(later > earlier, "{later} after {earlier}");
+    Ok(())
+}
+
+/// Each command shows an instance whose id would command a terminal, and arguments that would.
+fn shows_nothing_forged(nohop: &Nohop) -> Result<()> {
+    let escaped = r"web-1\n  healthy    10.9.9.9:1\u{1b}[2J\u{9b}31m\u{202e}";
+    let target = format!("instance:{FORGED}");
+    for (arguments, is_shown) in [
+        (&["status"][..], false),
+        (&["services"], true),
+        (&["services", FORGED], false),
+        (&["explain", "helloworld"], true),
+        (&["explain", FORGED], false),
+        (&["dns", "query", FORGED], true),
+        (&["drain", FORGED], true),
+        (&["drain"], true),
+        (&["undrain", &target], true),
+        (&["undrain", &target], true),
+        (&["log", FORGED], true),
+        (&["top", "--json"], false),
+        (&["check"], false),
+        (&["debug", FORGED], false),
+    ] {
+        let mut command = nohop.command("")?;
+        // `debug` would make a file of that name.
+        command.args(arguments).current_dir(nohop.state_dir());
+        let output = cmd::output(command)?;
+        let text = String::from_utf8([output.stdout, output.stderr].concat())?;
+        ensure!(text.contains(escaped) || !is_shown, "{arguments:?}: {text}");
+        let is_plain = |c: char| c == '\n' || !c.is_control() && c != '\u{202e}';
+        ensure!(text.chars().all(is_plain), "{arguments:?}: {text:?}");
+    }
+    let mut terminal = Terminal::spawn(&nohop.command("top")?)?;
+    terminal.wait_for(|screen| screen.contents().contains("helloworld "))?;
+    terminal.press("\r")?;
+    terminal.wait_for(|screen| screen.contents().contains(r"web-1\n  healthy"))?;
+    terminal.press("q")?;
+    terminal.wait_for_exit()?;
     Ok(())
 }
 

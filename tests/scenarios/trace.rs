@@ -61,6 +61,7 @@ pub fn run() -> Result<()> {
     nodes.connect(vip, 1)?;
     let line = all.next()?;
     ensure!(line["service"] == "helloworld" && line["outcome"] == "established", "{line:#}");
+    ensure!(line["instance"] == "helloworld-0", "{line:#}");
     ensure!(line["frontend"] == vip.to_string() && line["backend"] == address, "{line:#}");
     ensure!(line["comm"] == "nohop-load" && line["pid"].as_u64() > Some(1), "{line:#}");
     ensure!(line["connect_us"].as_u64() > Some(0) && line["protocol"] == "tcp", "{line:#}");

@@ -186,6 +186,9 @@ pub struct UpstreamStatus {
     pub state: String,
     /// Queries that were sent to it, since the start.
     pub sent: u64,
+    /// Those of them whose answers are still waited for.
+    #[serde(default)]
+    pub in_flight: u64,
     /// Queries by result: `answered`, `refused` (SERVFAIL, REFUSED, NOTIMP), `timeout`,
     /// `unreachable`. One whose question another resolver answered first may end up as none of them.
     pub results: BTreeMap<String, u64>,
@@ -563,6 +566,17 @@ pub struct Reload {
     pub changes: Vec<ChangedKey>,
 }
 
+/// `GET /v1/log`, and `POST /v1/log?filter=FILTER`: what is logged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogStatus {
+    /// Whether the filter is the one that was asked for.
+    pub ok: bool,
+    /// Why it isn't, with the fix.
+    pub problem: Option<String>,
+    /// The filter in use: a level, or MODULE=LEVEL, separated by commas.
+    pub filter: String,
+}
+
 /// A key of the configuration, within [`Reload`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangedKey {
@@ -644,6 +658,9 @@ pub struct TraceRecord {
     pub protocol: String,
     /// The backend that was chosen; `null` where the connection is refused.
     pub backend: Option<String>,
+    /// The id that the source has for its instance; `null` where the table doesn't have it any more.
+    #[serde(default)]
+    pub instance: Option<String>,
     /// The reason of the choice, or of the refusal.
     pub reason: Option<String>,
     /// One of [`OUTCOMES`](crate::admin::OUTCOMES).

@@ -12,7 +12,7 @@ use crate::config::AdminAddress;
 
 use super::trace::TraceFilter;
 
-pub use super::route::{drain_path, explain_path, lookup_path};
+pub use super::route::{drain_path, explain_path, log_path, lookup_path};
 
 /// The address that is used when neither a flag nor the environment names one.
 pub const DEFAULT_ADDRESS: &str = "unix:/run/nohop/admin.sock";
@@ -138,6 +138,20 @@ pub async fn get<T: DeserializeOwned>(
     path: &str,
 ) -> Result<T, ClientError> {
     get_within(address, path, TIME_LIMIT).await
+}
+
+/// Fetches what isn't JSON, such as metrics.
+///
+/// # Errors
+/// As for [`get`], and when the response is no success.
+pub async fn get_text(address: &AdminAddress, path: &str) -> Result<String, ClientError> {
+    let late = |_| ClientError::TimeLimit { address: address.clone(), limit: TIME_LIMIT };
+    let limited = tokio::time::timeout(TIME_LIMIT, ask(address, Request::get(path))).await;
+    let answer = limited.map_err(late).flatten()?;
+    match answer.status.is_success() {
+        true => Ok(String::from_utf8_lossy(&answer.body).into_owned()),
+        false => Err(refused(address, &answer)),
+    }
 }
 
 /// As [`get`], with another limit than 5 s, for a request that waits.

@@ -23,6 +23,8 @@ POST /v1/reload
 GET /v1/drain
 POST /v1/drain?target=TARGET
 POST /v1/undrain?target=TARGET
+GET /v1/log
+POST /v1/log?filter=FILTER
 GET /metrics
 GET /healthz
 GET /readyz
@@ -57,6 +59,8 @@ pub(super) enum Endpoint {
     Drains,
     Drain(String),
     Undrain(String),
+    Log,
+    SetLog(String),
     Metrics,
     Health,
     Ready,
@@ -77,7 +81,11 @@ impl Endpoint {
     pub(super) fn has_effects(&self) -> bool {
         matches!(
             self,
-            Endpoint::Reload | Endpoint::Drain(_) | Endpoint::Undrain(_) | Endpoint::LookUp { .. }
+            Endpoint::Reload
+                | Endpoint::Drain(_)
+                | Endpoint::Undrain(_)
+                | Endpoint::SetLog(_)
+                | Endpoint::LookUp { .. }
         )
     }
 
@@ -147,6 +155,10 @@ pub(super) fn route(
         "/v1/undrain" if *method == Method::POST => {
             return Ok((Endpoint::Undrain(target(query)?), None));
         }
+        "/v1/log" if *method == Method::POST => {
+            return Ok((Endpoint::SetLog(filter(query)?), None));
+        }
+        "/v1/log" => Endpoint::Log,
         "/v1/undrain" => return Err(EndpointError::Method("POST")),
         "/metrics" => Endpoint::Metrics,
         "/healthz" => Endpoint::Health,
@@ -161,7 +173,7 @@ pub(super) fn route(
         },
     };
     let (is_allowed, allowed) = match route {
-        Endpoint::Drains => (is_get(method), "GET, HEAD, POST"),
+        Endpoint::Drains | Endpoint::Log => (is_get(method), "GET, HEAD, POST"),
         Endpoint::Reload => (*method == Method::POST, "POST"),
         _ => (is_get(method), "GET, HEAD"),
     };
@@ -188,6 +200,16 @@ fn target(query: Option<&str>) -> Result<String, EndpointError> {
     let is_target = |target: &&str| target.len() <= MAX_TARGET && !target.contains('&');
     query.strip_prefix("target=").filter(is_target).map(decode).ok_or_else(|| {
         let fix = "write target=TARGET: a node, an address, an instance, an allocation or `edge`";
+        EndpointError::Query { name: "query".into(), value: query.into(), fix }
+    })
+}
+
+/// The filter of the log.
+fn filter(query: Option<&str>) -> Result<String, EndpointError> {
+    let query = query.unwrap_or_default();
+    let is_filter = |filter: &&str| filter.len() <= MAX_TARGET && !filter.contains('&');
+    query.strip_prefix("filter=").filter(is_filter).map(decode).ok_or_else(|| {
+        let fix = "write filter=FILTER: a level, or MODULE=LEVEL, separated by commas";
         EndpointError::Query { name: "query".into(), value: query.into(), fix }
     })
 }
@@ -259,6 +281,11 @@ pub fn explain_path(name: &str) -> String {
 /// The path that looks a name up.
 pub fn lookup_path(name: &str, kind: &str) -> String {
     format!("/v1/dns?name={}&type={}", encode(name), encode(kind))
+}
+
+/// The path that sets the filter of the log.
+pub fn log_path(filter: &str) -> String {
+    format!("/v1/log?filter={}", encode(filter))
 }
 
 /// The path that drains what a text names, or undrains it.
@@ -348,6 +375,10 @@ mod tests {
         assert_eq!(route(&Method::POST, "/", None), only("GET, HEAD"));
         assert_eq!(route(&Method::HEAD, "/v1/stream", None), only("GET"));
         assert_eq!(route(&Method::HEAD, "/v1/dns", Some("name=a")), only("GET"));
+        assert_eq!(route(&Method::GET, "/v1/log", None), Ok((Endpoint::Log, None)));
+        let set = Endpoint::SetLog("info,a=b".into());
+        assert_eq!(route(&Method::POST, "/v1/log", Some("filter=info%2Ca%3Db")), Ok((set, None)));
+        assert!(route(&Method::POST, "/v1/log", None).is_err());
         assert_eq!(route(&Method::POST, "/nowhere", None), Err(EndpointError::Path));
     }
 

@@ -23,6 +23,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinError, JoinSet};
 
+use super::api;
 use super::bind::Listener;
 use super::body::ResponseBody;
 use super::documents::{At, Document, Documents};
@@ -35,7 +36,7 @@ use super::slow::{IsEndless, MinRate};
 use super::stream::Feed;
 use super::trace::TraceRefusal;
 use super::view::View;
-use crate::terminal;
+use crate::{logging, terminal};
 
 /// The most connections of each unix socket, and of each TCP address: each has its own, so a client
 /// at a port can't lock root out of the socket.
@@ -168,13 +169,15 @@ async fn accept<V: View>(listener: Listener, access: Arc<ListenerLimits>, view: 
         let accepted = match &listener {
             Listener::Unix(listener, _) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, None, &access, &view))
+                stream.map(|(stream, _)| {
+                    spawn(&mut connections, stream, None, "unix".to_owned(), &access, &view)
+                })
             }
             Listener::Tcp(listener) => {
                 let stream = listener.accept().await;
-                stream.and_then(|(stream, _)| {
+                stream.and_then(|(stream, client)| {
                     let local = Some(stream.local_addr()?.ip());
-                    spawn(&mut connections, stream, local, &access, &view);
+                    spawn(&mut connections, stream, local, client.to_string(), &access, &view);
                     Ok(())
                 })
             }
@@ -200,6 +203,7 @@ fn spawn<V: View>(
     connections: &mut JoinSet<()>,
     mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     local: Option<IpAddr>,
+    client: String,
     access: &Arc<ListenerLimits>,
     view: &Arc<V>,
 ) {
@@ -222,9 +226,15 @@ fn spawn<V: View>(
         let is_endless = IsEndless::default();
         let service = service_fn(|request: Request<Incoming>| {
             let (access, view) = (Arc::clone(&access), Arc::clone(&view));
-            let is_endless = is_endless.clone();
+            let (is_endless, client) = (is_endless.clone(), client.clone());
             async move {
+                let logs = view.logs_access();
                 let mut response = answer(&request, local, &access, view).await;
+                if logs {
+                    let (method, path) = (request.method(), request.uri());
+                    let status = response.status().as_u16();
+                    tracing::info!(target: "nohop::access", %client, %method, %path, status, "request");
+                }
                 is_endless.set(matches!(response.body(), ResponseBody::Stream(_)));
                 for (name, value) in HEADERS {
                     response.headers_mut().insert(name, HeaderValue::from_static(value));
@@ -321,6 +331,15 @@ async fn answer<V: View>(
         let at = *now.borrow();
         return response(json(status, &change), at);
     }
+    if let Endpoint::SetLog(filter) = &endpoint {
+        let changed = logging::set_filter(filter);
+        if changed.is_ok() {
+            tracing::warn!("the log's filter is {} from now on", logging::current_filter());
+        }
+        let status = if changed.is_ok() { StatusCode::OK } else { StatusCode::BAD_REQUEST };
+        let at = *now.borrow();
+        return response(json(status, &log_status(changed.err())), at);
+    }
     if let Some(Wait { after, limit }) = wait {
         let Ok(_place) = access.waiting.try_acquire() else { return too_many_wait() };
         let start = *now.borrow_and_update();
@@ -402,16 +421,22 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
         },
         Endpoint::Config => json(StatusCode::OK, &view.settings()),
         Endpoint::Drains => json(StatusCode::OK, &view.drains()),
+        Endpoint::Log => json(StatusCode::OK, &log_status(None)),
         Endpoint::Health
         | Endpoint::Reload
         | Endpoint::Drain(_)
         | Endpoint::Undrain(_)
+        | Endpoint::SetLog(_)
         | Endpoint::LookUp { .. }
         | Endpoint::Explain(_)
         | Endpoint::Stream
         | Endpoint::Page(_)
         | Endpoint::Trace(_) => plain(StatusCode::OK, "ok\n"),
     }
+}
+
+fn log_status(problem: Option<String>) -> api::LogStatus {
+    api::LogStatus { ok: problem.is_none(), problem, filter: logging::current_filter() }
 }
 
 fn stream(media_type: &'static str, parts: BoxStream<'static, Bytes>) -> Response<ResponseBody> {

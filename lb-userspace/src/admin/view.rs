@@ -26,6 +26,10 @@ pub trait View: Send + Sync + 'static {
         name: &str,
         kind: &str,
     ) -> impl Future<Output = Result<api::DnsLookup, String>> + Send;
+    /// Whether requests are logged.
+    fn logs_access(&self) -> bool {
+        false
+    }
     /// The metrics, in the text format of Prometheus.
     fn metrics(&self) -> String;
     /// Lines of traced connections as they happen, until the receiver is dropped. It blocks for a moment.

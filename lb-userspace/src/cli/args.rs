@@ -6,15 +6,21 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::columns::ColorChoice;
 use super::dns::target::ResolverKind;
 use crate::admin::{OUTCOMES, TraceFilter};
 use crate::config::keys::{Key, toml, values};
 use crate::config::{Config, Flag, FlagValue};
 use crate::logging::LogFormat;
 
+/// What scripts can rely on.
+const EXIT_CODES: &str = "Exit codes: 0; 1 for a failure, a daemon that isn't ready (status), a missing \
+                          requirement (check), or a name that isn't routed (explain); 2 for a mistake in \
+                          the usage or the configuration.";
+
 /// A load balancer without a proxy hop, for Nomad and Consul.
 #[derive(Debug, Parser)]
-#[command(name = "nohop", version)]
+#[command(name = "nohop", version, after_help = EXIT_CODES)]
 pub struct Arguments {
     /// The command.
     #[command(subcommand)]
@@ -50,12 +56,18 @@ pub enum Command {
         /// Time limit of --wait-ready
         #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "wait_ready")]
         timeout: u64,
+        /// The text.
+        #[command(flatten)]
+        text: TextArguments,
         /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// List services and their backends
+    /// List services and their backends; with --watch, follow them
     Services {
+        /// Which.
+        #[command(flatten)]
+        services: ServicesArguments,
         /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
@@ -64,6 +76,9 @@ pub enum Command {
     Explain {
         /// Name of the service, its VIP, or the address of an instance, with a port or without
         name: String,
+        /// The text.
+        #[command(flatten)]
+        text: TextArguments,
         /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
@@ -124,6 +139,14 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
+    /// Show what the daemon logs, or change it until the daemon ends
+    Log {
+        /// A level (error, warn, info, debug, trace, off) or MODULE=LEVEL, separated by commas
+        filter: Option<String>,
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
     /// Check or show the configuration
     Config {
         /// The command.
@@ -135,7 +158,18 @@ pub enum Command {
         /// The shell
         shell: CompletionShell,
     },
-    /// Print the version
+    /// Write an archive of what a bug report needs, without tokens and passwords
+    Debug {
+        /// The archive, a new file [default: nohop-debug-HOST-TIME.tar in this directory]
+        file: Option<PathBuf>,
+        /// The configuration.
+        #[command(flatten)]
+        config: Box<ConfigArguments>,
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// Print the version, the commit, and what tells the programs for the kernel apart
     Version {
         /// Print one JSON document
         #[arg(long)]
@@ -187,6 +221,34 @@ pub enum CompletionShell {
     Zsh,
     /// A file `nohop.fish` in ~/.config/fish/completions
     Fish,
+}
+
+/// Which services are listed, and how.
+#[derive(Debug, Args)]
+pub struct ServicesArguments {
+    /// Those with this in their name; with * (any text) or ? (any character), those whose whole name matches
+    pub pattern: Option<String>,
+    /// Those with backends in this state, with these alone
+    #[arg(long, value_parser = STATES)]
+    pub state: Option<String>,
+    /// Print those that change, as they do; with --json, one document a line
+    #[arg(short, long)]
+    pub watch: bool,
+    /// The text.
+    #[command(flatten)]
+    pub text: TextArguments,
+}
+
+/// The states of a service's backends.
+const STATES: [&str; 7] =
+    ["healthy", "warning", "spare", "draining", "unproven", "ejected", "unroutable"];
+
+/// How text looks.
+#[derive(Debug, Args)]
+pub struct TextArguments {
+    /// Use colours
+    #[arg(long, value_enum, default_value_t)]
+    pub color: ColorChoice,
 }
 
 /// Which connections are printed.

@@ -13,7 +13,7 @@ use super::process::{USAGE, environment, print_error, write};
 use crate::catalog;
 use crate::config::keys::{toml, values};
 use crate::config::migrate::{self, Migrated};
-use crate::config::{Config, DEFAULT_PATH, LoadedConfig};
+use crate::config::{Config, ConfigErrors, DEFAULT_PATH, Flag, LoadedConfig};
 use crate::durable;
 
 /// The result of `nohop config check`.
@@ -108,7 +108,7 @@ fn replace(file: &Path, text: &str) -> io::Result<()> {
 
 /// A key with its value, as `nohop config show --json` prints it.
 #[derive(Debug, Serialize, Deserialize)]
-struct Setting {
+pub struct Setting {
     /// The key, such as `dns.ttl`.
     key: String,
     /// The value; of a secret only that there is one.
@@ -119,11 +119,9 @@ struct Setting {
     restart: Option<String>,
 }
 
-/// Prints every key with its value and where the value comes from, as `nohop run` would read it.
-pub fn show(arguments: &RunArguments, json: bool) -> anyhow::Result<()> {
-    let file = arguments.config.config.as_deref();
-    let LoadedConfig { config, locations } =
-        LoadedConfig::load(file, &arguments.flags(), &environment)?;
+/// Every key with its value and where the value comes from, as `nohop run` would read it.
+pub fn settings(file: Option<&Path>, flags: &[Flag]) -> Result<Vec<Setting>, ConfigErrors> {
+    let LoadedConfig { config, locations } = LoadedConfig::load(file, flags, &environment)?;
     let source = |key: &str| locations.get(key).map_or("default".into(), ToString::to_string);
     let mut settings: Vec<Setting> = values(&config)
         .into_iter()
@@ -138,6 +136,12 @@ pub fn show(arguments: &RunArguments, json: bool) -> anyhow::Result<()> {
         let (key, value) = ("consul.auth", "(a user and password)".into());
         settings.push(Setting { key: key.into(), value, source: source(key), restart: None });
     }
+    Ok(settings)
+}
+
+/// Prints them.
+pub fn show(arguments: &RunArguments, json: bool) -> anyhow::Result<()> {
+    let settings = settings(arguments.config.config.as_deref(), &arguments.flags())?;
     write(json, &settings, |settings| text(settings))
 }
 

@@ -1,6 +1,7 @@
 //! `nohop flows`: the flows through this edge.
 
 use super::args::ClientArguments;
+use super::columns::{Cell, ColorChoice, Palette, Tone, lines};
 use super::format::duration;
 use super::process::{environment, print, runtime};
 use crate::admin::api::{FlowDocument, FlowsDocument};
@@ -15,26 +16,20 @@ pub fn run(top: bool, client: &ClientArguments) -> anyhow::Result<()> {
     let by = if top { "bytes" } else { "time" };
     let path = format!("/v1/flows?by={by}&limit={N_SHOWN}");
     let flows: FlowsDocument = runtime()?.block_on(client::get(&address, &path))?;
-    print(client, &flows, text)
+    let palette = Palette::of_stdout(ColorChoice::Auto);
+    print(client, &flows, |flows| text(flows, palette))
 }
 
-fn text(document: &FlowsDocument) -> String {
+fn text(document: &FlowsDocument, palette: Palette) -> String {
     let FlowsDocument { total, flows } = document;
     if flows.is_empty() {
         return "no flows\n".to_owned();
     }
     let header =
         ["service", "client", "vip", "backend", "state", "packets", "bytes", "age", "idle"];
-    let mut rows: Vec<[String; 9]> = vec![header.map(str::to_owned)];
-    rows.extend(flows.iter().map(row));
-    let widths: [usize; 9] = std::array::from_fn(|column| {
-        rows.iter().map(|row| row[column].len()).max().unwrap_or_default()
-    });
-    let line = |row: &[String; 9]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
-        cells.collect::<Vec<_>>().join("  ").trim_end().to_owned() + "\n"
-    };
-    let mut text: String = rows.iter().map(line).collect();
+    let mut rows = vec![header.map(|name| Cell::new(name, Tone::Strong)).to_vec()];
+    rows.extend(flows.iter().map(|flow| row(flow).map(Cell::from).to_vec()));
+    let mut text: String = lines(&rows, palette).into_iter().map(|line| line + "\n").collect();
     if *total > flows.len() as u64 {
         text += &format!("{} of {total} flows\n", flows.len());
     }
@@ -62,6 +57,7 @@ mod tests {
 
     #[test]
     fn flows_are_one_line_each() {
+        let text = |flows: &FlowsDocument| super::text(flows, Palette::default());
         assert_eq!(text(&FlowsDocument::default()), "no flows\n");
         let flow = FlowDocument {
             service: Some("web".into()),

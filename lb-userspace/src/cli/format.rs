@@ -2,26 +2,38 @@
 
 use std::fmt::Write;
 
+use super::columns::{Cell, Palette, Tone, lines};
 use super::instance::display_name;
 use crate::admin::api::{
-    BackendStatus, EdgeDocument, EdgeInterfaceDocument, Explanation, MapStatus, PoolStatus,
-    ServiceStatus, SourceStatus, Status, UnitStatus, UpstreamStatus, WatchStatus,
+    BackendStatus, CheckStatus, EdgeDocument, EdgeInterfaceDocument, Explanation, InstanceStatus,
+    MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status, UnitStatus, UpstreamStatus,
+    WatchStatus,
 };
+use crate::table::BackendState;
 
 /// `nohop status`
-pub fn status(status: &Status) -> String {
+pub fn status(status: &Status, palette: Palette) -> String {
     let mut text = String::new();
-    let headline = if status.ready { "ready" } else { "NOT READY" };
+    let headline = match status.ready {
+        true => palette.paint("ready", Tone::Good),
+        false => palette.paint("NOT READY", Tone::Bad),
+    };
     line(&mut text, format!("{headline}  nohop {} (pid {})", status.version, status.pid));
+    let tone = if status.ready { Tone::Warning } else { Tone::Bad };
     for problem in &status.problems {
-        line(&mut text, format!("  ! {problem}"));
+        line(&mut text, format!("  {}", palette.paint(&format!("! {problem}"), tone)));
     }
     for SourceStatus { name, state, age_seconds, facts, watches, .. } in &status.sources {
         let age = match age_seconds {
             Some(seconds) => format!("last answer {} ago", duration(*seconds)),
             None => "no answer yet".to_owned(),
         };
-        line(&mut text, format!("source    {name} {state}, {age}"));
+        let tone = match state.as_str() {
+            "live" => Tone::Good,
+            "connecting" => Tone::Warning,
+            _ => Tone::Bad,
+        };
+        line(&mut text, format!("source    {name} {}, {age}", palette.paint(state, tone)));
         for fact in facts {
             line(&mut text, format!("          {fact}"));
         }
@@ -48,11 +60,14 @@ pub fn status(status: &Status) -> String {
     listen.extend(status.dns.listen_tls.iter().map(|address| format!("{address} (TLS)")));
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     for upstream in &status.dns.upstreams {
-        line(&mut text, format!("          {}", upstream_line(upstream)));
+        line(&mut text, format!("          {}", upstream_line(upstream, palette)));
     }
-    let attached = if status.datapath.attached { "attached to" } else { "NOT ATTACHED to" };
+    let attached = match status.datapath.attached {
+        true => "attached to".to_owned(),
+        false => palette.paint("NOT ATTACHED to", Tone::Bad),
+    };
     let adopted = if status.datapath.adopted { ", taken over from an earlier daemon" } else { "" };
-    line(&mut text, format!("datapath     {attached} {}{adopted}", status.datapath.cgroup));
+    line(&mut text, format!("datapath  {attached} {}{adopted}", status.datapath.cgroup));
     if let Some(why) = &status.datapath.mode_reason {
         line(
             &mut text,
@@ -61,11 +76,10 @@ pub fn status(status: &Status) -> String {
     }
     for UnitStatus { name, state, reason } in &status.datapath.units {
         if let Some(reason) = reason {
+            let tone = if state == "failed" { Tone::Bad } else { Tone::Warning };
+            let state = palette.paint(state, tone);
             line(&mut text, format!("          unit {name}: {state}: {reason}"));
         }
-    }
-    if let Some(edge) = &status.edge {
-        edge_lines(edge).into_iter().for_each(|shown| line(&mut text, shown));
     }
     for limit in &status.datapath.limits {
         line(&mut text, format!("          {limit}"));
@@ -74,11 +88,15 @@ pub fn status(status: &Status) -> String {
         let n = status.datapath.refused_services;
         line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
     }
-    for map in &status.datapath.maps {
-        line(&mut text, format!("          {}", pressure(map)));
-    }
+    let maps: Vec<_> = status.datapath.maps.iter().map(pressure).collect();
+    lines(&maps, palette)
+        .into_iter()
+        .for_each(|shown| line(&mut text, format!("          {shown}")));
     for (name, n) in status.datapath.counters.iter().filter(|(_, n)| **n > 0) {
         line(&mut text, format!("          {name}: {n}"));
+    }
+    if let Some(edge) = &status.edge {
+        edge_lines(edge).into_iter().for_each(|shown| line(&mut text, shown));
     }
     text
 }
@@ -106,8 +124,14 @@ fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
 }
 
 /// A resolver's state and counters.
-fn upstream_line(upstream: &UpstreamStatus) -> String {
-    let UpstreamStatus { address, state, sent, results, mean_ms } = upstream;
+fn upstream_line(upstream: &UpstreamStatus, palette: Palette) -> String {
+    let UpstreamStatus { address, state, sent, results, mean_ms, .. } = upstream;
+    let tone = match state.as_str() {
+        "up" => Tone::Good,
+        "suspect" => Tone::Warning,
+        _ => Tone::Bad,
+    };
+    let state = palette.paint(state, tone);
     let mean = mean_ms.map(|ms| format!(" in {ms:.1} ms")).unwrap_or_default();
     let failed = ["refused", "timeout", "unreachable"].into_iter().filter_map(|result| {
         results.get(result).filter(|n| **n > 0).map(|n| format!(", {n} {result}"))
@@ -134,27 +158,36 @@ fn watch_lines(watches: &WatchStatus) -> [String; 2] {
 }
 
 /// `nohop services`
-pub fn services(services: &[ServiceStatus]) -> String {
+pub fn services(services: &[ServiceStatus], palette: Palette) -> String {
     if services.is_empty() {
         return "no services\n".to_owned();
     }
-    let width = services.iter().map(|service| service.name.len()).max().unwrap_or_default();
+    let heads: Vec<_> = services.iter().map(service_row).collect();
+    let row = |(service, it)| backend_row(it, service);
+    let backends = services.iter().flat_map(|service| {
+        service.backends.iter().map(move |backend| (service.name.as_str(), backend))
+    });
+    let mut backends = lines(&backends.map(row).collect::<Vec<_>>(), palette).into_iter();
     let mut text = String::new();
-    for each in services {
-        service(&mut text, each, width);
+    for (service, head) in services.iter().zip(lines(&heads, palette)) {
+        line(&mut text, head);
+        service_notes(&mut text, service, palette);
+        for backend in backends.by_ref().take(service.backends.len()) {
+            line(&mut text, format!("  {backend}"));
+        }
     }
     text
 }
 
 /// `nohop explain NAME`
-pub fn explanation(explanation: &Explanation) -> String {
+pub fn explanation(explanation: &Explanation, palette: Palette) -> String {
     let mut text = String::new();
     let Explanation { source, shadowed, .. } = explanation;
     let source = source.as_ref().map(|source| match shadowed.is_empty() {
         true => format!("source: {source}"),
         false => format!("source: {source}, which shadows {}", shadowed.join(" and ")),
     });
-    line(&mut text, explanation.connect.clone());
+    line(&mut text, palette.paint(&explanation.connect, Tone::Strong));
     if let Some(source) = source {
         line(&mut text, source);
     }
@@ -164,122 +197,145 @@ pub fn explanation(explanation: &Explanation) -> String {
     text.push('\n');
     let backends = explanation.service.as_ref().map(|service| &service.backends[..]);
     let backends = backends.unwrap_or_default();
-    if let Some(each) = &explanation.service {
-        service_head(&mut text, each, each.name.len());
+    if let Some(service) = &explanation.service {
+        lines(&[service_row(service)], palette).into_iter().for_each(|row| line(&mut text, row));
+        service_notes(&mut text, service, palette);
     }
-    for instance in &explanation.instances {
+    let row = |instance: &InstanceStatus| {
         let is_it =
             |it: &&BackendStatus| (&it.node, &it.instance) == (&instance.node, &instance.instance);
-        match backends.iter().find(is_it) {
-            Some(it) => line(&mut text, format!("  {}", backend(it, &instance.service))),
-            None => {
-                let id = display_name(&instance.instance, &instance.service);
-                let place = place(&instance.address, &instance.node, &id);
-                let of = match explanation.service {
-                    Some(_) => String::new(),
-                    None => format!("  {}", instance.service),
-                };
-                let reason = instance.reason.as_deref().unwrap_or_default();
-                line(&mut text, format!("  {:<10} {place}{of}  {reason}", instance.state));
-            }
+        if let Some(it) = backends.iter().find(is_it) {
+            return backend_row(it, &instance.service);
         }
-        for check in &instance.checks {
-            let output = match check.status.as_str() {
-                "passing" => "",
-                _ => &check.output,
+        let id = display_name(&instance.instance, &instance.service);
+        let mut row =
+            vec![state(&instance.state), (&instance.address).into(), place(&instance.node, &id)];
+        if explanation.service.is_none() {
+            row.push((&instance.service).into());
+        }
+        row.push(instance.reason.as_deref().unwrap_or_default().into());
+        row
+    };
+    let rows: Vec<_> = explanation.instances.iter().map(row).collect();
+    for (instance, row) in explanation.instances.iter().zip(lines(&rows, palette)) {
+        line(&mut text, format!("  {row}"));
+        for CheckStatus { name, status, output } in &instance.checks {
+            let (output, tone) = match status.as_str() {
+                "passing" => ("", Tone::Good),
+                "warning" => (output.as_str(), Tone::Warning),
+                _ => (output.as_str(), Tone::Bad),
             };
             let colon = if output.is_empty() { "" } else { ": " };
-            line(&mut text, format!("    check `{}` {}{colon}{output}", check.name, check.status));
+            let status = palette.paint(status, tone);
+            line(&mut text, format!("    check `{name}` {status}{colon}{output}"));
         }
     }
     text
 }
 
-fn service(text: &mut String, service: &ServiceStatus, width: usize) {
-    service_head(text, service, width);
-    for backend in &service.backends {
-        line(text, format!("  {}", self::backend(backend, &service.name)));
-    }
-}
-
-fn service_head(text: &mut String, service: &ServiceStatus, width: usize) {
+fn service_row(service: &ServiceStatus) -> Vec<Cell> {
     let ports = &service.ports;
     let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
-    let by_family = match service.refused_family {
-        0 => String::new(),
-        n => format!(", {n} because of their address family"),
-    };
-    let shadowed = match service.shadowed {
-        0 => String::new(),
-        n => format!(", {n} only counted"),
-    };
-    let udp_connects = match (service.udp_connects, service.udp_connects_refused) {
-        (0, 0) => String::new(),
-        (n, 0) => format!(", UDP connects {n}"),
-        (n, n_refused) => format!(", UDP connects {n}, refused {n_refused}"),
-    };
-    let in_flight = service.in_flight.map(|n| format!(", in flight {n}")).unwrap_or_default();
-    let failed = match service.failed {
-        0 => String::new(),
-        n => format!(", failed {n}"),
-    };
-    let retransmits = match service.syn_retransmits {
-        0 => String::new(),
-        n => format!(", SYN retransmits {n}"),
-    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     let public: String = service.public.iter().map(|public| format!(" and {public}")).collect();
-    line(
-        text,
-        format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}{public}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}{failed}{retransmits}{in_flight}",
-            service.name,
-            service.vip,
-            service.protocol,
-            service.algorithm,
-            service.connects,
-            service.refused
-        ),
-    );
+    vec![
+        Cell::new(&service.name, Tone::Strong),
+        format!("{}:{ports}{vip6}{pin}{public}", service.vip).into(),
+        service.protocol.to_string().into(),
+        service.algorithm.to_string().into(),
+        service_counts(service).into(),
+    ]
+}
+
+/// How often it was connected to, and what became of that.
+fn service_counts(service: &ServiceStatus) -> String {
+    let mut counts = vec![format!("connects {}", service.connects)];
+    counts.push(format!("refused {}", service.refused));
+    let mut count = |n: u64, text: String| {
+        if n > 0 {
+            counts.push(text);
+        }
+    };
+    let n = service.refused_family;
+    count(n, format!("{n} because of their address family"));
+    count(service.shadowed, format!("{} only counted", service.shadowed));
+    let (n, n_refused) = (service.udp_connects, service.udp_connects_refused);
+    count(n + n_refused, format!("UDP connects {n}"));
+    count(n_refused, format!("refused {n_refused}"));
+    count(service.failed, format!("failed {}", service.failed));
+    count(service.syn_retransmits, format!("SYN retransmits {}", service.syn_retransmits));
+    counts.extend(service.in_flight.map(|n| format!("in flight {n}")));
+    counts.join(", ")
+}
+
+fn service_notes(text: &mut String, service: &ServiceStatus, palette: Palette) {
     for note in &service.notes {
         line(text, format!("  ~ {note}"));
     }
     if let Some(error) = &service.error {
-        line(text, format!("  ! the kernel doesn't have this state of it: {error}"));
+        let error = format!("! the kernel doesn't have this state of it: {error}");
+        line(text, format!("  {}", palette.paint(&error, Tone::Bad)));
     }
     if service.backends.is_empty() {
-        line(text, "  no backend: connections are refused".to_owned());
+        let none = palette.paint("no backend: connections are refused", Tone::Bad);
+        line(text, format!("  {none}"));
     }
 }
 
-fn backend(backend: &BackendStatus, service: &str) -> String {
-    let state = format!("{:?}", backend.state).to_lowercase();
+fn backend_row(backend: &BackendStatus, service: &str) -> Vec<Cell> {
     let id = display_name(&backend.instance, service);
-    let place = place(&backend.address, &backend.node, &id);
-    let reason = backend.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
-    let (weight, connects) = (backend.weight, backend.connects);
-    let in_flight = backend.in_flight.map(|n| format!("  in flight {n}")).unwrap_or_default();
     let failures = match backend.failures {
         0 => String::new(),
-        n => format!("  failures {n}"),
+        n => format!("failures {n}"),
     };
-    format!(
-        "{state:<10} {place}  weight {weight}  connects {connects}{in_flight}{failures}{reason}"
-    )
+    let in_flight = backend.in_flight.map(|n| format!("in flight {n}"));
+    vec![
+        state(&state_name(backend.state)),
+        (&backend.address).into(),
+        place(&backend.node, &id),
+        format!("weight {}", backend.weight).into(),
+        format!("connects {}", backend.connects).into(),
+        in_flight.unwrap_or_default().into(),
+        failures.into(),
+        backend.reason.as_deref().unwrap_or_default().into(),
+    ]
 }
 
-fn place(address: &str, node: &str, id: &str) -> String {
+/// The name of a backend's state, as JSON has it.
+pub fn state_name(state: BackendState) -> String {
+    format!("{state:?}").to_lowercase()
+}
+
+/// The state of an instance, by which it gets connections or not.
+fn state(state: &str) -> Cell {
+    let tone = match state {
+        "healthy" => Tone::Good,
+        "warning" | "spare" | "draining" | "unproven" => Tone::Warning,
+        _ => Tone::Bad,
+    };
+    Cell::new(state, tone)
+}
+
+fn place(node: &str, id: &str) -> Cell {
     match node {
-        "" => format!("{address:<21}"),
-        node => format!("{address:<21}  {node}/{id}"),
+        "" => "".into(),
+        node => format!("{node}/{id}").into(),
     }
 }
 
+/// The share of a map's entries from which on it is nearly full, as the alert has it: 9 of 10.
+const NEARLY_FULL: (u64, u64) = (9, 10);
+
 /// A bar of twenty characters: full at the map's capacity, and never empty when it isn't.
-fn pressure(map: &MapStatus) -> String {
+fn pressure(map: &MapStatus) -> Vec<Cell> {
     let filled = (map.entries * 20).div_ceil(map.capacity.max(1)).min(20) as usize;
     let bar = "#".repeat(filled) + &".".repeat(20 - filled);
-    format!("{:<10} [{bar}] {} of {}", map.name, map.entries, map.capacity)
+    let tone = match map.entries * NEARLY_FULL.1 > map.capacity * NEARLY_FULL.0 {
+        true => Tone::Bad,
+        false => Tone::Plain,
+    };
+    let room = format!("{} of {}", map.entries, map.capacity);
+    vec![(&map.name).into(), Cell::new(format!("[{bar}]"), tone), Cell::new(room, tone)]
 }
 
 pub(super) fn duration(seconds: f64) -> String {
@@ -299,9 +355,8 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::api::{CheckStatus, InstanceStatus};
     use crate::config::BalanceAlgorithm;
-    use crate::table::{BackendState, Ports, Protocols, Watch};
+    use crate::table::{Ports, Protocols, Watch};
 
     fn helloworld() -> ServiceStatus {
         ServiceStatus {
@@ -344,10 +399,20 @@ mod tests {
 
     #[test]
     fn services_are_one_block_each() {
-        let text = "helloworld  127.186.3.9:80  tcp, random, connects 7, refused 0\n  \
-                    healthy    10.0.0.7:23456         n1/h1  weight 1  connects 7\n";
-        assert_eq!(services(&[helloworld()]), text);
-        assert_eq!(services(&[]), "no services\n");
+        let shown = |services: &[ServiceStatus]| super::services(services, Palette::default());
+        let text = "helloworld  127.186.3.9:80  tcp  random  connects 7, refused 0\n  \
+                    healthy  10.0.0.7:23456  n1/h1  weight 1  connects 7\n";
+        assert_eq!(shown(&[helloworld()]), text);
+        assert_eq!(shown(&[]), "no services\n");
+        let mut web = ServiceStatus { name: "web".into(), connects: 1, ..helloworld() };
+        web.backends[0].state = BackendState::Ejected;
+        web.backends[0].reason = Some("3 failures in a row".into());
+        web.backends[0].connects = 123;
+        let text = "helloworld  127.186.3.9:80  tcp  random  connects 7, refused 0\n  \
+                    healthy  10.0.0.7:23456  n1/h1  weight 1  connects 7\n\
+                    web         127.186.3.9:80  tcp  random  connects 1, refused 0\n  \
+                    ejected  10.0.0.7:23456  n1/h1  weight 1  connects 123  3 failures in a row\n";
+        assert_eq!(shown(&[helloworld(), web]), text);
         let odd = ServiceStatus {
             vip6: Some("fd00::9".parse().unwrap()),
             ports: Ports::Any,
@@ -360,9 +425,9 @@ mod tests {
             in_flight: Some(4),
             ..helloworld()
         };
-        let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, connects 7, \
+        let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both  random  connects 7, \
                     refused 0, UDP connects 5, refused 2, failed 3, SYN retransmits 6, in flight 4\n  ~ something is odd\n";
-        assert!(services(&[odd]).starts_with(text));
+        assert!(shown(&[odd]).starts_with(text));
     }
 
     /// The explanation of a service with these instances that are out.
@@ -413,6 +478,7 @@ mod tests {
         service.backends[0].instance = id.into();
         let out = id.replace("39e2", "40e2");
         let explained = explained(service, &[(&out, "check `web` is critical")]);
+        let explanation = |it: &Explanation| super::explanation(it, Palette::default());
         let text = explanation(&Explanation {
             source: Some("consul".into()),
             shadowed: vec!["file".into()],
@@ -426,10 +492,11 @@ mod tests {
     #[test]
     fn an_explanation_has_each_instance_with_the_reason_and_its_checks() {
         let explained = explained(helloworld(), &[("h2", "check `web` is critical")]);
+        let explanation = |it: &Explanation| super::explanation(it, Palette::default());
         let text = explanation(&explained);
         assert!(text.starts_with("a connection goes somewhere\n\nhelloworld"), "{text}");
         assert!(text.contains("\n    check `web` passing\n  out "), "{text}");
-        let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n    \
+        let last = "  out      10.0.0.8:1      n2/h2  check `web` is critical\n    \
                     check `web` critical: connection refused\n";
         assert!(text.ends_with(last), "{text}");
         // Of an address, or of a name without the tag.
@@ -465,9 +532,16 @@ mod tests {
 
     #[test]
     fn pressure_is_a_bar() {
-        let bar = |entries| pressure(&MapStatus { name: "SLOTS".into(), entries, capacity: 40 });
-        assert_eq!(bar(0), "SLOTS      [....................] 0 of 40");
-        assert_eq!(bar(1), "SLOTS      [#...................] 1 of 40");
-        assert_eq!(bar(40), "SLOTS      [####################] 40 of 40");
+        let map = |(name, entries): (&str, u64)| {
+            pressure(&MapStatus { name: name.into(), entries, capacity: 40 })
+        };
+        assert_eq!(
+            lines(&[("SLOTS", 0), ("BACKENDS", 1), ("MANY", 40)].map(map), Palette::default()),
+            [
+                "SLOTS     [....................]  0 of 40",
+                "BACKENDS  [#...................]  1 of 40",
+                "MANY      [####################]  40 of 40",
+            ]
+        );
     }
 }

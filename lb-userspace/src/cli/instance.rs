@@ -21,6 +21,20 @@ pub fn short_allocation(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
 
+/// The length of a container's id, in hexadecimal digits.
+const CONTAINER: usize = 64;
+
+/// The id of the container in the path of its cgroup, as `docker ps` shows it (12 digits). The cgroup
+/// drivers of Docker and Podman name it `docker-ID.scope`, `docker/ID` and `libpod-ID.scope`.
+pub fn short_container(cgroup: &str) -> Option<&str> {
+    cgroup.split('/').rev().find_map(|part| {
+        let part = part.strip_suffix(".scope").unwrap_or(part);
+        let id = part.rsplit('-').next()?;
+        let is_id = id.len() == CONTAINER && id.bytes().all(|octet| octet.is_ascii_hexdigit());
+        id.get(..12).filter(|_| is_id)
+    })
+}
+
 fn nomad(id: &str, service: &str) -> Option<String> {
     let (alloc, rest) = id.strip_prefix(PREFIX)?.split_at_checked(UUID)?;
     let is_uuid = alloc.bytes().enumerate().all(|(at, octet)| match at {
@@ -50,6 +64,22 @@ fn before_service<'a>(text: &'a str, service: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containers_are_in_the_path_of_their_cgroup() {
+        let id = "0123456789abcdef".repeat(4);
+        for path in [
+            format!("/sys/fs/cgroup/system.slice/docker-{id}.scope"),
+            format!("/sys/fs/cgroup/docker/{id}"),
+            format!("/sys/fs/cgroup/docker/{id}/below"),
+            format!("/sys/fs/cgroup/machine.slice/libpod-{id}.scope/container"),
+        ] {
+            assert_eq!(short_container(&path), Some("0123456789ab"), "{path}");
+        }
+        for path in ["", "/", "/sys/fs/cgroup/system.slice/docker-0123.scope", &id[1..]] {
+            assert_eq!(short_container(path), None, "{path}");
+        }
+    }
 
     #[test]
     fn instances_of_nomad_are_allocations() {

@@ -2,20 +2,25 @@
 
 mod args;
 mod check;
+mod columns;
 mod completion;
 mod config_file;
+mod debug;
 mod dns;
 mod drain;
 mod edge_check;
 mod flows;
 mod format;
 mod instance;
+mod log;
 mod package_files;
 mod process;
 mod reload;
+mod services;
 mod top;
 mod trace;
 mod unload;
+mod version;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,12 +35,12 @@ use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::{daemon, logging};
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, DnsCommand};
-use process::{FAILURE, USAGE, environment, print, print_error, runtime, write, write_text};
+use columns::Palette;
+use process::{
+    ANSWER, FAILURE, LONGEST_WAIT, USAGE, environment, print, print_error, runtime, write,
+    write_text,
+};
 
-/// The longest that one request waits for a change.
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
-/// How long the daemon may take for an answer in addition to that.
-const ANSWER: Duration = Duration::from_secs(5);
 /// Between two tries to reach a daemon that isn't there yet.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -87,23 +92,22 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             print(&client, &report, check::text)?;
             return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
-        Command::Status { wait_ready, timeout, client } => {
+        Command::Status { wait_ready, timeout, text, client } => {
+            let palette = Palette::of_stdout(text.color);
             let status = match wait_ready {
                 true => wait_until_ready(&client, Duration::from_secs(timeout))?,
                 false => ask(&client, "/v1/status")?,
             };
-            print(&client, &status, format::status)?;
+            print(&client, &status, |status| format::status(status, palette))?;
             return Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
-        Command::Services { client } => {
-            let services: Vec<api::ServiceStatus> = ask(&client, "/v1/services")?;
-            print(&client, &services, |services| format::services(services))?;
-        }
+        Command::Services { services, client } => services::run(&services, &client)?,
         Command::Top { client } => top::run(&client)?,
         Command::Trace { filter, client } => trace::run(filter.into(), &client)?,
-        Command::Explain { name, client } => {
+        Command::Explain { name, text, client } => {
+            let palette = Palette::of_stdout(text.color);
             let explanation: api::Explanation = ask(&client, &client::explain_path(&name))?;
-            print(&client, &explanation, format::explanation)?;
+            print(&client, &explanation, |it| format::explanation(it, palette))?;
             if !explanation.is_routed() {
                 return Ok(ExitCode::from(FAILURE));
             }
@@ -123,6 +127,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             return drain::change(true, &target, &client);
         }
         Command::Undrain { target, client } => return drain::change(false, &target, &client),
+        Command::Log { filter, client } => return log::run(filter.as_deref(), &client),
         Command::Reload { client } => return reload::ask(&client),
         Command::Config { command: ConfigCommand::Check { file, json } } => {
             return config_file::check(file.as_deref(), json);
@@ -135,11 +140,8 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::PackageFiles { dir } => package_files::write(&dir)?,
         Command::Completion { shell } => write_text(&completion::script(shell))?,
-        Command::Version { json } => {
-            let version = env!("CARGO_PKG_VERSION");
-            let document = serde_json::json!({ "version": version });
-            write(json, &document, |_| format!("nohop {version}\n"))?;
-        }
+        Command::Debug { file, config, client } => debug::run(file, &config, &client)?,
+        Command::Version { json } => write(json, &version::version(), version::text)?,
         Command::ProbeConnect { cgroup, address } => probe::connect_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
         Command::CreateMaps { cgroup, maps } => create_maps(&cgroup, &maps)

@@ -1,6 +1,7 @@
 //! Shared by the commands: exit codes, the environment, a runtime, and output.
 
 use std::io::Write;
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::Serialize;
@@ -13,6 +14,11 @@ use crate::{logging, terminal};
 pub const FAILURE: u8 = 1;
 /// The command line or the configuration is wrong; clap uses the same.
 pub const USAGE: u8 = 2;
+
+/// The longest that one request waits for a change.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// How long the daemon may take for an answer in addition to that.
+pub const ANSWER: Duration = Duration::from_secs(5);
 
 /// A variable of the environment; `None` where it is unset or isn't UTF-8.
 pub fn environment(name: &str) -> Option<String> {
@@ -49,6 +55,24 @@ pub fn write<T: Serialize + DeserializeOwned>(
 /// Prints one line to stderr, or through the log if there is one.
 pub fn print_error(message: &str) {
     logging::write_line(&terminal::escape(message));
+}
+
+/// Prints one of several documents, as text or as JSON in one line; false once stdout is closed.
+pub fn show_line<T: Serialize + DeserializeOwned>(
+    json: bool,
+    document: &T,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<bool> {
+    let text = match json {
+        true => terminal::escape_json(&serde_json::to_string(document)?) + "\n",
+        false => terminal::show(document, text)?,
+    };
+    let mut stdout = std::io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("can't write to stdout"),
+    }
 }
 
 /// Writes text to stdout; a closed pipe is no failure.

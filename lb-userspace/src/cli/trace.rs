@@ -3,11 +3,10 @@
 use anyhow::Context;
 
 use super::args::ClientArguments;
-use super::instance::short_allocation;
-use super::process::{environment, runtime};
+use super::instance::{display_name, short_allocation, short_container};
+use super::process::{environment, runtime, show_line};
 use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, client};
-use crate::terminal;
 
 /// Runs the command, until the daemon ends or its output is closed.
 pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<()> {
@@ -27,18 +26,9 @@ pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<(
 
 /// Prints a line; false once the output is closed.
 fn print(line: &[u8], json: bool) -> anyhow::Result<bool> {
-    use std::io::Write;
     let line: TraceLine = serde_json::from_slice(line)
         .context("can't read what the daemon sent: is it of the same version?")?;
-    let text = match json {
-        true => terminal::escape_json(&serde_json::to_string(&line)?) + "\n",
-        false => terminal::show(&line, text)?,
-    };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(error).context("can't write to stdout"),
-    }
+    show_line(json, &line, text)
 }
 
 fn text(line: &TraceLine) -> String {
@@ -69,13 +59,19 @@ fn connection_text(connection: &TraceRecord) -> String {
         (Some(allocation), Some(task), _) => {
             format!("  alloc {} {task}", short_allocation(allocation))
         }
-        (_, _, Some(cgroup)) => format!("  {cgroup}"),
+        (_, _, Some(cgroup)) => match short_container(cgroup) {
+            Some(container) => format!("  container {container}"),
+            None => format!("  {cgroup}"),
+        },
         (_, _, None) => String::new(),
     };
     let no_service = match connection.outcome.as_str() {
         "intercepted" | "passed" => "DNS query to",
         _ => "no service",
     };
+    let instance = connection.instance.as_deref().zip(service.as_deref());
+    let instance = instance.map(|(id, service)| format!(" ({})", display_name(id, service)));
+    let instance = instance.unwrap_or_default();
     let service = service.as_deref().unwrap_or(no_service);
     let udp = if connection.protocol == "udp" { " udp" } else { "" };
     let backend = connection.backend.as_deref().map(|to| format!(" -> {to}")).unwrap_or_default();
@@ -85,7 +81,7 @@ fn connection_text(connection: &TraceRecord) -> String {
     let details: String = details.collect();
     let outcome = &connection.outcome;
     format!(
-        "{time}  {comm}[{pid}]{place}  {service} {frontend}{udp}{backend}  {outcome}{details}{reason}\n"
+        "{time}  {comm}[{pid}]{place}  {service} {frontend}{udp}{backend}{instance}  {outcome}{details}{reason}\n"
     )
 }
 
@@ -112,6 +108,7 @@ mod tests {
             frontend: "127.186.3.9:80".into(),
             protocol: "tcp".into(),
             backend: Some("10.0.0.7:23456".into()),
+            instance: None,
             reason: None,
             outcome: "established".into(),
             error: None,
@@ -126,6 +123,9 @@ mod tests {
             "11:02:03.000456  curl[1234]  /sys/fs/cgroup/system.slice/cron.service  web \
              127.186.3.9:80 -> 10.0.0.7:23456  established in 153 us\n"
         );
+        let id = "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad-group-api-web-http";
+        let shown = connection_text(&TraceRecord { instance: Some(id.into()), ..established() });
+        assert!(shown.contains("-> 10.0.0.7:23456 (alloc 39e25890 api)  established"), "{shown}");
         let failed = TraceRecord {
             allocation: Some("39e25890-23fb-7513-b98f-97a5310046ad".into()),
             task: Some("server".into()),
@@ -138,6 +138,15 @@ mod tests {
             connection_text(&failed),
             "11:02:03.000456  curl[1234]  alloc 39e25890 server  web 127.186.3.9:80 -> \
              10.0.0.7:23456  failed ECONNREFUSED\n"
+        );
+        let of_container = TraceRecord {
+            cgroup: Some(format!("/sys/fs/cgroup/system.slice/docker-{}.scope", "0a1b".repeat(16))),
+            ..established()
+        };
+        assert_eq!(
+            connection_text(&of_container),
+            "11:02:03.000456  curl[1234]  container 0a1b0a1b0a1b  web 127.186.3.9:80 -> \
+             10.0.0.7:23456  established in 153 us\n"
         );
         let refused = TraceRecord {
             cgroup: None,

@@ -186,6 +186,8 @@ pub const KEYS: &[Key] = keys! {
         "when the kernel answers: \"always\" or \"standby\", only while the daemon doesn't run"
     live "dns.intercept" config.dns.intercept: text::intercept;
         "send DNS queries to nohop, whatever resolver they are for: true: of Nomad's tasks and Docker's containers; or cgroups: paths, * and ? allowed"
+    live "dns.log" config.dns.log: |value| value.flag();
+        "log each query that the daemon receives; the kernel answers those of routed services itself, see dns.kernel"
     restart(MAPS) "datapath.max_services" config.datapath.max_services: |value| value.integer(1..=1_000_000);
         "services that the maps have room for"
     restart(MAPS) "datapath.max_backends" config.datapath.max_backends: |value| value.integer(1..=8_000_000);
@@ -201,6 +203,8 @@ pub const KEYS: &[Key] = keys! {
         "names under which a TCP address of admin.listen may be addressed; required where it is a wildcard or public"
     live "admin.trace" config.admin.trace: text::trace;
         "allow nohop trace, which shows connections with their processes: true: on unix sockets; or \"tcp\": over TCP, too"
+    live "admin.access_log" config.admin.access_log: |value| value.flag();
+        "log each request"
 };
 
 /// Former names of keys, and the present ones.

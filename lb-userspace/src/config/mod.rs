@@ -273,6 +273,8 @@ pub struct DnsConfig {
     pub kernel_mode: KernelMode,
     /// Whose queries to other resolvers are sent to nohop.
     pub intercept: Intercepted,
+    /// Whether each query that the daemon receives is logged.
+    pub log: bool,
 }
 
 /// Whose DNS queries to other resolvers are sent to nohop.
@@ -360,6 +362,8 @@ pub struct AdminConfig {
     pub hosts: Vec<String>,
     /// Whose clients may trace connections.
     pub trace: TraceAccess,
+    /// Whether each request is logged.
+    pub access_log: bool,
 }
 
 /// Whose clients may trace connections, and list an edge's flows over TCP.
@@ -459,6 +463,7 @@ impl Default for Config {
                 kernel: true,
                 kernel_mode: KernelMode::Always,
                 intercept: Intercepted::Tasks(false),
+                log: false,
             },
             datapath: DatapathConfig {
                 max_services: 16_384,
@@ -470,6 +475,7 @@ impl Default for Config {
                 listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())],
                 hosts: Vec::new(),
                 trace: TraceAccess::Unix,
+                access_log: false,
             },
         }
     }

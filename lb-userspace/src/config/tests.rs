@@ -88,6 +88,7 @@ fn the_defaults_written_out_are_the_defaults() {
         kernel = true
         kernel_mode = "always"
         intercept = false
+        log = false
         [datapath]
         max_services = 16384
         max_backends = 131072
@@ -97,6 +98,7 @@ fn the_defaults_written_out_are_the_defaults() {
         listen = ["unix:/run/nohop/admin.sock"]
         hosts = []
         trace = true
+        access_log = false
     "#;
     assert_eq!(check(text), Ok(Config::default()));
 }
@@ -167,6 +169,7 @@ const EVERY_KEY: &str = r#"
     kernel = false
     kernel_mode = "standby"
     intercept = ["nomad.slice", "/sys/fs/cgroup/docker/"]
+    log = true
     [datapath]
     max_services = 100
     max_backends = 200
@@ -176,6 +179,7 @@ const EVERY_KEY: &str = r#"
     listen = ["127.0.0.1:9000", "unix:/a.sock"]
     hosts = ["Nohop.example"]
     trace = false
+    access_log = true
 "#;
 
 #[test]
@@ -278,6 +282,7 @@ fn every_key_is_taken() {
                 "nomad.slice".into(),
                 "/sys/fs/cgroup/docker".into(),
             ]),
+            log: true,
         },
         datapath: DatapathConfig {
             max_services: 100,
@@ -292,6 +297,7 @@ fn every_key_is_taken() {
             ],
             hosts: vec!["nohop.example".into()],
             trace: TraceAccess::Off,
+            access_log: true,
         },
     };
     assert_eq!(check(EVERY_KEY), Ok(expected));

@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::process_stats::ProcessStats;
+use super::reload::ReloadReadings;
 use crate::admin::prometheus::{Exposition, Histogram, MetricType};
 use crate::catalog::Watches;
 use crate::datapath::{EdgeStatus, Pressure, ServiceCounters};
@@ -36,8 +38,14 @@ pub struct Readings {
     pub(super) services: Vec<(Arc<str>, ServiceCounters, u64)>,
     /// Whether the latter are counted.
     pub(super) counts_in_flight: bool,
+    /// Backends that are ejected now.
+    pub(super) n_ejected: usize,
     /// Ejections that the daemon's probes ended.
     pub(super) n_returned: u64,
+    pub(super) n_drains: usize,
+    pub(super) reloads: ReloadReadings,
+    /// `None` where /proc can't be read.
+    pub(super) process: Option<ProcessStats>,
     /// The global counters, by name.
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
@@ -95,6 +103,9 @@ pub fn exposition(readings: &Readings) -> String {
     }
     edge(&mut text, readings.edge.as_ref());
     upstreams(&mut text, readings);
+    if let Some(stats) = &readings.process {
+        process(&mut text, stats);
+    }
     text.finish()
 }
 
@@ -142,6 +153,11 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
         family
             .sample(&[("upstream", address)], u8::from(upstream.state != dns::UpstreamState::Out));
     }
+    let help = "Queries to a resolver whose answers are waited for.";
+    let mut family = text.family("nohop_dns_upstream_in_flight", MetricType::Gauge, help);
+    for (address, upstream) in &named {
+        family.sample(&[("upstream", address)], upstream.in_flight);
+    }
     let help = "Queries to a resolver by result: answered, refused (SERVFAIL, REFUSED, NOTIMP), \
                 timeout, unreachable.";
     let mut family = text.family("nohop_dns_upstream_queries_total", MetricType::Counter, help);
@@ -161,6 +177,28 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
     text.histograms(name, help, "upstream", &histograms.collect::<Vec<_>>());
 }
 
+/// By the names of Prometheus' client libraries.
+fn process(text: &mut Exposition, stats: &ProcessStats) {
+    use MetricType::{Counter, Gauge};
+    let help = "Total user and system CPU time spent in seconds.";
+    text.single("process_cpu_seconds_total", Counter, help, stats.cpu_seconds);
+    let help = "Start time of the process since unix epoch in seconds.";
+    text.single("process_start_time_seconds", Gauge, help, stats.start_seconds);
+    let help = "Resident memory size in bytes.";
+    text.single("process_resident_memory_bytes", Gauge, help, stats.resident_bytes);
+    let help = "Virtual memory size in bytes.";
+    text.single("process_virtual_memory_bytes", Gauge, help, stats.virtual_bytes);
+    let help = "Number of OS threads in the process.";
+    text.single("process_threads", Gauge, help, stats.n_threads);
+    let help = "Number of open file descriptors.";
+    text.single("process_open_fds", Gauge, help, stats.open_fds);
+    let help = "Maximum number of open file descriptors.";
+    let mut family = text.family("process_max_fds", Gauge, help);
+    if let Some(max) = stats.max_fds {
+        family.sample(&[], max);
+    }
+}
+
 fn daemon(text: &mut Exposition, readings: &Readings) {
     let help = "The daemon's version; always 1.";
     let version = [("version", env!("CARGO_PKG_VERSION"))];
@@ -178,6 +216,15 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     family.sample(&[("mode", "shadow")], u8::from(readings.is_shadow));
     let help = "Lines of the log that were dropped because stderr isn't read fast enough.";
     text.single("nohop_log_dropped_total", MetricType::Counter, help, readings.log_dropped);
+    let help = "Reloads of the configuration: applied, or refused, which changes nothing.";
+    let mut family = text.family("nohop_reloads_total", MetricType::Counter, help);
+    family.sample(&[("result", "applied")], readings.reloads.applied);
+    family.sample(&[("result", "refused")], readings.reloads.refused);
+    let help = "Whether the last reload was applied (1; also before the first), or refused (0).";
+    let is_applied = u8::from(!readings.reloads.is_last_refused);
+    text.single("nohop_last_reload_successful", MetricType::Gauge, help, is_applied);
+    let help = "Drains by hand: nohop drain.";
+    text.single("nohop_drains", MetricType::Gauge, help, readings.n_drains);
     let help = "The generation of the table in force; 0 before the first.";
     text.single("nohop_generation", MetricType::Gauge, help, readings.generation);
     let help = "The time from the news of a change to the maps that connections read.";
@@ -298,6 +345,8 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     for (name, counters, _) in &readings.services {
         family.sample(&[("service", name)], counters.ejections);
     }
+    let help = "Backends that are ejected now.";
+    text.single("nohop_ejected_backends", MetricType::Gauge, help, readings.n_ejected);
     let help = "Ejections that ended because a probe of the daemon's connected to the backend.";
     text.family("nohop_probed_returns_total", MetricType::Counter, help)
         .sample(&[], readings.n_returned);
@@ -402,7 +451,17 @@ mod tests {
             propagation,
             services: (0..n_services).map(name).collect(),
             counts_in_flight: true,
+            n_ejected: 2,
             n_returned: 8,
+            n_drains: 3,
+            reloads: ReloadReadings { applied: 4, refused: 1, is_last_refused: true },
+            process: Some(ProcessStats {
+                cpu_seconds: 1.25,
+                start_seconds: 1.7e9,
+                resident_bytes: 4096,
+                max_fds: Some(1024),
+                ..ProcessStats::default()
+            }),
             events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
@@ -431,6 +490,7 @@ mod tests {
                 address: "192.0.2.1:53".parse().unwrap(),
                 state: dns::UpstreamState::Out,
                 sent: 12,
+                in_flight: 2,
                 results: [("answered", 3), ("refused", 1), ("timeout", 2), ("unreachable", 4)],
                 buckets: [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
                 seconds: 2.5,
@@ -470,7 +530,15 @@ mod tests {
             (r#"nohop_connects_total{service="web-0"}"#, 0.0),
             (r#"nohop_connects_failed_total{service="web-0"}"#, 0.0),
             (r#"nohop_ejections_total{service="web-0"}"#, 0.0),
+            ("nohop_ejected_backends", 2.0),
             ("nohop_probed_returns_total", 8.0),
+            ("nohop_drains", 3.0),
+            (r#"nohop_reloads_total{result="refused"}"#, 1.0),
+            ("nohop_last_reload_successful", 0.0),
+            ("process_cpu_seconds_total", 1.25),
+            ("process_start_time_seconds", 1.7e9),
+            ("process_max_fds", 1024.0),
+            (r#"nohop_dns_upstream_in_flight{upstream="192.0.2.1:53"}"#, 2.0),
             (r#"nohop_in_flight{service="web-0"}"#, 3.0),
             (r#"nohop_connects_refused_total{service="",reason="no_frontend"}"#, 5.0),
             (r#"nohop_connects_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
@@ -514,13 +582,15 @@ mod tests {
         let mut n_names = 0;
         for expression in expressions.clone() {
             let words = expression.split(|c| !is_part(c));
-            for name in words.filter(|word| word.starts_with("nohop_")) {
+            let is_metric =
+                |word: &&str| word.starts_with("nohop_") || word.starts_with("process_");
+            for name in words.filter(is_metric) {
                 assert!(text.contains(&format!("# TYPE {name} ")), "{name} in {expression}");
                 n_names += 1;
             }
         }
         let n_alerts = rules.matches("- alert: ").count();
-        assert_eq!((n_alerts, expressions.count()), (5, 5));
+        assert_eq!(n_alerts, expressions.count());
         assert!(n_names >= n_alerts);
     }
 }

@@ -19,6 +19,7 @@ mod network;
 mod notify;
 mod pipeline;
 mod prober;
+mod process_stats;
 mod recorder;
 pub mod reload;
 mod revision;
@@ -62,7 +63,7 @@ use notify::Notify;
 use pipeline::Pipeline;
 use prober::BackendProber;
 use recorder::Recorder;
-use reload::Request;
+use reload::{ReloadCounts, Request};
 use shadow_mode::{OffFile, ShadowSwitch};
 use timers::{sleep_until, ticks};
 use trace::Tracer;
@@ -139,6 +140,7 @@ struct Daemon {
     notify: Notify,
     read: reload::Read,
     reloads: mpsc::Receiver<Request>,
+    reload_counts: Arc<ReloadCounts>,
     /// The configuration that is being read, and the client that waits for the outcome.
     reading: Option<(JoinHandle<Wanted>, Option<Request>)>,
     drains: DrainBook,
@@ -218,6 +220,7 @@ impl Daemon {
         datapath.set_mode(shadow.mode(sources.is_off()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);
+        let reload_counts = Arc::<ReloadCounts>::default();
         let (drain_requests_out, drain_requests) = mpsc::channel(MAX_REQUESTS);
         let (edge_vips_out, edge_vips) = watch::channel(config.edge.vips.clone());
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
@@ -239,6 +242,7 @@ impl Daemon {
             trace_events,
             datapath.clone(),
             counters.clone(),
+            pipeline.published(),
             scope.clone(),
             config.admin.trace != TraceAccess::Off,
         );
@@ -275,6 +279,7 @@ impl Daemon {
             propagation: pipeline.propagation().clone(),
             at: pipeline.at().subscribe(),
             reloads: reloads_out,
+            reload_counts: Arc::clone(&reload_counts),
             drains: drains.view(),
             drain_requests: drain_requests_out,
             tracer: tracer.clone(),
@@ -341,6 +346,7 @@ impl Daemon {
             notify: Notify::of_environment(),
             read,
             reloads,
+            reload_counts,
             reading: None,
             drains,
             drain_deadline: deadline_out,
@@ -587,6 +593,7 @@ impl Daemon {
     async fn reload(&mut self, wanted: Wanted) -> api::Reload {
         let reload = self.try_reload(wanted).await.unwrap_or_else(|refused| refused);
         reload::log(&reload);
+        self.reload_counts.count(reload.ok);
         reload
     }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::oneshot;
 
@@ -14,6 +15,43 @@ pub type Read = Arc<dyn Fn() -> Result<Config, ConfigErrors> + Send + Sync>;
 
 /// The daemon sends the result of a reload here.
 pub type Request = oneshot::Sender<api::Reload>;
+
+/// How reloads ended.
+#[derive(Debug, Default)]
+pub struct ReloadCounts {
+    applied: AtomicU64,
+    refused: AtomicU64,
+    is_last_refused: AtomicBool,
+}
+
+/// What metrics show of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReloadReadings {
+    /// Reloads that were applied.
+    pub applied: u64,
+    /// Reloads that changed nothing, because of a mistake or of a key that needs a restart.
+    pub refused: u64,
+    /// Whether the last one was refused: then the daemon runs by another configuration than the file's.
+    pub is_last_refused: bool,
+}
+
+impl ReloadCounts {
+    /// Counts one.
+    pub fn count(&self, ok: bool) {
+        let counter = if ok { &self.applied } else { &self.refused };
+        counter.fetch_add(1, Ordering::Relaxed);
+        self.is_last_refused.store(!ok, Ordering::Relaxed);
+    }
+
+    /// The counts so far.
+    pub fn read(&self) -> ReloadReadings {
+        ReloadReadings {
+            applied: self.applied.load(Ordering::Relaxed),
+            refused: self.refused.load(Ordering::Relaxed),
+            is_last_refused: self.is_last_refused.load(Ordering::Relaxed),
+        }
+    }
+}
 
 /// The changes of a configuration, or why it can't be applied.
 ///

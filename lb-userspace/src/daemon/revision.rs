@@ -62,6 +62,7 @@ fn lasting(status: api::Status) -> api::Status {
     };
     let counted = |upstream: api::UpstreamStatus| api::UpstreamStatus {
         sent: 0,
+        in_flight: 0,
         results: Default::default(),
         mean_ms: None,
         ..upstream
@@ -103,6 +104,7 @@ mod tests {
             address: ([127, 0, 0, 1], 53).into(),
             state: "up".into(),
             sent,
+            in_flight: sent,
             results: [("answered".to_owned(), sent)].into(),
             mean_ms: Some(sent as f64),
         }

@@ -17,8 +17,9 @@ use super::drains::{self, Change, DrainRequest, DrainsView};
 use super::edge::{self, Announcement};
 use super::explain::{self, ExplainTarget};
 use super::metrics::{EdgeReadings, Readings, SourceReadings, exposition};
+use super::process_stats::ProcessStats;
 use super::recorder::Recorder;
-use super::reload::{self, Request};
+use super::reload::{self, ReloadCounts, Request};
 use super::trace::Tracer;
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, TraceFilter, TraceRefusal, View, api};
@@ -63,6 +64,7 @@ pub struct DaemonView {
     pub(super) edge_vips: watch::Receiver<BTreeMap<String, SocketAddr>>,
     /// Ejections that probes ended.
     pub(super) n_returned: Arc<AtomicU64>,
+    pub(super) reload_counts: Arc<ReloadCounts>,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
     pub(super) tracer: Arc<Tracer>,
     pub(super) config: watch::Receiver<Config>,
@@ -262,10 +264,17 @@ impl View for DaemonView {
         }
     }
 
+    fn logs_access(&self) -> bool {
+        self.config.borrow().admin.access_log
+    }
+
     fn metrics(&self) -> String {
         let table = self.table.borrow().clone();
         let hooks = self.datapath.hooks();
-        let units = self.datapath.unit_status().into_iter().map(|unit| {
+        let units = self.datapath.unit_status().into_iter();
+        // One that is switched off isn't detached.
+        let units = units.filter(|unit| unit.is_required || unit.state != UnitState::Off);
+        let units = units.map(|unit| {
             let is_attached = match unit.is_required {
                 true => hooks.attached,
                 false => unit.state == UnitState::Attached,
@@ -275,7 +284,13 @@ impl View for DaemonView {
         let is_live = |name: &Arc<str>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
-        let services = self.datapath.service_indices().into_iter();
+        let indices = self.datapath.service_indices();
+        let n_ejected = indices
+            .iter()
+            .flat_map(|(_, _, backends)| backends)
+            .filter(|idx| self.counters.ejected(**idx).is_some())
+            .count();
+        let services = indices.into_iter();
         let services = services.map(|(name, service_idx, backends)| {
             let counters = self.counters.service(service_idx);
             let in_flight = backends.iter().map(|&idx| u64::from(self.counters.in_flight(idx)));
@@ -298,7 +313,11 @@ impl View for DaemonView {
             propagation,
             services,
             counts_in_flight: self.datapath.counts_in_flight(),
+            n_ejected,
             n_returned: self.n_returned.load(Ordering::Relaxed),
+            n_drains: self.drains.drains().len(),
+            reloads: self.reload_counts.read(),
+            process: ProcessStats::read(),
             events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_answers(),
@@ -420,6 +439,7 @@ fn upstream_status(upstream: &dns::UpstreamStats) -> api::UpstreamStatus {
         address: upstream.address,
         state: upstream.state.word().to_owned(),
         sent: upstream.sent,
+        in_flight: upstream.in_flight,
         results: upstream.results.iter().map(|(result, n)| ((*result).to_owned(), *n)).collect(),
         mean_ms: (n_answers > 0).then(|| upstream.seconds * 1e3 / n_answers as f64),
     }

@@ -27,6 +27,18 @@ pub static EDGE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop
 /// The object of the unit `intercept`.
 pub static INTERCEPT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-intercept"));
 
+/// The CRC-32 of each unit's object, by the unit's name: what tells builds apart in a bug report.
+pub fn fingerprints() -> [(&'static str, u32); 5] {
+    let objects = [
+        ("connect", CONNECT),
+        ("outcomes", OUTCOMES),
+        ("names", NAMES),
+        ("intercept", INTERCEPT),
+        ("edge", EDGE),
+    ];
+    objects.map(|(unit, object)| (unit, crc32fast::hash(object)))
+}
+
 /// The maps that came to this layout after its first version: an earlier version with the same
 /// layout leaves none, or one of another size.
 const ADDED: [&str; 2] = ["BACKEND_FAILURES", "SYN_RETRANSMITS"];

@@ -61,10 +61,11 @@ pub use in_flight::Recount;
 pub use intercept::{InterceptSettings, intercept_problems};
 pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::{
-    BackendOutcomes, BalanceSettings, Cause, EventKind, NamesCounters, RejectMethod, Sign,
+    BackendOutcomes, BalanceSettings, Cause, EventKind, LAYOUT, NamesCounters, RejectMethod, Sign,
     UdpConnects, is_sampled,
 };
 pub use links::Attachment;
+pub use map_specs::fingerprints;
 pub use memcg::{Charge, create_maps};
 #[cfg(any(fuzzing, test))]
 pub use names::answered as answered_by_kernel;

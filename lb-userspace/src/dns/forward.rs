@@ -35,6 +35,15 @@ pub(super) struct Forwarder {
     suspicion: Arc<Notify>,
 }
 
+/// A query over TCP that is waited for: the task may be dropped at any time.
+struct SentOverTcp(Arc<Upstream>);
+
+impl Drop for SentOverTcp {
+    fn drop(&mut self) {
+        self.0.done(0);
+    }
+}
+
 /// The pending queries over TCP.
 #[derive(Debug, Default)]
 struct TcpInFlight(Mutex<HashMap<ClientKey, usize>>);
@@ -241,7 +250,9 @@ impl Forwarder {
         let (outgoing, patience) = (Arc::clone(outgoing), self.limits.patience);
         let (loops, suspicion) = (Arc::clone(&self.loops), Arc::clone(&self.suspicion));
         upstream.sent(0);
+        let sent = SentOverTcp(Arc::clone(&upstream));
         tries.spawn(async move {
+            let _sent = sent;
             let query = Instant::now();
             let answer = tokio::select! {
                 answer = tokio::time::timeout(patience, outgoing.over_tcp(upstream.address)) => answer,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::ResponseCode;
+use hickory_proto::op::{Message, ResponseCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
@@ -38,6 +38,8 @@ pub(super) struct Policy {
     pub(super) zone: Zone,
     pub(super) acl: Arc<Acl>,
     pub(super) forwarder: Arc<Forwarder>,
+    /// Whether queries are logged.
+    pub(super) log: bool,
 }
 
 /// A thread's own copy of everything that changes, so that it takes no lock per message.
@@ -87,6 +89,15 @@ impl ThreadView {
     /// Who a client's queries are accounted to.
     pub(super) fn client_key(&self, client: IpAddr) -> ClientKey {
         self.policy.acl.client_key(client)
+    }
+}
+
+/// Logs a query. A message that can't be read is counted, and not logged.
+fn log_query(bytes: &[u8], transport: Transport, client: IpAddr) {
+    let Ok(message) = Message::from_vec(bytes) else { return };
+    for query in &message.queries {
+        let (name, kind) = (query.name(), query.query_type());
+        tracing::info!(target: "nohop::query", %client, %transport, %name, %kind, "query");
     }
 }
 
@@ -203,6 +214,9 @@ impl Handler {
         client: IpAddr,
     ) -> Option<Option<Vec<u8>>> {
         // Each message comes by here first.
+        if policy.log {
+            log_query(bytes, transport, client);
+        }
         if self.origins.any()
             && let Ok(query) = ClientQuery::read(bytes)
         {

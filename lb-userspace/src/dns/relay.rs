@@ -698,7 +698,8 @@ impl Relay {
 
     /// Removes a query.
     fn forget(&mut self, key: FlightKey, wire: &mut impl RelayIo) {
-        if self.flights.remove(&key).is_some() {
+        if let Some(flight) = self.flights.remove(&key) {
+            flight.route.upstreams[usize::from(flight.rank)].done(self.shard);
             wire.done(socket_of(key));
         }
     }

@@ -142,6 +142,7 @@ impl DnsServer {
                 zone: Zone::new(config, pools.iter().copied()),
                 acl: Arc::new(Acl::new(config, &own_with_tls)),
                 forwarder,
+                log: config.log,
             })),
             version: AtomicU64::new(0),
             table,
@@ -235,6 +236,7 @@ impl DnsServer {
             zone: Zone::new(config, pools),
             acl: Arc::new(Acl::new(config, &self.own_with_tls)),
             forwarder,
+            log: config.log,
         };
         *self.handler.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(policy);
         self.handler.version.fetch_add(1, Ordering::Release);

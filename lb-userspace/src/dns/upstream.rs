@@ -82,6 +82,8 @@ struct TransportHealth {
 #[repr(align(128))] // two cache lines: the prefetcher takes pairs
 struct CounterShard {
     sent: AtomicU64,
+    /// Of those, what is no longer waited for.
+    done: AtomicU64,
     outcomes: [AtomicU64; OUTCOMES.len()],
     /// Of the answers, by the time they took; the last one is beyond all bounds.
     buckets: [AtomicU64; BUCKETS_US.len() + 1],
@@ -97,6 +99,8 @@ pub struct UpstreamStats {
     pub state: UpstreamState,
     /// Queries that were sent.
     pub sent: u64,
+    /// Those of them whose answers are still waited for.
+    pub in_flight: u64,
     /// Queries by result: `answered`, `refused`, `timeout`, `unreachable`.
     pub results: [(&'static str, u64); 4],
     /// The answers by the time that they took: each bucket's own number, by [`BUCKETS_US`].
@@ -130,6 +134,11 @@ impl Upstream {
     /// Counts a query that is sent.
     pub(super) fn sent(&self, shard: usize) {
         self.shard(shard).sent.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a query that was sent and isn't waited for any more, whatever became of it.
+    pub(super) fn done(&self, shard: usize) {
+        self.shard(shard).done.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Notes an answer at `now`, to whatever question, after `took`.
@@ -208,10 +217,14 @@ impl Upstream {
         let sum = |counter: &dyn Fn(&CounterShard) -> &AtomicU64| {
             self.shards.iter().map(|shard| counter(shard).load(Ordering::Relaxed)).sum::<u64>()
         };
+        // First, so that what is sent meanwhile can't be done before it was sent.
+        let done = sum(&|shard| &shard.done);
+        let sent = sum(&|shard| &shard.sent);
         UpstreamStats {
             address: self.address,
             state: self.state(Transport::Udp),
-            sent: sum(&|shard| &shard.sent),
+            sent,
+            in_flight: sent.saturating_sub(done),
             results: std::array::from_fn(|idx| (OUTCOMES[idx], sum(&|shard| &shard.outcomes[idx]))),
             buckets: std::array::from_fn(|idx| sum(&|shard| &shard.buckets[idx])),
             seconds: sum(&|shard| &shard.sum_us) as f64 / 1e6,

@@ -75,7 +75,7 @@ pub fn build(target: Target, release: &Release) -> Result<PathBuf> {
     cargo.args(["--target", &triple, "--target-dir"]).arg(&target_dir);
     cargo.current_dir(repository::root());
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags(target, release)?);
-    cargo.env("SOURCE_DATE_EPOCH", &release.epoch);
+    cargo.env("SOURCE_DATE_EPOCH", &release.epoch).env("NOHOP_COMMIT", &release.commit);
     let remapped: Vec<_> = prefixes()?.iter().map(|(from, to)| format!("{from}={to}")).collect();
     cargo.env("NOHOP_REMAP", remapped.join("\x1f"));
     let variable = |name: &str| format!("{name}_{}", triple.replace('-', "_"));

@@ -74,6 +74,10 @@ pub fn stage(
     }
     let rules = in_contrib("prometheus/nohop.rules.yml");
     place_copy(&root, "usr/share/nohop/prometheus/nohop.rules.yml", &rules, 0o644)?;
+    let openapi = repository::root().join("docs/openapi.json");
+    place_copy(&root, "usr/share/nohop/openapi.json", &openapi, 0o644)?;
+    let dashboard = in_contrib("grafana/nohop.json");
+    place_copy(&root, "usr/share/nohop/grafana/nohop.json", &dashboard, 0o644)?;
     for example in [
         "bird/bird.conf",
         "frr/frr.conf",

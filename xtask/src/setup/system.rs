@@ -73,6 +73,7 @@ const CLIENTS: &[(&str, &str)] = &[
     ("postgres", "postgresql"),
     ("psql", "postgresql-client"),
     ("python3", "python3"),
+    ("tmux", "tmux"),
     ("wrk", "wrk"),
 ];
 

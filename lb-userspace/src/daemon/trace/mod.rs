@@ -13,14 +13,15 @@ use std::time::{Duration, SystemTime};
 
 use hyper::body::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, TraceRefusal};
 use crate::capabilities;
 use crate::datapath::{
-    Counters, SharedDatapath, TraceEvents, TracedFlow, is_sampled, trace_now_ns,
+    Begun, Counters, SharedDatapath, TraceEvents, TracedFlow, is_sampled, trace_now_ns,
 };
+use crate::table::Table;
 use cgroups::{CgroupPaths, allocation};
 use join::{Joined, Joiner, Outcome};
 
@@ -48,6 +49,7 @@ pub struct Tracer(Arc<TraceState>);
 struct TraceState {
     datapath: Arc<SharedDatapath>,
     counters: Counters,
+    table: watch::Receiver<Arc<Table>>,
     clients: Mutex<Clients>,
     /// A client has come.
     came: Condvar,
@@ -74,11 +76,13 @@ impl Tracer {
         events: Option<TraceEvents>,
         datapath: Arc<SharedDatapath>,
         counters: Counters,
+        table: watch::Receiver<Arc<Table>>,
         scope: PathBuf,
         is_allowed: bool,
     ) -> io::Result<Tracer> {
         let clients = Mutex::new(Clients::default());
-        let state = Arc::new(TraceState { datapath, counters, clients, came: Condvar::new() });
+        let state =
+            Arc::new(TraceState { datapath, counters, table, clients, came: Condvar::new() });
         match events {
             Some(events) => {
                 let state = Arc::clone(&state);
@@ -168,6 +172,7 @@ impl TraceState {
                 let seen = joined.iter().map(|Joined { begun, .. }| (begun.cgroup_id, begun.pid));
                 cgroups.look_for(seen);
                 let now_lost = self.counters.trace_lost();
+                let table = self.table.borrow().clone();
                 let mut clients = self.lock();
                 for client in &mut clients.list {
                     client.n_lost += now_lost.saturating_sub(n_lost);
@@ -175,7 +180,7 @@ impl TraceState {
                 n_lost = now_lost;
                 let joined = joined.into_iter().map(Item::Connection);
                 let items: Vec<Item> = joined.chain(flows.into_iter().map(Item::Flow)).collect();
-                distribute(&mut clients.list, &items, &cgroups);
+                distribute(&mut clients.list, &items, &cgroups, &table);
                 clients.list.retain(|client| !client.lines.is_closed());
                 self.switch(&clients);
             }
@@ -218,20 +223,22 @@ impl Item {
         }
     }
 
-    fn line(&self, cgroups: &CgroupPaths) -> TraceLine {
+    fn line(&self, cgroups: &CgroupPaths, table: &Table) -> TraceLine {
         match self {
-            Item::Connection(joined) => TraceLine::Connection(Box::new(record(joined, cgroups))),
+            Item::Connection(joined) => {
+                TraceLine::Connection(Box::new(record(joined, cgroups, table)))
+            }
             Item::Flow(flow) => TraceLine::Flow(Box::new(flow_record(flow))),
         }
     }
 }
 
 /// Sends each connection, and what happened to flows, to the clients that want it; one that is behind loses it.
-fn distribute(clients: &mut [Client], items: &[Item], cgroups: &CgroupPaths) {
+fn distribute(clients: &mut [Client], items: &[Item], cgroups: &CgroupPaths, table: &Table) {
     for each in items {
         let mut line = None;
         for client in clients.iter_mut().filter(|client| client.wants(each)) {
-            let line = line.get_or_insert_with(|| line_of(&each.line(cgroups)));
+            let line = line.get_or_insert_with(|| line_of(&each.line(cgroups, table)));
             client.send(line.clone());
         }
     }
@@ -288,7 +295,7 @@ impl Outcome {
     }
 }
 
-fn record(joined: &Joined, cgroups: &CgroupPaths) -> TraceRecord {
+fn record(joined: &Joined, cgroups: &CgroupPaths, table: &Table) -> TraceRecord {
     let Joined { at_ns, begun, outcome, .. } = joined;
     let cgroup = cgroups.find(begun.cgroup_id);
     let (allocation, task) = cgroup.and_then(allocation).unzip();
@@ -303,6 +310,7 @@ fn record(joined: &Joined, cgroups: &CgroupPaths) -> TraceRecord {
         frontend: begun.frontend.to_string(),
         protocol: if begun.is_tcp { "tcp" } else { "udp" }.to_owned(),
         backend: begun.backend.map(|backend| backend.to_string()),
+        instance: instance(begun, table),
         reason: Some(begun.reason.to_owned()),
         outcome: outcome.name().to_owned(),
         error: match outcome {
@@ -334,6 +342,13 @@ fn flow_record(flow: &TracedFlow) -> FlowTraceRecord {
     }
 }
 
+/// The instance that a connection goes to.
+fn instance(begun: &Begun, table: &Table) -> Option<String> {
+    let mut backends = table.services.get(begun.service.as_deref()?)?.backends.iter();
+    let chosen = backends.find(|it| it.address.is_some() && it.address == begun.backend);
+    chosen.map(|backend| backend.id.to_string())
+}
+
 /// A time of CLOCK_MONOTONIC in seconds of the Unix epoch, to the microsecond.
 fn wall_clock(at_ns: u64) -> f64 {
     let age = Duration::from_nanos(trace_now_ns().saturating_sub(at_ns));
@@ -358,7 +373,6 @@ fn errno_name(error: i32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::datapath::Begun;
 
     fn client(filter: TraceFilter) -> (Client, mpsc::Receiver<Bytes>) {
         let (lines, receiver) = mpsc::channel(2);
@@ -408,16 +422,16 @@ mod tests {
         let (mut client, mut lines) = client(TraceFilter::default());
         let cgroups = CgroupPaths::new("/nonexistent".into());
         let five = [(); 5].map(|()| joined("web", 5, Outcome::Established(Some(150))));
-        distribute(std::slice::from_mut(&mut client), &five, &cgroups);
+        distribute(std::slice::from_mut(&mut client), &five, &cgroups, &Table::default());
         let mut read = || -> Vec<TraceLine> {
             let lines = std::iter::from_fn(|| lines.try_recv().ok());
             lines.map(|line| serde_json::from_slice(&line).unwrap()).collect()
         };
         let TraceLine::Connection(first) = &read()[0] else { panic!("a connection") };
         assert_eq!((first.outcome.as_str(), first.connect_us), ("established", Some(150)));
-        distribute(std::slice::from_mut(&mut client), &[], &cgroups);
+        distribute(std::slice::from_mut(&mut client), &[], &cgroups, &Table::default());
         assert_eq!(read(), [TraceLine::Lost { lost: 3 }]);
-        distribute(std::slice::from_mut(&mut client), &five[..1], &cgroups);
+        distribute(std::slice::from_mut(&mut client), &five[..1], &cgroups, &Table::default());
         assert_eq!(read().len(), 1);
     }
 }

@@ -1,0 +1,186 @@
+//! `nohop services`: all of them or some, once or as they change.
+
+use std::collections::BTreeMap;
+
+use anyhow::Context;
+use tokio::runtime::Runtime;
+
+use super::args::{ClientArguments, ServicesArguments};
+use super::columns::Palette;
+use super::format;
+use super::process::{ANSWER, LONGEST_WAIT, environment, print, runtime, show_line};
+use crate::admin::api::{BackendStatus, ServiceStatus, Status};
+use crate::admin::client::{self, ClientError};
+use crate::config::AdminAddress;
+
+/// Lists the services, and with `--watch` follows them until the output is closed or no daemon answers.
+pub fn run(arguments: &ServicesArguments, client: &ClientArguments) -> anyhow::Result<()> {
+    let address = client::find(client.admin.as_deref(), &environment)?;
+    let runtime = runtime()?;
+    let palette = Palette::of_stdout(arguments.text.color);
+    if arguments.watch {
+        return watch(arguments, client.json, palette, &address, &runtime);
+    }
+    let services = runtime.block_on(client::get(&address, "/v1/services"))?;
+    let services = chosen(services, arguments);
+    print(client, &services, |services| format::services(services, palette))
+}
+
+/// The services that the arguments are for, with the backends that they are for.
+fn chosen(services: Vec<ServiceStatus>, arguments: &ServicesArguments) -> Vec<ServiceStatus> {
+    let is_chosen = |service: &ServiceStatus| match &arguments.pattern {
+        Some(pattern) => matches(&pattern.to_lowercase(), &service.name.to_lowercase()),
+        None => true,
+    };
+    let with_backends = |mut service: ServiceStatus| {
+        if let Some(state) = &arguments.state {
+            service.backends.retain(|backend| format::state_name(backend.state) == *state);
+        }
+        (arguments.state.is_none() || !service.backends.is_empty()).then_some(service)
+    };
+    services.into_iter().filter(is_chosen).filter_map(with_backends).collect()
+}
+
+/// Whether a pattern matches: `*` stands for any text and `?` for one character; without either the
+/// pattern may be any part of the name.
+fn matches(pattern: &str, name: &str) -> bool {
+    if !pattern.contains(['*', '?']) {
+        return name.contains(pattern);
+    }
+    // The pattern from each `*` on is tried at later and later places.
+    let (pattern, name): (Vec<_>, Vec<_>) = (pattern.chars().collect(), name.chars().collect());
+    let (mut at, mut of_name, mut star) = (0, 0, None);
+    while of_name < name.len() {
+        match pattern.get(at) {
+            Some('*') => {
+                at += 1;
+                star = Some((at, of_name));
+            }
+            Some(&character) if character == '?' || character == name[of_name] => {
+                (at, of_name) = (at + 1, of_name + 1);
+            }
+            _ => match star {
+                Some((after, start)) => {
+                    (at, of_name) = (after, start + 1);
+                    star = Some((after, start + 1));
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[at..].iter().all(|character| *character == '*')
+}
+
+/// What is followed of a service: all but its counters.
+fn lasting(service: &ServiceStatus) -> ServiceStatus {
+    let backend = |backend: &BackendStatus| BackendStatus {
+        connects: 0,
+        in_flight: None,
+        failures: 0,
+        connect_us: None,
+        rtt_us: None,
+        ..backend.clone()
+    };
+    ServiceStatus {
+        generation: 0,
+        connects: 0,
+        refused: 0,
+        failed: 0,
+        syn_retransmits: 0,
+        in_flight: None,
+        refused_family: 0,
+        shadowed: 0,
+        udp_connects: 0,
+        udp_connects_refused: 0,
+        backends: service.backends.iter().map(backend).collect(),
+        ..service.clone()
+    }
+}
+
+/// Prints the services, and again those that changed, each time some do.
+fn watch(
+    arguments: &ServicesArguments,
+    json: bool,
+    palette: Palette,
+    address: &AdminAddress,
+    runtime: &Runtime,
+) -> anyhow::Result<()> {
+    let mut known: Option<BTreeMap<String, ServiceStatus>> = None;
+    let mut path = "/v1/status".to_owned();
+    loop {
+        let (status, services) = runtime.block_on(next(address, &path))?;
+        path = format!("/v1/status?after={}&wait={}", status.revision, LONGEST_WAIT.as_secs());
+        let services = chosen(services, arguments);
+        let now: BTreeMap<_, _> =
+            services.iter().map(|service| (service.name.clone(), lasting(service))).collect();
+        let before = known.replace(now);
+        let now = known.as_ref().context("what was just read")?;
+        let is_first = before.is_none();
+        let before = before.unwrap_or_default();
+        let changed: Vec<ServiceStatus> = services
+            .into_iter()
+            .filter(|service| before.get(&service.name) != now.get(&service.name))
+            .collect();
+        let gone: Vec<String> = before.into_keys().filter(|name| !now.contains_key(name)).collect();
+        let change = Change { services: changed, gone };
+        let is_change = is_first || !change.services.is_empty() || !change.gone.is_empty();
+        if is_change && !show_line(json, &change, |change| text(change, palette))? {
+            return Ok(());
+        }
+    }
+}
+
+/// What changed at a time.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Change {
+    /// The services that are new or changed.
+    services: Vec<ServiceStatus>,
+    /// The names that are no longer among those.
+    gone: Vec<String>,
+}
+
+fn text(change: &Change, palette: Palette) -> String {
+    let mut text = match change.services.is_empty() && !change.gone.is_empty() {
+        true => String::new(),
+        false => format::services(&change.services, palette),
+    };
+    text.extend(change.gone.iter().map(|name| format!("{name}  no longer listed\n")));
+    text
+}
+
+/// The status once it has changed, or after [`LONGEST_WAIT`], and the services as they are then.
+async fn next(
+    address: &AdminAddress,
+    path: &str,
+) -> Result<(Status, Vec<ServiceStatus>), ClientError> {
+    let status = client::get_within(address, path, LONGEST_WAIT + ANSWER).await?;
+    Ok((status, client::get(address, "/v1/services").await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_names() {
+        for (pattern, name, expected) in [
+            ("web", "web", true),
+            ("eb", "my-web-1", true),
+            ("web", "api", false),
+            ("web*", "web-1", true),
+            ("web*", "my-web", false),
+            ("*web", "my-web", true),
+            ("*web", "web-1", false),
+            ("w?b", "web", true),
+            ("w?b", "weeb", false),
+            ("*a*b*", "xxaxxbxx", true),
+            ("*a*b*", "xxbxxaxx", false),
+            ("*ab", "aab", true),
+            ("*", "", true),
+            ("?", "", false),
+            ("ä?", "äö", true),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+}
