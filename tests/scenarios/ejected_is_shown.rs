@@ -45,6 +45,9 @@ pub fn run() -> Result<()> {
     let ejected = until("ejected", 20)?;
     let reason = ejected["reason"].as_str().unwrap_or_default();
     ensure!(reason.starts_with("ejected ") && reason.contains("refused connect"), "{ejected:#}");
+    let explained = nohop.explain("helloworld")?;
+    let connect = explained["connect"].as_str().unwrap_or_default();
+    ensure!(connect.contains("1 of them is ejected for now"), "{connect}");
     let socket = nohop.admin().replace("unix:", "");
     let count = |series: &str| -> Result<u64> {
         let metrics = http::ask(Path::new(&socket), "GET", "/metrics", "")?;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::admin::api::{BackendStatus, CheckStatus, InstanceStatus, OUT};
 use crate::catalog::{InspectResult, InspectedCheck, InspectedInstance, Inspection};
 use crate::config::BalanceAlgorithm;
-use crate::table::{Backend, Excluded, Ports, Protocols, Service, Table, parse_ip};
+use crate::table::{Backend, BackendState, Excluded, Ports, Protocols, Service, Table, parse_ip};
 
 /// How many services or instances a sentence names.
 const N_NAMED: usize = 5;
@@ -292,6 +292,17 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
         clauses.extend(refused(service));
     }
     clauses.join("; ")
+}
+
+/// The backends that failed by themselves so that few connections or none go to them for now, a clause
+/// behind the result of a connection.
+pub fn ejected(backends: &[BackendStatus]) -> Option<String> {
+    let n = backends.iter().filter(|it| it.state == BackendState::Ejected).count();
+    match n {
+        0 => None,
+        1 => Some("1 of them is ejected for now: see its reason".to_owned()),
+        n => Some(format!("{n} of them are ejected for now: see their reasons")),
+    }
 }
 
 /// A connection, and all that it may be to: the name, its addresses, ports and protocols.

@@ -633,7 +633,7 @@ impl DaemonView {
             notes.extend(self.kernel_names_problem().filter(|_| is_routed));
             api::Explanation {
                 name: name.to_owned(),
-                connect: self.connect(name, table),
+                connect: self.connect(name, table, backends),
                 source,
                 shadowed: sources.map(str::to_owned).collect(),
                 instances: explain::instances(name, backends, &excluded, inspection),
@@ -660,7 +660,7 @@ impl DaemonView {
     }
 
     /// The result of a connection, a sentence.
-    fn connect(&self, name: &str, table: &Table) -> String {
+    fn connect(&self, name: &str, table: &Table, backends: &[api::BackendStatus]) -> String {
         let fqdn = format!("{name}.{}", self.dns.domain);
         if !table.is_synced() {
             return format!("{fqdn} gets SERVFAIL: discovery has not answered in full yet");
@@ -703,6 +703,9 @@ impl DaemonView {
             return format!("{} {served}: {error}", explain::target(&fqdn, service));
         }
         let mut sentence = explain::sentence(&fqdn, service);
+        if let Some(ejected) = explain::ejected(backends) {
+            sentence += &format!("; {ejected}");
+        }
         if let Some(kept) = self.waits.lock().keeps.status(name, Instant::now()) {
             sentence += &format!("; {kept}");
         }
