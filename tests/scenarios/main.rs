@@ -249,7 +249,8 @@ fn main() -> ExitCode {
 /// Runs a scenario whose programs have to be installed.
 fn run_in_full(programs: &[&str], scenario: Scenario) -> Result<(), Failed> {
     for program in programs {
-        cmd::installed(program).map_err(|error| format!("{error:#}"))?;
+        let fix = "`cargo xtask test --full` installs it, with apt-get";
+        cmd::installed(program).map_err(|_| format!("{program} isn't on PATH: {fix}"))?;
     }
     completed(scenario)
 }

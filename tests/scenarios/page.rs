@@ -80,14 +80,19 @@ pub fn run() -> Result<()> {
 
     // Connections as they happen, now that they may be shown over TCP.
     let start = "document.querySelector('button.main')";
-    browser.open(&format!("{PAGE}?view=connections&name=helloworld"), start)?;
+    browser.open(&format!("{PAGE}?view=connections"), start)?;
     browser.evaluate(&format!("{start}.click()"))?;
     browser.wait_for("document.body.textContent.includes('Waiting for a connection')")?;
     nodes.curl("helloworld")?;
     browser.wait_for("document.querySelector('tbody .state')?.textContent === 'established'")?;
     let row = browser.evaluate("document.querySelector('tbody tr').textContent")?;
     ensure!(row.as_str().is_some_and(|row| row.contains("curl")), "{row}");
-    Ok(())
+    for name in ["helloworld", "billing-api-00040", "helloworld", "cart-api-00001"] {
+        nodes.curl(name)?;
+    }
+    browser.look(1200, 560, "dark")?;
+    browser.wait_for("document.querySelectorAll('tbody tr').length >= 5")?;
+    picture(&mut browser, "connections")
 }
 
 /// A static catalog: many services that are well, and some that aren't.
@@ -133,9 +138,9 @@ fn looks(browser: &mut Chromium, axe: &str) -> Result<()> {
 
 /// Pictures for the docs, where they are asked for.
 fn pictures(browser: &mut Chromium, nodes: &Nodes, helloworld: SocketAddrV4) -> Result<()> {
-    let Some(folder) = env::var_os("NOHOP_SCREENSHOTS") else { return Ok(()) };
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(PathBuf::from(folder));
-    fs::create_dir_all(&folder)?;
+    if env::var_os("NOHOP_SCREENSHOTS").is_none() {
+        return Ok(());
+    }
     let spark = "document.querySelector('.spark strong').textContent > '0'";
     for (file, query, is_there, (width, height), scheme) in [
         ("overview", "", VIEWS[0].2, (1200, 900), "light"),
@@ -151,10 +156,17 @@ fn pictures(browser: &mut Chromium, nodes: &Nodes, helloworld: SocketAddrV4) -> 
             browser.evaluate("new Promise(done => setTimeout(done, 1500))")?;
         }
         browser.wait_for(is_there)?;
-        let picture = BASE64.decode(browser.screenshot()?.as_bytes())?;
-        fs::write(folder.join(format!("page-{file}.png")), picture)?;
+        picture(browser, file)?;
     }
     Ok(())
+}
+
+fn picture(browser: &mut Chromium, name: &str) -> Result<()> {
+    let Some(folder) = env::var_os("NOHOP_SCREENSHOTS") else { return Ok(()) };
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(PathBuf::from(folder));
+    fs::create_dir_all(&folder)?;
+    let picture = BASE64.decode(browser.screenshot()?.as_bytes())?;
+    Ok(fs::write(folder.join(format!("page-{name}.png")), picture)?)
 }
 
 /// What is searched for is in the address, and an address shows it again.

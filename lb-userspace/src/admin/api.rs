@@ -383,7 +383,7 @@ pub struct ServiceSummary {
     pub in_flight: Option<u64>,
 }
 
-/// What has become of a service, within [`ServiceSummary`].
+/// The condition of a service, within [`ServiceSummary`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Condition {

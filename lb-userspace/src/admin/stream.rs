@@ -2,7 +2,7 @@
 //!
 //! The first viewer starts a task and a thread that read both, and they end after the last one: without
 //! viewers they cost nothing. What is rendered is shared by all of them, and of the services only those that have
-//! changed are sent again. A viewer that is behind is left; it comes again, and starts from the whole.
+//! changed are sent again. A viewer that is behind is disconnected; it connects again, and starts from the whole.
 
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -79,7 +79,7 @@ impl Feed {
         if !std::mem::replace(&mut state.is_followed, true) {
             self.work.spawn(self.clone().follow(view.clone()));
         }
-        // Who is there at the first reading gets all by it.
+        // Before the first reading there is nothing to send: it goes to all viewers as a whole.
         let whole = state.shown.as_mut().map(|Shown { status, services, whole }| {
             whole.get_or_insert_with(|| events(status, services, None)).clone()
         });
@@ -152,7 +152,7 @@ impl Feed {
 }
 
 impl State {
-    /// Without viewers: those of an earlier one have left, or are left.
+    /// Without viewers; those of an earlier state are disconnected.
     fn new() -> State {
         let events = broadcast::Sender::new(MAX_BEHIND);
         State { events, is_followed: false, shown: None }

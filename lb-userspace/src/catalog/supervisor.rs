@@ -176,7 +176,10 @@ impl SourceRun {
         mut wishes: UsageReceiver,
         beat: Duration,
     ) -> std::io::Result<SourceRun> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_name("catalog")
+            .build()?;
         let n_heartbeats = Arc::new(AtomicU64::new(0));
         let (stop, stopped) = oneshot::channel::<()>();
         let (at_end, alive) = oneshot::channel::<()>();

@@ -168,8 +168,8 @@ fn check_dns_tls(builder: &mut ConfigBuilder) {
     }
 }
 
-/// Whom an address beyond loopback and private networks is reached by isn't known, so the names under
-/// which it may be have to be.
+/// A TCP address beyond loopback and private networks needs the names under which it may be addressed:
+/// nothing else distinguishes a page that resolves its own name to it (DNS rebinding).
 fn check_admin(builder: &mut ConfigBuilder) {
     let admin = builder.config.admin.clone();
     let open = admin.listen.iter().filter_map(|address| match address {

@@ -164,3 +164,22 @@ fn license_texts(folder: &Path) -> Result<Vec<String>> {
     let read = |path: &PathBuf| Ok(String::from_utf8_lossy(&fs::read(path)?).replace("\r\n", "\n"));
     files.iter().map(read).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scripts_are_as_they_were_published() {
+        let folder = repository::root().join(SCRIPTS_FOLDER);
+        let mut sums = Command::new("sha256sum");
+        process::output(sums.args(["--check", "--strict", "SHA256SUMS"]).current_dir(&folder))
+            .unwrap();
+        let list = fs::read_to_string(folder.join("README.md")).unwrap();
+        for (name, version, license) in SCRIPTS {
+            assert!(list.contains(&format!("{name} {version}, ")), "{name}");
+            assert!(list.contains(&format!("({license})")), "{license}");
+            assert!(!license_texts(&folder.join(name)).unwrap().is_empty(), "{name}");
+        }
+    }
+}

@@ -35,7 +35,7 @@ function address(change) {
 }
 
 let announced = 0;
-/** Reads a sentence out, at most every two seconds: the last one. */
+/** Has a screen reader read a sentence, the last one of two seconds. */
 function announce(sentence) {
   clearTimeout(announced);
   announced = setTimeout(() => {
@@ -62,17 +62,17 @@ class Page extends Component {
     const next = document.hidden ? (draw) => setTimeout(draw, 1000) : requestAnimationFrame;
     next(() => {
       this.isScheduled = false;
-      this.tell();
+      this.announceState();
       this.forceUpdate();
     });
   }
 
-  /** Announces what a person would otherwise have to look for. */
-  tell() {
+  /** Announces changes of readiness, and of the connection to the daemon. */
+  announceState() {
     const { status, link } = store;
     const state = link === "lost" ? "The connection to nohop is lost." : status && (status.ready ? "nohop is ready." : `nohop is not ready. ${status.problems[0] ?? ""}`);
-    if (state && this.told && state !== this.told) announce(state);
-    this.told = state || this.told;
+    if (state && this.lastState && state !== this.lastState) announce(state);
+    this.lastState = state || this.lastState;
   }
 
   onClick = (event) => {

@@ -138,7 +138,7 @@ export class Services extends Component {
             ${spacer(list.length - end)}
           </tbody>
         </table>
-        ${list.length === 0 && html`<p class="nothing">${store.services.size === 0 ? "No service is routed yet: give one the tag, and it shows up here." : "No service matches. Clear the search, or show all."}</p>`}
+        ${list.length === 0 && html`<p class="nothing">${store.services.size === 0 ? "No service is routed yet: give one the tag, and it appears here." : "No service matches. Clear the search, or show all."}</p>`}
       </div>
       <p class="quiet hint">Counts of failed and refused connects are since the daemon's start.</p>`;
   }

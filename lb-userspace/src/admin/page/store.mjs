@@ -8,7 +8,7 @@ export const store = {
   status: null,
   /** Services by name, each with `rate`: connections per second in the last interval. */
   services: new Map(),
-  /** Grows with every change of `services`, for those who keep what they have derived. */
+  /** Grows with every change of `services`: the version of what is derived from them. */
   version: 0,
   /** `connecting`, `live` or `lost`. */
   link: "connecting",
@@ -17,10 +17,9 @@ export const store = {
 
 const listeners = new Set();
 
-/** Calls `listener` after each change; returns what ends that. */
+/** Calls `listener` after each change. */
 export function subscribe(listener) {
   listeners.add(listener);
-  return () => listeners.delete(listener);
 }
 
 function changed() {
@@ -43,7 +42,7 @@ export function connect() {
     lastEvent = now;
     store.status = JSON.parse(event.data);
     store.link = "live";
-    // Who isn't in the next event has no connections.
+    // A service that isn't in the next event has had no connections.
     for (const name of active) setRate(store.services.get(name), 0);
     active = new Set();
     changed();
@@ -98,7 +97,7 @@ export function historyOf(name) {
   return history.get(name) ?? [];
 }
 
-/** A document of `/v1`; fails with the server's own words. */
+/** A document of `/v1`; throws the server's text where there is none. */
 export async function get(path) {
   const answer = await fetch(path);
   const isJson = answer.headers.get("content-type")?.startsWith("application/json");
