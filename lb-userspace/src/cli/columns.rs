@@ -2,21 +2,8 @@
 
 use std::io::IsTerminal;
 
-use clap::ValueEnum;
-
+use super::args::ColorChoice;
 use super::process::environment;
-
-/// When text has colours.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ColorChoice {
-    /// At a terminal, unless NO_COLOR is set.
-    #[default]
-    Auto,
-    /// Also in a pipe.
-    Always,
-    /// Nowhere.
-    Never,
-}
 
 /// The meaning of a text, which decides on its colour. What it means is in its words as well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

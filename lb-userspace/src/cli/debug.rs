@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 use super::args::{ClientArguments, ConfigArguments};
-use super::process::{environment, print, runtime};
+use super::process::{environment, load, print, runtime};
 use super::{check, config_file, version};
 use crate::admin::client;
 use crate::config::{AdminAddress, Config, Token};
@@ -83,7 +83,7 @@ pub fn run(
     config: &ConfigArguments,
     client: &ClientArguments,
 ) -> anyhow::Result<()> {
-    let loaded = super::load(config);
+    let loaded = load(config);
     let config_of_daemon = loaded.as_ref().ok().cloned().unwrap_or_default();
     let mut collection = Collection::default();
     let pid = of_daemon(&mut collection, client)?;

@@ -1,7 +1,7 @@
 //! `nohop flows`: the flows through this edge.
 
-use super::args::ClientArguments;
-use super::columns::{Cell, ColorChoice, Palette, Tone, lines};
+use super::args::{ClientArguments, ColorChoice};
+use super::columns::{Cell, Palette, Tone, lines};
 use super::format::duration;
 use super::process::{environment, print, runtime};
 use crate::admin::api::{FlowDocument, FlowsDocument};

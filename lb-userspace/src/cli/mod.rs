@@ -34,10 +34,10 @@ use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::{daemon, logging};
-use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, DnsCommand};
+use args::{Arguments, ClientArguments, Command, ConfigCommand, DnsCommand};
 use columns::Palette;
 use process::{
-    ANSWER, FAILURE, LONGEST_WAIT, USAGE, environment, print, print_error, runtime, write,
+    ANSWER, FAILURE, LONGEST_WAIT, USAGE, environment, load, print, print_error, runtime, write,
     write_text,
 };
 
@@ -161,10 +161,6 @@ fn chain(error: &anyhow::Error) -> String {
             false => text + ": " + &cause,
         }
     })
-}
-
-fn load(arguments: &ConfigArguments) -> Result<Config, ConfigErrors> {
-    Config::load(arguments.config.as_deref(), &arguments.flags(), &environment)
 }
 
 fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {

@@ -7,7 +7,8 @@ use anyhow::Context;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::args::ClientArguments;
+use super::args::{ClientArguments, ConfigArguments};
+use crate::config::{Config, ConfigErrors};
 use crate::{logging, terminal};
 
 /// A failure.
@@ -23,6 +24,11 @@ pub const ANSWER: Duration = Duration::from_secs(5);
 /// A variable of the environment; `None` where it is unset or isn't UTF-8.
 pub fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
+}
+
+/// The configuration that these arguments and the environment give.
+pub fn load(arguments: &ConfigArguments) -> Result<Config, ConfigErrors> {
+    Config::load(arguments.config.as_deref(), &arguments.flags(), &environment)
 }
 
 /// A runtime for one request.

@@ -12,7 +12,8 @@ use lb_common::{
 };
 use zerocopy::FromBytes;
 
-use super::edge::{EdgeFlow, EdgeFlowState, address_of};
+use super::edge::kernel::address_of;
+use super::edge::status::{EdgeFlow, EdgeFlowState};
 use super::error::DatapathError;
 use super::kernel::ServiceNames;
 use super::pins::monotonic_ns;

@@ -18,6 +18,7 @@ use super::origin::AnswerOrigin;
 use super::upstream::UpstreamStats;
 use super::upstream_query::{UpstreamQuery, UpstreamQueryError};
 use crate::config::Unrouted;
+use crate::terminal::escape;
 
 /// How long a query may take: less than a client of the admin interface waits.
 const TIME_LIMIT: Duration = Duration::from_millis(4500);
@@ -26,7 +27,7 @@ const TIME_LIMIT: Duration = Duration::from_millis(4500);
 #[derive(Debug, thiserror::Error)]
 pub enum DebugQueryError {
     /// The name can't be parsed.
-    #[error("'{name}' is not a valid name: {source}")]
+    #[error("'{}' is not a valid name: {}", escape(name), escape(&source.to_string()))]
     Name {
         /// What was asked for.
         name: String,

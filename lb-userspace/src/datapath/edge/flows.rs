@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use lb_common::FlowRecord;
 
-use super::kernel::{FlowRecords, RawFlow};
-use super::now_ms;
+use super::kernel::{FlowRecords, RawFlow, now_ms};
 use super::status::{EdgeFlow, EdgeFlowState};
 use crate::datapath::maps::FrontendKey;
 

@@ -24,7 +24,10 @@ use super::super::kernel::{
     AtomicArray, Hash, Plain, io_error, take_hash, take_per_cpu, wait_for_programs,
 };
 use super::super::maps::FrontendKey;
-use super::super::pins::Pins;
+use super::super::pins::{Pins, monotonic_ns};
+
+/// The generation of the backend of a flow of the proof's, by which it is known: no backend has it.
+pub const PROOF_GENERATION: u32 = u32::MAX;
 
 /// The maps.
 #[derive(Debug)]
@@ -385,7 +388,7 @@ impl FlowRecords {
 
     /// All flows.
     pub fn flows(&self) -> impl Iterator<Item = RawFlow> {
-        let is_real = |flow: &RawFlow| flow.record.generation != super::proof::GENERATION;
+        let is_real = |flow: &RawFlow| flow.record.generation != PROOF_GENERATION;
         (0..self.len()).filter_map(|idx| self.flow(idx)).filter(is_real)
     }
 
@@ -442,7 +445,7 @@ impl FlowRecords {
         if let Some(addresses) = addresses {
             self.addresses6.store(idx, &addresses);
         }
-        let now_ms = super::now_ms();
+        let now_ms = now_ms();
         let record = FlowRecord { begun_ms: now_ms, last_ms: now_ms, ..*record };
         let words: [u64; size_of::<FlowRecord>() / 8] = zerocopy::transmute!(record);
         let [_, rest @ ..] = &words;
@@ -493,6 +496,11 @@ impl FlowRecords {
         };
         self.records.exchange_word(idx, 0, free);
     }
+}
+
+/// The low 32 bits of CLOCK_MONOTONIC in milliseconds.
+pub fn now_ms() -> u32 {
+    (monotonic_ns() / 1_000_000) as u32
 }
 
 /// An address as the programs have it.

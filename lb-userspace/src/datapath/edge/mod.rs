@@ -7,11 +7,11 @@
 
 mod device;
 mod flows;
-mod kernel;
+pub mod kernel;
 mod networks;
 mod proof;
 mod sources;
-mod status;
+pub mod status;
 mod xdp;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -47,8 +47,7 @@ use super::units::{UnitHealth, UnitState};
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table};
 pub use flows::FlowReader;
-pub use kernel::address_of;
-use kernel::{EdgeMaps, Heartbeat, RawFlow};
+use kernel::{EdgeMaps, Heartbeat, RawFlow, now_ms};
 pub use sources::is_own;
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
 use xdp::Fast;
@@ -484,11 +483,6 @@ fn ended(flow: &RawFlow, service: Option<u32>, counters: &Counters) {
     }
 }
 
-/// The low 32 bits of CLOCK_MONOTONIC in milliseconds.
-fn now_ms() -> u32 {
-    (monotonic_ns() / 1_000_000) as u32
-}
-
 impl LoadedEdge {
     fn load(
         sizes: &Sizes,
@@ -585,7 +579,7 @@ impl LoadedEdge {
                 else {
                     continue;
                 };
-                let question = proof::Question {
+                let question = proof::ProofInput {
                     index: *index,
                     device,
                     tc: tc.fd().ok()?.as_fd(),

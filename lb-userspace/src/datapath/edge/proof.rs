@@ -10,10 +10,7 @@ use lb_common::{FlowAddresses6, FlowRecord, FlowWord, IPPROTO_TCP, TCP_ACK};
 
 use super::super::bpf::test_run;
 use super::device::Device;
-use super::kernel::{EdgeMaps, address_of};
-
-/// The generation of the backend of such a flow, by which it is known: no backend has it.
-pub const GENERATION: u32 = u32::MAX;
+use super::kernel::{EdgeMaps, PROOF_GENERATION, address_of};
 
 /// The ports of a proof's flow, which neither clients nor edges use.
 const CLIENT_PORT: u16 = 1;
@@ -31,7 +28,7 @@ const SKB_IFINDEX: usize = 10;
 const XDP_IFINDEX: usize = 3;
 
 /// What is proved at one interface.
-pub struct Question<'a> {
+pub struct ProofInput<'a> {
     /// The interface's index.
     pub index: u32,
     pub device: &'a Device,
@@ -47,8 +44,8 @@ pub struct Question<'a> {
 }
 
 /// Proves that packets of a flow are translated, in both directions. `None` where there is no room for a flow.
-pub fn prove(maps: &mut EdgeMaps, question: &Question<'_>) -> Option<Result<(), String>> {
-    let &Question { vip, source, neighbour, .. } = question;
+pub fn prove(maps: &mut EdgeMaps, input: &ProofInput<'_>) -> Option<Result<(), String>> {
+    let &ProofInput { vip, source, neighbour, .. } = input;
     let client = SocketAddr::new(neighbour, CLIENT_PORT);
     let vip = SocketAddr::new(vip, VIP_PORT);
     let backend = SocketAddr::new(neighbour, BACKEND_PORT);
@@ -62,18 +59,18 @@ pub fn prove(maps: &mut EdgeMaps, question: &Question<'_>) -> Option<Result<(), 
         ("the answer to it", (backend, source), (vip, client)),
     ];
     let result = directions.into_iter().try_for_each(|(what, before, after)| {
-        run(question, before, after).map_err(|why| format!("{what} {why}"))
+        run(input, before, after).map_err(|why| format!("{what} {why}"))
     });
     maps.end_flow(idx);
     Some(result)
 }
 
 fn run(
-    question: &Question<'_>,
+    input: &ProofInput<'_>,
     (from, to): (SocketAddr, SocketAddr),
     after: (SocketAddr, SocketAddr),
 ) -> Result<(), String> {
-    let &Question { index, device, tc, xdp, .. } = question;
+    let &ProofInput { index, device, tc, xdp, .. } = input;
     let packet = packet(device.mac, from, to);
     let mut context = [0; 12];
     context[SKB_IFINDEX] = index;
@@ -114,7 +111,7 @@ fn record(
             flags: family | FlowWord::IN_FLIGHT,
             protocol: IPPROTO_TCP,
         },
-        generation: GENERATION,
+        generation: PROOF_GENERATION,
         client_port: client.port(),
         vip_port: vip.port(),
         backend_port: backend.port(),
