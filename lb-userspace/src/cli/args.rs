@@ -180,7 +180,7 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// Print the version, the commit, and what tells the programs for the kernel apart
+    /// Print the version, the commit, and checksums of the eBPF programs
     Version {
         /// Print one JSON document
         #[arg(long)]

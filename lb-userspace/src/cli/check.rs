@@ -87,7 +87,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     checks.push(finding("routes", false, routes(&config)));
     if config.edge.is_on() {
         let running = daemon.as_ref().ok().and_then(|status| status.edge.as_ref());
-        let files = edge_check::HostFiles::here();
+        let files = edge_check::EdgeHost::here(parse_release(&release()));
         let found = edge_check::check(&config, &files, edge_check::is_own, running);
         checks.extend(found.into_iter().map(|(what, required, it)| finding(&what, required, it)));
     }
@@ -188,7 +188,7 @@ fn kernel() -> CheckResult {
 }
 
 fn kernel_at_least(major: u32, minor: u32) -> CheckResult {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let release = release();
     match parse_release(&release) {
         Some(version) if version >= (major, minor) => Ok(release),
         _ => wrong(
@@ -260,6 +260,10 @@ fn routes(config: &Config) -> CheckResult {
     };
     let (detail, fix) = hole.split_once("; ").unwrap_or((hole, ""));
     wrong(detail, fix)
+}
+
+fn release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
 fn parse_release(release: &str) -> Option<(u32, u32)> {

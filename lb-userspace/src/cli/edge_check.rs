@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::admin::api;
 use crate::config::{Config, EdgeConfig};
+use crate::datapath::{Device, interfaces};
 
 /// A requirement's name, whether an edge can't work without it, and the finding, or the problem and its
 /// fix.
@@ -47,18 +48,32 @@ const NATIVE_XDP: [&str; 27] = [
     "virtio_net",
 ];
 
-/// The host's files.
-pub struct HostFiles {
+/// What is looked at of a host.
+pub struct EdgeHost {
     /// `/sys`
     pub sys: PathBuf,
     /// `/proc/sys`
     pub sysctl: PathBuf,
+    /// Its network interfaces, as far as the kernel reports them.
+    pub devices: Vec<Device>,
+    /// Its kernel's version, major and minor; `None` where it isn't known.
+    pub kernel: Option<(u32, u32)>,
 }
 
-impl HostFiles {
-    /// Those of this host.
-    pub fn here() -> HostFiles {
-        HostFiles { sys: "/sys".into(), sysctl: "/proc/sys".into() }
+impl EdgeHost {
+    /// This host, on a kernel of this version.
+    pub fn here(kernel: Option<(u32, u32)>) -> EdgeHost {
+        let devices = interfaces().unwrap_or_default().into_values().collect();
+        EdgeHost { sys: "/sys".into(), sysctl: "/proc/sys".into(), devices, kernel }
+    }
+
+    /// How programs are attached at TC: by tcx from Linux 6.6 on.
+    fn traffic_control(&self) -> &'static str {
+        match self.kernel {
+            Some(version) if version >= (6, 6) => "TC (tcx)",
+            Some(_) => "TC (clsact)",
+            None => "TC",
+        }
     }
 
     fn sysctl(&self, name: &str) -> Option<String> {
@@ -70,19 +85,19 @@ impl HostFiles {
 /// Checks what an edge needs. `running` is how a running daemon's interfaces are attached.
 pub fn check(
     config: &Config,
-    files: &HostFiles,
+    host: &EdgeHost,
     is_own: impl Fn(IpAddr) -> bool,
     running: Option<&api::EdgeDocument>,
 ) -> Vec<EdgeFinding> {
     let edge = &config.edge;
     let mut found = Vec::new();
     for name in &edge.interfaces {
-        found.push((format!("edge interface {name}"), true, interface(name, files, running)));
-        found.push((format!("rp_filter of {name}"), false, rp_filter(name, files)));
+        found.push((format!("edge interface {name}"), true, interface(name, host, running)));
+        found.push((format!("rp_filter of {name}"), false, rp_filter(name, host)));
         for (family, is_used) in families(edge) {
             if is_used {
                 let what = format!("{family} forwarding of {name}");
-                found.push((what, true, forwarding(name, family, files)));
+                found.push((what, true, forwarding(name, family, host)));
             }
         }
     }
@@ -110,7 +125,7 @@ pub fn check(
         let fix = "write the networks of the public VIPs, the same on all nodes".to_owned();
         found.push(("vip.public".to_owned(), false, Err((problem, fix))));
     }
-    found.push(("source ports".to_owned(), false, source_ports(files)));
+    found.push(("source ports".to_owned(), false, source_ports(host)));
     found
 }
 
@@ -126,12 +141,12 @@ fn families(edge: &EdgeConfig) -> [(&'static str, bool); 2] {
 
 fn interface(
     name: &str,
-    files: &HostFiles,
+    host: &EdgeHost,
     running: Option<&api::EdgeDocument>,
 ) -> Result<String, (String, String)> {
-    let directory = files.sys.join("class/net").join(name);
+    let directory = host.sys.join("class/net").join(name);
     // /sys may be another network namespace's, /proc/sys/net never is.
-    if !files.sysctl.join("net/ipv4/conf").join(name).exists() {
+    if !host.sysctl.join("net/ipv4/conf").join(name).exists() {
         let problem = format!("there is no interface {name}");
         return Err((problem, "correct edge.interfaces: `ip -br link` lists them".to_owned()));
     }
@@ -146,15 +161,28 @@ fn interface(
             )),
         };
     }
-    let can = match driver(&directory) {
-        Kind::Virtual(kind) => format!("{kind}, which has no native XDP: by TC"),
-        Kind::Driver(driver) if NATIVE_XDP.contains(&&*driver) => {
-            format!("driver {driver}, which has native XDP: by that and TC")
-        }
+    let device = host.devices.iter().find(|device| device.name == name);
+    let tc = host.traffic_control();
+    let (what, is_listed) = match driver(&directory) {
+        Kind::Virtual(kind) => (kind, Some(false)),
         Kind::Driver(driver) => {
-            format!("driver {driver}, which isn't known to have native XDP: by TC")
+            let is_listed = NATIVE_XDP.contains(&&*driver).then_some(true);
+            (format!("driver {driver}"), is_listed)
         }
-        Kind::Unknown => "no driver is known: by TC".to_owned(),
+        Kind::Unknown => ("no driver is known".to_owned(), None),
+    };
+    let can = match (device.and_then(Device::runs_xdp), is_listed) {
+        (Some(true), _) => {
+            let redirects = match device.is_some_and(Device::redirects) {
+                true => "",
+                false => " without redirects",
+            };
+            format!("{what}, and the kernel reports native XDP{redirects}: by that and {tc}")
+        }
+        (Some(false), _) => format!("{what}, and the kernel reports no native XDP: by {tc}"),
+        (None, Some(true)) => format!("{what}, which has native XDP: by that and {tc}"),
+        (None, Some(false)) => format!("{what}, which has no native XDP: by {tc}"),
+        (None, None) => format!("{what}, and native XDP isn't known of it: by {tc}"),
     };
     match fs::read_to_string(directory.join("operstate")) {
         Ok(state) if state.trim() == "down" => {
@@ -187,9 +215,9 @@ fn driver(directory: &Path) -> Kind {
     driver.map_or(Kind::Unknown, Kind::Driver)
 }
 
-fn forwarding(name: &str, family: &str, files: &HostFiles) -> Result<String, (String, String)> {
+fn forwarding(name: &str, family: &str, host: &EdgeHost) -> Result<String, (String, String)> {
     let key = format!("net/{family}/conf/{name}/forwarding");
-    match files.sysctl(&key).as_deref() {
+    match host.sysctl(&key).as_deref() {
         Some("0") => Err((
             format!("{name} forwards no {family} packets, so the kernel finds no way to backends"),
             match family {
@@ -202,9 +230,9 @@ fn forwarding(name: &str, family: &str, files: &HostFiles) -> Result<String, (St
     }
 }
 
-fn rp_filter(name: &str, files: &HostFiles) -> Result<String, (String, String)> {
+fn rp_filter(name: &str, host: &EdgeHost) -> Result<String, (String, String)> {
     let value = |scope: &str| -> u8 {
-        let text = files.sysctl(&format!("net/ipv4/conf/{scope}/rp_filter"));
+        let text = host.sysctl(&format!("net/ipv4/conf/{scope}/rp_filter"));
         text.and_then(|text| text.parse().ok()).unwrap_or(0)
     };
     // The greater one applies (Documentation/networking/ip-sysctl.rst).
@@ -236,14 +264,14 @@ fn source_address(
 
 /// The host's own connections must not use the edge's ports: a backend would see two connections of one
 /// address and port.
-fn source_ports(files: &HostFiles) -> Result<String, (String, String)> {
-    let range = files.sysctl("net/ipv4/ip_local_port_range").unwrap_or_default();
+fn source_ports(host: &EdgeHost) -> Result<String, (String, String)> {
+    let range = host.sysctl("net/ipv4/ip_local_port_range").unwrap_or_default();
     let first = range.split_whitespace().next().and_then(|first| first.parse::<u16>().ok());
     let (low, high) = (SOURCE_PORTS.start(), SOURCE_PORTS.end());
     let Some(first) = first.filter(|first| first <= high) else {
         return Ok(format!("{low} to {high} of edge.source, below ip_local_port_range"));
     };
-    let reserved = files.sysctl("net/ipv4/ip_local_reserved_ports").unwrap_or_default();
+    let reserved = host.sysctl("net/ipv4/ip_local_reserved_ports").unwrap_or_default();
     if is_reserved(&reserved, first.max(*low), *high) {
         return Ok(format!("{low} to {high} of edge.source, in ip_local_reserved_ports"));
     }
@@ -294,7 +322,12 @@ mod tests {
     #[test]
     fn an_edge_is_checked_before_it_runs() {
         let root = tempfile::tempdir().unwrap();
-        let files = HostFiles { sys: root.path().join("sys"), sysctl: root.path().join("sysctl") };
+        let mut host = EdgeHost {
+            sys: root.path().join("sys"),
+            sysctl: root.path().join("sysctl"),
+            devices: Vec::new(),
+            kernel: Some((6, 1)),
+        };
         write(root.path(), "sys/class/net/eth0/operstate", "up\n");
         write(root.path(), "sys/class/net/eth0/uevent", "INTERFACE=eth0\n");
         fs::create_dir_all(root.path().join("sys/class/net/eth0/device")).unwrap();
@@ -312,8 +345,8 @@ mod tests {
         config.edge.source = ["10.0.0.2", "10.0.0.3"].map(|it| it.parse().unwrap()).into();
         config.vip.public = vec!["2001:db8::/64".parse().unwrap()];
         let is_own = |address: IpAddr| address.to_string() == "10.0.0.2";
-        let findings = |config: &Config, running: Option<&api::EdgeDocument>| {
-            let found = check(config, &files, is_own, running);
+        let findings = |host: &EdgeHost, running: Option<&api::EdgeDocument>| {
+            let found = check(&config, host, is_own, running);
             let found = found.into_iter().map(|(what, _, found)| match found {
                 Ok(detail) => (what, Ok(detail)),
                 Err((problem, fix)) => {
@@ -323,7 +356,7 @@ mod tests {
             });
             found.collect::<BTreeMap<String, Result<String, String>>>()
         };
-        let found = findings(&config, None);
+        let found = findings(&host, None);
         let is_wrong = |what: &str, word: &str| match &found[what] {
             Err(problem) => assert!(problem.contains(word), "{what}: {problem}"),
             Ok(detail) => panic!("{what}: {detail}"),
@@ -332,7 +365,10 @@ mod tests {
             Ok(detail) => assert!(detail.contains(word), "{what}: {detail}"),
             Err(problem) => panic!("{what}: {problem}"),
         };
-        is_right("edge interface eth0", "driver ixgbe, which has native XDP");
+        is_right(
+            "edge interface eth0",
+            "driver ixgbe, which has native XDP: by that and TC (clsact)",
+        );
         is_wrong("edge interface eth0.7", "is down (vlan, which has no native XDP");
         is_wrong("edge interface eth9", "there is no interface eth9");
         is_wrong("rp_filter of eth0", "strict");
@@ -343,6 +379,19 @@ mod tests {
         is_wrong("edge.source 10.0.0.3", "replies of backends don't come here");
         is_wrong("edge.source for ipv6", "vip.public has ipv6 networks");
         is_wrong("source ports", "use ports from 15000 on");
+
+        // What the kernel reports itself, from 6.3 on, counts more than the list of drivers.
+        host.kernel = Some((6, 12));
+        for (features, expected) in [
+            (0, "no native XDP: by TC (tcx)"),
+            (1, "native XDP without redirects: by that and TC (tcx)"),
+            (3, "reports native XDP: by that and TC (tcx)"),
+        ] {
+            let xdp_features = Some(features);
+            host.devices = vec![Device { name: "eth0".into(), xdp_features, ..Device::default() }];
+            let found = findings(&host, None)["edge interface eth0"].clone().unwrap();
+            assert!(found.contains(expected), "{found}");
+        }
 
         let interface = |name: &str, mode: Option<&str>| api::EdgeInterfaceDocument {
             name: name.to_owned(),
@@ -357,7 +406,7 @@ mod tests {
             announced: Vec::new(),
             withdrawn: None,
         };
-        let found = findings(&config, Some(&running));
+        let found = findings(&host, Some(&running));
         assert_eq!(found["edge interface eth0"], Ok("attached, tcx: words of the driver".into()));
         assert_eq!(
             found["edge interface eth0.7"],

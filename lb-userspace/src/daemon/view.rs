@@ -136,7 +136,8 @@ impl View for DaemonView {
                 ..self.dns.clone()
             },
             pool: api::PoolStatus {
-                used: pool.used,
+                // That of the last tick is up to a second behind the table.
+                used: if table.is_synced() { table.services.len() } else { pool.used },
                 quarantined: pool.quarantined,
                 size: pool.size,
             },

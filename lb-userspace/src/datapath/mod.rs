@@ -49,8 +49,8 @@ mod units;
 pub use bpf::{AttachType, netns_cookie};
 pub use control::{COUNTERS, Datapath, exclusion_problems};
 pub use edge::{
-    EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeOptions, EdgeStatus, EdgeTimeouts,
-    FlowReader, is_own,
+    Device, EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeOptions, EdgeStatus,
+    EdgeTimeouts, FlowReader, interfaces, is_own,
 };
 pub use ejected::{BackendRef, Ejected};
 pub use error::DatapathError;

@@ -169,7 +169,7 @@ function ServiceDetails({ explanation, name }) {
     <p><a href="?view=connections&name=${encodeURIComponent(name)}">Connections to it, live</a></p>`;
 }
 
-const OUTCOMES = ["established", "refused", "failed", "aborted", "sent", "unknown", "intercepted", "passed"];
+const OUTCOMES = ["established", "refused", "failed", "aborted", "sent", "unknown", "intercepted", "passed", "begun", "ended"];
 /** The connections that are shown, the latest ones. */
 const MAX_LINES = 200;
 
@@ -231,9 +231,10 @@ export class Connections extends Component {
     const who = (it) => (it.allocation ? `alloc ${it.allocation.slice(0, 8)} ${it.task ?? ""}` : (it.cgroup ?? ""));
     const rows = lines.map((it) => [
       new Date(it.time * 1000).toLocaleTimeString("en-GB"),
-      html`${it.comm} <span class="quiet">${it.pid}</span>`, who(it),
+      // Flows through an edge have a client instead of a process.
+      it.client ? "edge" : html`${it.comm} <span class="quiet">${it.pid}</span>`, it.client ? html`<code>${it.client}</code>` : who(it),
       it.service ? html`<a href="?view=service&name=${encodeURIComponent(it.service)}">${it.service}</a>` : "none",
-      html`<code>${it.frontend}</code>`, it.backend ? html`<code>${it.backend}</code>` : "–",
+      html`<code>${it.frontend ?? it.vip}</code>`, it.backend ? html`<code>${it.backend}</code>` : "–",
       html`<${State} of=${it.outcome} />`, html`<span class="reason">${[it.error, it.reason].filter(Boolean).join(", ")}</span>`, micros(it.connect_us)]);
     return html`<h1 tabindex="-1">Connections</h1>
       <form class="filters" onSubmit=${(event) => { event.preventDefault(); this.start(); }}>
@@ -245,7 +246,7 @@ export class Connections extends Component {
       </form>
       ${error && html`<div class="banner fair" role="alert"><p>${error}</p>
         <p>A trace shows processes, so it is for the unix socket by default. Forward it over SSH, and open <code>http://localhost:9153/</code> there:</p>
-        <p><code>ssh -L 9153:/run/nohop/admin.sock ${location.hostname}</code></p></div>`}
+        <p><code>ssh -L 9153:/run/nohop/admin.sock root@${location.hostname}</code></p></div>`}
       ${lost > 0 && html`<p class="banner fair">${count(lost)} connections aren't shown: there were more than could be read.</p>`}
       <${Table} caption="Connections, the latest first" heads=${["Time", "Process", "Client", "Service", "To", "Backend", "Outcome", "Reason", "#Connect time"]} rows=${rows}
         empty=${isOn ? "Waiting for a connection to a VIP…" : null} />

@@ -35,6 +35,7 @@ const GENLMSGHDR_SIZE: usize = 4;
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+const NETDEV_XDP_ACT_BASIC: u64 = 1;
 const NETDEV_XDP_ACT_REDIRECT: u64 = 2;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 
@@ -67,6 +68,11 @@ impl Device {
     /// doesn't report anything nobody knows: not every driver with XDP can.
     pub fn takes_redirected(&self) -> bool {
         self.does(NETDEV_XDP_ACT_NDO_XMIT)
+    }
+
+    /// Whether its driver runs XDP programs; `None` where the kernel doesn't report it.
+    pub fn runs_xdp(&self) -> Option<bool> {
+        self.xdp_features.map(|features| features & NETDEV_XDP_ACT_BASIC != 0)
     }
 
     /// Whether a program on it may redirect packets to other interfaces.

@@ -46,6 +46,7 @@ use super::trace::EndedFlows;
 use super::units::{UnitHealth, UnitState};
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table};
+pub use device::{Device, all as interfaces};
 pub use flows::FlowReader;
 use kernel::{EdgeMaps, Heartbeat, RawFlow, now_ms};
 pub use sources::is_own;
