@@ -15,8 +15,14 @@ if [ -d /run/systemd/system ]; then
     systemctl disable --now nohop.socket nohop.service || true
 fi
 # The programs serve without a daemon, so they would outlive the package: connections to VIPs end here.
-# With mistakes in the configuration, what lies where the defaults are.
-if ! /usr/bin/nohop unload --all && ! /usr/bin/nohop unload --all --config /dev/null; then
+rm -f /var/lib/nohop/nohop
+unload() {
+    /usr/bin/nohop unload --all && return
+    # With mistakes in the configuration, what lies where the defaults are; not after another failure, such as a
+    # daemon that runs.
+    [ $? -eq 2 ] && /usr/bin/nohop unload --all --config /dev/null
+}
+if ! unload; then
     # A daemon from another path uses them. What removes them later has to outlive the package.
     mkdir -p /var/lib/nohop
     cp /usr/bin/nohop /var/lib/nohop/nohop

@@ -116,6 +116,9 @@ extern "C" fn nohop_edge_refuse(service: u64) -> u64 {
     refused()
 }
 
+/// How many other places are searched: one may lie among flows that are in use.
+const N_JUMPS: u32 = 3;
+
 /// Claims a record. Returns one more than its index; or [`DROP`] or [`RESET`].
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -125,8 +128,13 @@ extern "C" fn nohop_edge_reserve() -> u64 {
     let mut claimed = nohop_edge_claim(now_ms, 0);
     if claimed == 0 || claimed == flows::ONLY_PENDING {
         let (first, found) = (cursors.record, claimed);
-        flows::nohop_edge_jump();
-        claimed = nohop_edge_claim(now_ms, 0);
+        claimed = 0;
+        let mut nth = 0;
+        while nth < N_JUMPS && claimed == 0 {
+            flows::nohop_edge_jump();
+            claimed = nohop_edge_claim(now_ms, 0);
+            nth += 1;
+        }
         if claimed == 0 {
             (cursors.record, claimed) = (first, found);
         }

@@ -51,7 +51,7 @@ pub fn listen(ctx: &SockOpsContext) {
 /// A connection was accepted: keeps the address that its SYN has, if an edge sent that.
 #[inline(always)]
 pub fn accept(ctx: &SockOpsContext) {
-    if trusted(0) == 0 {
+    if trusted(0) == 0 || maps::is_shadow() {
         return;
     }
     // Of IPv6 sockets it is 0 but where they have an IPv4 peer.

@@ -205,6 +205,14 @@ pub fn limits() -> Option<EjectionLimits> {
     Some(balance.limits())
 }
 
+/// Whether connections are only counted.
+#[inline(always)]
+pub fn is_shadow() -> bool {
+    let Some(control) = CONTROL.get_ptr(0) else { return false };
+    // SAFETY: an array's element stays; volatile, because the daemon writes it.
+    unsafe { (&raw const (*control).is_shadow).read_volatile() != 0 }
+}
+
 /// Which connections are traced.
 #[inline(always)]
 pub fn trace_switch() -> TraceSwitch {

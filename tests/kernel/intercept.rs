@@ -557,6 +557,7 @@ pub fn without<T: Send>(capability: CapabilitySet, run: impl FnOnce() -> T + Sen
     let limited = || {
         let mut sets = capabilities(None).unwrap();
         sets.effective.remove(capability);
+        sets.permitted.remove(capability);
         set_capabilities(None, sets).unwrap();
         run()
     };

@@ -1,7 +1,8 @@
 //! DNS over TLS, queried with kdig: the same answers as over UDP, a certificate that changes while the
 //! daemon runs, and ones that can't be used.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +14,8 @@ use testbed::tempdir::TempDir;
 use crate::cluster::{BACKEND, Catalog, Nodes, vip};
 
 const NAME: &str = "dns.node.example";
+/// The id of a user that isn't the daemon's.
+const ANOTHER_USER: u32 = 65_534;
 
 pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -97,8 +100,11 @@ pub fn run() -> Result<()> {
 /// Takes the certificate and the key of one folder into another.
 fn replace(from: &TempDir, to: &TempDir) -> Result<()> {
     for name in ["dns.key", "dns.pem"] {
+        // As an ACME client leaves it: another user's, whom nobody else's files concern.
         let fresh = to.path().join(format!("{name}.new"));
         fs::copy(from.path().join(name), &fresh).with_context(|| format!("copy {name}"))?;
+        fs::set_permissions(&fresh, Permissions::from_mode(0o600))?;
+        chown(&fresh, Some(ANOTHER_USER), None)?;
         fs::rename(&fresh, to.path().join(name)).with_context(|| format!("replace {name}"))?;
     }
     Ok(())

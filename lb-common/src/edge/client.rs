@@ -82,7 +82,8 @@ impl OptionWalk {
             let len = u32::from(window.octet(at + 1));
             if kind == END || kind != NOP && (at + 1 >= end || len < 2 || at + len > end) {
                 self.nops_until = end;
-            } else if kind == CLIENT_OPTION && is_ours(window, at, len) {
+            } else if kind == CLIENT_OPTION && (len < 4 || is_ours(window, at)) {
+                // A shorter one too: the kernel's search for ours ends at it.
                 self.nops_until = at + len;
             } else {
                 self.at += if kind == NOP { 1 } else { len };
@@ -102,8 +103,8 @@ impl OptionWalk {
 }
 
 #[inline(always)]
-fn is_ours(window: &Window, at: u32, len: u32) -> bool {
-    len >= 4 && [window.octet(at + 2), window.octet(at + 3)] == CLIENT_EXPERIMENT
+fn is_ours(window: &Window, at: u32) -> bool {
+    [window.octet(at + 2), window.octet(at + 3)] == CLIENT_EXPERIMENT
 }
 
 /// Appends the option to a SYN without data whose options were walked through ([`OptionWalk`]), with the address and port
@@ -222,9 +223,9 @@ mod tests {
             ([&FORGED[..], &[1, 1]].concat(), nops(12)),
             ([&[1][..], &FORGED, &[0]].concat(), nops(12)),
             ([&FORGED[..], &FORGED, &MSS].concat(), [&nops(20)[..], &MSS].concat()),
-            // Of other experiments, and too short for ours.
+            // Of other experiments; and of none, at which the kernel's search would end.
             ([254, 4, 1, 2].into(), [254, 4, 1, 2].into()),
-            ([254, 3, b'n', 1].into(), [254, 3, b'n', 1].into()),
+            ([254, 3, b'n', 1].into(), nops(4)),
             // What can't be read.
             ([&MSS[..], &[8, 10, 1, 2]].concat(), [&MSS[..], &nops(4)].concat()),
         ];

@@ -207,8 +207,12 @@ pub fn read_client(mut options: &[u8]) -> Option<&[u8]> {
             (1, _) => rest,
             (_, [len, ..]) if *len >= 2 && usize::from(*len) <= options.len() => {
                 let (option, after) = options.split_at((*len).into());
-                if *kind == CLIENT_OPTION && option.get(2..4) == Some(&CLIENT_EXPERIMENT) {
-                    return Some(option);
+                if *kind == CLIENT_OPTION {
+                    // It ends at one without room for the experiment's number.
+                    let experiment = option.get(2..4)?;
+                    if experiment == CLIENT_EXPERIMENT {
+                        return Some(option);
+                    }
                 }
                 after
             }

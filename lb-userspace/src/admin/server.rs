@@ -41,6 +41,9 @@ use crate::{logging, terminal};
 /// The most connections of each unix socket, and of each TCP address: each has its own, so a client
 /// at a port can't lock root out of the socket.
 const MAX_CONNECTIONS: [usize; 2] = [128, 128];
+/// What is logged of a path, in bytes: the rest of the line has to fit.
+const MAX_LOGGED_PATH: usize = 1 << 10;
+
 /// Those of them that may wait for a change, or follow the stream, at any time.
 const MAX_WAITING: [usize; 2] = [96, 32];
 /// The documents that may be in memory for each.
@@ -231,7 +234,8 @@ fn spawn<V: View>(
                 let logs = view.logs_access();
                 let mut response = answer(&request, local, &access, view).await;
                 if logs {
-                    let (method, path) = (request.method(), request.uri());
+                    let (method, path) = (request.method(), request.uri().to_string());
+                    let path = path.get(..MAX_LOGGED_PATH).unwrap_or(&path);
                     let status = response.status().as_u16();
                     tracing::info!(target: "nohop::access", %client, %method, %path, status, "request");
                 }

@@ -120,7 +120,7 @@ pub async fn follow(mut followed: FollowedEjections) {
 fn scan(datapath: &SharedDatapath, counters: &Counters) -> Vec<(Arc<str>, BackendRef, Cause)> {
     let mut found = Vec::new();
     for (service, _, backends) in datapath.service_indices() {
-        let refs = backends.into_iter().filter_map(|idx| counters.backend_ref(idx));
+        let refs = backends.into_iter().filter_map(|(_, idx)| counters.backend_ref(idx));
         found.extend(refs.filter_map(|backend| {
             Some((service.clone(), backend, counters.ejection_cause(&backend)?))
         }));

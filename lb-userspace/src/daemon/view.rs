@@ -27,7 +27,8 @@ use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watch
 use crate::config::keys::{Key, values};
 use crate::config::{Config, Unrouted};
 use crate::datapath::{
-    COUNTERS, Counters, EdgeStatus, Indices, Mode, NamesCounters, SharedDatapath, UnitState,
+    BackendIndices, COUNTERS, Counters, EdgeStatus, Indices, Mode, NamesCounters, SharedDatapath,
+    UnitState,
 };
 use crate::dns::{self, DebugClient};
 use crate::logging;
@@ -173,9 +174,9 @@ impl View for DaemonView {
                 Some((idx, backends)) => (self.counters.service(*idx), &backends[..]),
                 None => Default::default(),
             };
-            let in_flight = backends.iter().map(|&idx| u64::from(self.counters.in_flight(idx)));
-            let is_ejected = |idx: &&u32| self.counters.ejected(**idx).is_some();
-            let n_ejected = backends.iter().filter(is_ejected).count();
+            let in_flight =
+                backends.iter().map(|&(_, idx)| u64::from(self.counters.in_flight(idx)));
+            let n_ejected = self.n_ejected(service, backends);
             let (condition, reached) =
                 condition::of(service, n_ejected, errors.contains_key(&service.name));
             api::ServiceSummary {
@@ -286,15 +287,15 @@ impl View for DaemonView {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
         let indices = self.datapath.service_indices();
-        let n_ejected = indices
-            .iter()
-            .flat_map(|(_, _, backends)| backends)
-            .filter(|idx| self.counters.ejected(**idx).is_some())
-            .count();
+        let n_ejected = |(name, _, backends): &(Arc<str>, u32, BackendIndices)| {
+            table.services.get(name).map_or(0, |service| self.n_ejected(service, backends))
+        };
+        let n_ejected = indices.iter().map(n_ejected).sum();
         let services = indices.into_iter();
         let services = services.map(|(name, service_idx, backends)| {
             let counters = self.counters.service(service_idx);
-            let in_flight = backends.iter().map(|&idx| u64::from(self.counters.in_flight(idx)));
+            let in_flight =
+                backends.iter().map(|&(_, idx)| u64::from(self.counters.in_flight(idx)));
             (name, counters, in_flight.sum())
         });
         let services = services
@@ -544,6 +545,16 @@ impl DaemonView {
             }
         }
         answers
+    }
+
+    /// How many of the backends that connections reach are ejected: a drained one isn't shown as such.
+    fn n_ejected(&self, service: &Service, backends: &[(SocketAddr, u32)]) -> usize {
+        let is_reached = |address: SocketAddr| {
+            let mut backends = service.backends.iter();
+            backends.any(|it| it.address == Some(address) && it.state.is_reached())
+        };
+        let ejected = backends.iter().filter(|(_, idx)| self.counters.ejected(*idx).is_some());
+        ejected.filter(|(address, _)| is_reached(*address)).count()
     }
 
     fn service(&self, service: &Service) -> api::ServiceStatus {

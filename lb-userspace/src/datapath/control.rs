@@ -25,7 +25,7 @@ use super::kernel::{ControlBlock, Counters, KernelMaps};
 use super::links::{self, Attachment, ServedCgroup, Units};
 use super::names::{Names, NamesProber, NamesSettings, ProbedAnswer};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
-use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
+use super::reconcile::{BackendIndices, Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
 use super::tcp_terminator::TcpTerminator;
 use super::trace::TraceEvents;
@@ -505,8 +505,8 @@ impl Datapath {
         self.reconciler.indices(name)
     }
 
-    /// The index that the kernel knows each service by, and those of its backends.
-    pub fn service_indices(&self) -> Vec<(Arc<str>, u32, Vec<u32>)> {
+    /// The index that the kernel knows each service by, and its backends with theirs.
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32, BackendIndices)> {
         let services = self.reconciler.all_indices();
         services.map(|(name, idx, backends)| (name.clone(), idx, backends.collect())).collect()
     }

@@ -15,7 +15,7 @@ use super::error::DatapathError;
 use super::intercept::InterceptSettings;
 use super::names::NamesSettings;
 use super::probe::ProbeResult;
-use super::reconcile::{Indices, Pressure, ReconcileError};
+use super::reconcile::{BackendIndices, Indices, Pressure, ReconcileError};
 use super::tcp_terminator::TcpTerminator;
 use super::units::UnitHealth;
 use crate::config::BalanceConfig;
@@ -208,7 +208,7 @@ impl SharedDatapath {
     }
 
     /// As [`Datapath::service_indices`].
-    pub fn service_indices(&self) -> Vec<(Arc<str>, u32, Vec<u32>)> {
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32, BackendIndices)> {
         lock(&self.datapath).service_indices()
     }
 
@@ -345,9 +345,9 @@ impl SharedDatapath {
         let scope = datapath.scope().display().to_string();
         let notes: Vec<String> = datapath.notes().cloned().collect();
         drop(datapath);
-        // Changes don't wait for all of it.
+        // Changes don't wait for all of it: who waits for the lock gets it only while nobody takes it.
         while lock(&self.datapath).sweep_edge_on() {
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(1));
         }
         let mut hook_state = lock(&self.hook_state);
         for note in notes.iter().filter(|note| !hook_state.notes.contains(note)) {

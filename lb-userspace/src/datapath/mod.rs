@@ -76,7 +76,7 @@ pub use pins::{
     PinError, Safety, are_charged, is_bpffs, look as look_at_pins, nearest as nearest_directory,
 };
 pub use prog_stats::{Cost, Measuring};
-pub use reconcile::{Indices, Pressure, ReconcileError};
+pub use reconcile::{BackendIndices, Indices, Pressure, ReconcileError};
 pub use start::{find_obstacle, unload, unload_after};
 pub use tc::Interface as IngressInterface;
 pub use tcp_terminator::{TcpTerminator, VipConnection, VipConnections};

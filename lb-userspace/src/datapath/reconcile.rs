@@ -170,6 +170,9 @@ pub struct Indices {
     pub backends: HashMap<SocketAddr, u32>,
 }
 
+/// Backends, each with its index into `BACKENDS`.
+pub type BackendIndices = Vec<(SocketAddr, u32)>;
+
 /// Updates the maps to each table.
 #[derive(Debug)]
 pub struct Reconciler<M> {
@@ -484,11 +487,13 @@ impl<M: Maps> Reconciler<M> {
         Some(Indices { service: applied.service_idx, backends: applied.backends.clone() })
     }
 
-    /// The index of each service that is in the maps, and those of its backends.
-    pub fn all_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32, impl Iterator<Item = u32>)> {
+    /// The index of each service that is in the maps, and its backends with theirs.
+    pub fn all_indices(
+        &self,
+    ) -> impl Iterator<Item = (&Arc<str>, u32, impl Iterator<Item = (SocketAddr, u32)>)> {
         self.applied.iter().map(|(name, applied)| {
-            let (service, backends) = (applied.service_idx, applied.backends.values().copied());
-            (name, service, backends)
+            let backends = applied.backends.iter().map(|(address, idx)| (*address, *idx));
+            (name, applied.service_idx, backends)
         })
     }
 

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::op::{Query, ResponseCode};
+use hickory_proto::serialize::binary::BinDecodable as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
@@ -94,11 +95,10 @@ impl ThreadView {
 
 /// Logs a query. A message that can't be read is counted, and not logged.
 fn log_query(bytes: &[u8], transport: Transport, client: IpAddr) {
-    let Ok(message) = Message::from_vec(bytes) else { return };
-    for query in &message.queries {
-        let (name, kind) = (query.name(), query.query_type());
-        tracing::info!(target: "nohop::query", %client, %transport, %name, %kind, "query");
-    }
+    let Ok(message) = ClientQuery::read(bytes) else { return };
+    let Ok(query) = Query::from_bytes(message.question()) else { return };
+    let (name, kind) = (query.name(), query.query_type());
+    tracing::info!(target: "nohop::query", %client, %transport, %name, %kind, "query");
 }
 
 /// The result of a query that waited.
@@ -213,10 +213,6 @@ impl Handler {
         transport: Transport,
         client: IpAddr,
     ) -> Option<Option<Vec<u8>>> {
-        // Each message comes by here first.
-        if policy.log {
-            log_query(bytes, transport, client);
-        }
         if self.origins.any()
             && let Ok(query) = ClientQuery::read(bytes)
         {
@@ -224,6 +220,9 @@ impl Handler {
         }
         let admission = policy.acl.admit(client);
         if admission == Admission::Admitted {
+            if policy.log {
+                log_query(bytes, transport, client);
+            }
             return None;
         }
         if admission == Admission::Limited {

@@ -3,7 +3,9 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
+use std::thread;
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
@@ -24,6 +26,7 @@ use tracing::{info, warn};
 use super::handler::Handler;
 use super::message::ClientQuery;
 use super::sockets::Transport;
+use crate::capabilities;
 use crate::config::DnsConfig;
 use crate::config::consul::{read_certificates, read_key};
 use crate::file_state::{FileState, file_state};
@@ -33,12 +36,19 @@ use crate::file_state::{FileState, file_state};
 #[error("can't serve DNS over TLS: {0}")]
 pub struct CertificateError(String);
 
-/// The certificate of `dns.listen_tls`, which is read again when its files change.
+/// The certificate of `dns.listen_tls`. A thread of its own reads the files, since those that serve clients
+/// may not: they can be another user's.
 #[derive(Debug)]
 struct ServerCertificate {
+    requests: Sender<SyncSender<Arc<CertifiedKey>>>,
+}
+
+/// The files of the certificate, read again when they change.
+struct CertificateFiles {
     cert_file: PathBuf,
     key_file: PathBuf,
-    loaded: Mutex<([FileState; 2], Arc<CertifiedKey>)>,
+    states: [FileState; 2],
+    key: Arc<CertifiedKey>,
 }
 
 /// Prepares the handshakes of `dns.listen_tls`; `None` where that is empty.
@@ -57,30 +67,52 @@ pub fn server_config(config: &DnsConfig) -> Result<Option<Arc<ServerConfig>>, Ce
 
 impl ServerCertificate {
     fn new(config: &DnsConfig) -> Result<ServerCertificate, String> {
+        let mut files = CertificateFiles::read(config)?;
+        let (requests, requested) = channel::<SyncSender<_>>();
+        let serve = move || {
+            capabilities::for_files();
+            for reply in requested {
+                // A handshake that has ended doesn't wait.
+                let _ = reply.send(files.current());
+            }
+        };
+        let thread = thread::Builder::new().name("certificate".to_owned()).spawn(serve);
+        thread.map_err(|error| format!("can't start a thread: {error}"))?;
+        Ok(ServerCertificate { requests })
+    }
+}
+
+impl CertificateFiles {
+    fn read(config: &DnsConfig) -> Result<CertificateFiles, String> {
         let path = |file: &Option<PathBuf>| file.clone().unwrap_or_default(); // validated
         let (cert_file, key_file) = (path(&config.tls_cert_file), path(&config.tls_key_file));
         let states = [&cert_file, &key_file].map(|path| file_state(path));
         let key = read(&cert_file, &key_file)?;
-        Ok(ServerCertificate { cert_file, key_file, loaded: Mutex::new((states, key)) })
+        Ok(CertificateFiles { cert_file, key_file, states, key })
+    }
+
+    fn current(&mut self) -> Arc<CertifiedKey> {
+        // Taken before the files are read: a change in between is found by the next handshake.
+        let states = [&self.cert_file, &self.key_file].map(|path| file_state(path));
+        if self.states != states {
+            self.states = states; // also of files that are bad, so that each version is reported once
+            match read(&self.cert_file, &self.key_file) {
+                Ok(key) => {
+                    info!("read the certificate of dns.listen_tls again, as its files changed");
+                    self.key = key;
+                }
+                Err(error) => warn!("the former certificate of dns.listen_tls stays: {error}"),
+            }
+        }
+        Arc::clone(&self.key)
     }
 }
 
 impl ResolvesServerCert for ServerCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        // Taken before the files are read: a change in between is found by the next handshake.
-        let states = [&self.cert_file, &self.key_file].map(|path| file_state(path));
-        if loaded.0 != states {
-            loaded.0 = states; // also of files that are bad, so that each version is reported once
-            match read(&self.cert_file, &self.key_file) {
-                Ok(key) => {
-                    info!("read the certificate of dns.listen_tls again, as its files changed");
-                    loaded.1 = key;
-                }
-                Err(error) => warn!("the former certificate of dns.listen_tls stays: {error}"),
-            }
-        }
-        Some(Arc::clone(&loaded.1))
+        let (reply, key) = sync_channel(1);
+        self.requests.send(reply).ok()?;
+        key.recv().ok()
     }
 }
 

@@ -14,6 +14,9 @@ export const count = (n) => (n == null ? "–" : whole.format(n));
 /** Something per second. */
 export const rate = (n) => (n >= 10 || n === 0 ? whole.format(n) : fine.format(n));
 
+/** A word for a shell's command line. */
+export const shellWord = (text) => (/^[\w.:@%+,=-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+
 /** Seconds as people say them. */
 export function age(seconds) {
   if (seconds == null) return "–";

@@ -3,7 +3,7 @@
 import { Component, render } from "./vendor/preact/preact.mjs";
 import { count, html, State } from "./format.mjs";
 import { select, Services, STATES } from "./services.mjs";
-import { connect, pause, store, subscribe } from "./store.mjs";
+import { connect, pause, store, subscribe, watch } from "./store.mjs";
 import { Configuration, Connections, Dns, Edge, Overview, Service } from "./views.mjs";
 
 const VIEWS = {
@@ -52,6 +52,7 @@ class Page extends Component {
     document.addEventListener("click", this.onClick);
     this.title();
     connect();
+    watch();
   }
 
   /** Draws at most once a frame. */

@@ -1,8 +1,8 @@
 // All views but the list of services.
 
 import { Component } from "./vendor/preact/preact.mjs";
-import { age, Commands, count, Facts, html, instanceName, micros, ports, rate, State, Table } from "./format.mjs";
-import { get, historyOf, store } from "./store.mjs";
+import { age, Commands, count, Facts, html, instanceName, micros, ports, rate, shellWord, State, Table } from "./format.mjs";
+import { get, historyOf, parse, SPAN, store } from "./store.mjs";
 
 const problems = (list) => list.length > 0 && html`<ul class="problems">${list.map((it) => html`<li>${it}</li>`)}</ul>`;
 
@@ -68,18 +68,18 @@ export function Overview() {
 
 /** Connections per second of the last three minutes, as a line. */
 function Sparkline({ name }) {
-  const [width, height, span] = [600, 72, 180_000];
+  const [width, height] = [600, 72];
   const now = performance.now();
   const points = historyOf(name);
   let most = 0;
   const steps = [];
   for (let at = 0; at < points.length; at += 2) {
     const [time, value] = [points[at], points[at + 1]];
-    if (time < now - span) continue;
+    if (time < now - SPAN) continue;
     most = Math.max(most, value);
     steps.push([time, value]);
   }
-  const x = (time) => Math.max(0, width - ((now - time) / span) * width).toFixed(1);
+  const x = (time) => Math.max(0, width - ((now - time) / SPAN) * width).toFixed(1);
   const y = (value) => (height - 4 - (most > 0 ? value / most : 0) * (height - 12)).toFixed(1);
   let path = `M0 ${y(0)}`;
   for (const [time, value] of steps) path += `H${x(time)}V${y(value)}`;
@@ -101,7 +101,8 @@ class Fetched extends Component {
 
   componentDidUpdate(last) {
     if (last.path !== this.props.path) this.setState({ document: null, error: null });
-    const isNews = this.props.live && store.status !== this.seen && !store.isPaused;
+    // On the unix socket the daemon asks its source for each.
+    const isNews = this.props.live && store.status !== this.seen && !store.isPaused && !document.hidden;
     if (last.path !== this.props.path || isNews) this.load();
   }
 
@@ -144,7 +145,7 @@ function ServiceDetails({ explanation, name }) {
     html`<${State} of=${it.state} />${it.reason && html`<span class="reason">${it.reason}</span>`}`,
     html`<code>${it.address}</code>`,
     count(it.weight), count(it.in_flight), count(it.connects), count(it.failures), micros(it.connect_us),
-    html`<code>nohop ${it.reason?.includes("by hand") ? "undrain" : "drain"} ${it.address}</code>`,
+    html`<code>nohop ${it.reason?.includes("by hand") ? "undrain" : "drain"} ${shellWord(it.address)}</code>`,
   ]);
   return html`
     <section class="banner ${{ healthy: "good", degraded: "fair", down: "bad" }[brief?.condition] ?? ""}" aria-label="Next connection">
@@ -164,7 +165,7 @@ function ServiceDetails({ explanation, name }) {
     <h2>Instances</h2>
     <${Table} caption="Instances of ${name}" heads=${["Instance and node", "State and reason", "Address", "#Weight", "#In flight", "#Connects", "#Failures", "#Connect time", "To change it"]}
       rows=${instances} empty="None is registered." />
-    <${Commands} of=${[[`nohop explain ${name}`, "the same, with each check's output"], [`nohop trace ${name}`, "its connections as they happen"],
+    <${Commands} of=${[[`nohop explain ${shellWord(name)}`, "the same, with each check's output"], [`nohop trace ${shellWord(name)}`, "its connections as they happen"],
       ["nohop drain TARGET", "no new connections to a node, an address, an instance or an allocation; undrain ends that"]]} />
     <p><a href="?view=connections&name=${encodeURIComponent(name)}">Connections to it, live</a></p>`;
 }
@@ -215,7 +216,7 @@ export class Connections extends Component {
       if (done) return;
       const lines = (rest + value).split("\n");
       rest = lines.pop();
-      this.pending = [...(this.pending ?? []), ...lines.filter(Boolean).map((line) => JSON.parse(line))].slice(-MAX_LINES);
+      this.pending = [...(this.pending ?? []), ...lines.filter(Boolean).map((line) => parse(line))].slice(-MAX_LINES);
       // However many there are, they are drawn a few times a second.
       this.timer ??= setTimeout(() => {
         const lost = this.pending.reduce((sum, line) => sum + (line.lost ?? 0), 0);
@@ -250,7 +251,7 @@ export class Connections extends Component {
       ${lost > 0 && html`<p class="banner fair">${count(lost)} connections aren't shown: there were more than could be read.</p>`}
       <${Table} caption="Connections, the latest first" heads=${["Time", "Process", "Client", "Service", "To", "Backend", "Outcome", "Reason", "#Connect time"]} rows=${rows}
         empty=${isOn ? "Waiting for a connection to a VIP…" : null} />
-      <${Commands} of=${[[`nohop trace${query.name ? ` ${query.name}` : ""}`, "the same in a terminal"]]} />`;
+      <${Commands} of=${[[`nohop trace${query.name ? ` ${shellWord(query.name)}` : ""}`, "the same in a terminal"]]} />`;
   }
 }
 

@@ -32,7 +32,10 @@ impl Secrets {
     /// The text without the secrets, and without the user and the password of any URL.
     pub fn redact(&self, text: &str) -> String {
         let mut text = without_users(text);
-        for secret in &self.0 {
+        // One may begin with another.
+        let mut secrets: Vec<&String> = self.0.iter().collect();
+        secrets.sort_by_key(|secret| std::cmp::Reverse(secret.len()));
+        for secret in secrets {
             // JSON may have escaped it.
             let quoted = serde_json::Value::from(secret.as_str()).to_string();
             text = text.replace(quoted.trim_matches('"'), REDACTED).replace(secret, REDACTED);

@@ -156,13 +156,19 @@ impl EdgeMaps {
     /// # Errors
     /// When the kernel refuses, such as more than there is room for.
     pub fn set_own(&mut self, addresses: BTreeSet<IpAddr>) -> io::Result<()> {
-        for gone in self.own_addresses.difference(&addresses) {
-            self.own.remove(&Plain(address_of(*gone))).map_err(io_error)?;
+        let gone: Vec<IpAddr> = self.own_addresses.difference(&addresses).copied().collect();
+        for gone in gone {
+            match self.own.remove(&Plain(address_of(gone))).map_err(io_error) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => self.own_addresses.remove(&gone),
+            };
         }
-        for new in addresses.difference(&self.own_addresses) {
-            self.own.insert(Plain(address_of(*new)), Plain(1), 0).map_err(io_error)?;
+        for new in addresses {
+            if !self.own_addresses.contains(&new) {
+                self.own.insert(Plain(address_of(new)), Plain(1), 0).map_err(io_error)?;
+                self.own_addresses.insert(new);
+            }
         }
-        self.own_addresses = addresses;
         Ok(())
     }
 
@@ -208,6 +214,12 @@ impl EdgeMaps {
             all.insert(key, target);
         }
         Ok(all)
+    }
+
+    /// A frontend was inserted that was there already: the kernel uses the element of its former value for the next
+    /// one, as after a removal.
+    pub fn replaced(&mut self) {
+        self.is_dirty = true;
     }
 
     /// Inserts a frontend, or makes it lead to another service.
@@ -292,19 +304,23 @@ impl EdgeMaps {
         n_left
     }
 
-    /// Inserts a flow that no packet began. Returns the index of its record; `None` where none of a few is free, or
-    /// there is such a flow.
+    /// Inserts a flow that no packet began. Returns the index of its record; `None` where none of some thousand is
+    /// free, or there is such a flow.
     pub fn insert_flow(
         &mut self,
         record: &FlowRecord,
         addresses: Option<FlowAddresses6>,
     ) -> Option<u32> {
-        const N_TRIES: usize = 256;
-        let all = (0..self.records.len()).rev().take(N_TRIES);
-        let idx = all.into_iter().find(|idx| self.records.claim_free(*idx))?;
+        const N_TRIES: u32 = 4_096;
+        let n = self.records.len();
+        let first = fastrand::u32(..n.max(1));
+        let mut some = (0..n.min(N_TRIES))
+            .map(|nth| ((u64::from(first) + u64::from(nth)) % u64::from(n)) as u32);
+        let idx = some.find(|idx| self.records.claim_free(*idx))?;
         self.records.fill(idx, record, addresses);
         let protocol = record.word.protocol;
         let flow = self.records.flow(idx)?;
+        self.end_left((flow.backend, flow.source), protocol);
         let back = self.insert_key((flow.backend, flow.source), protocol, idx, true);
         let there = back.and_then(|()| {
             let inserted = self.insert_key((flow.client, flow.vip), protocol, idx, false);
@@ -326,19 +342,24 @@ impl EdgeMaps {
     ) -> io::Result<()> {
         const BPF_NOEXIST: u64 = 1;
         let flow = Plain(FlowRef { record, is_back: is_back.into() });
-        match (from.ip(), to.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let from = (source.octets(), from.port());
-                let key = FlowKey4::of(from, (destination.octets(), to.port()), protocol);
-                self.flows.insert(Plain(key), flow, BPF_NOEXIST)
-            }
-            (source, destination) => {
-                let from = (address_of(source), from.port());
-                let key = FlowKey6::of(from, (address_of(destination), to.port()), protocol);
-                self.flows6.insert(Plain(key), flow, BPF_NOEXIST)
-            }
+        match FlowKey::of(from, to, protocol) {
+            FlowKey::V4(key) => self.flows.insert(key, flow, BPF_NOEXIST),
+            FlowKey::V6(key) => self.flows6.insert(key, flow, BPF_NOEXIST),
         }
         .map_err(io_error)
+    }
+
+    /// Ends a proof's flow that a daemon has left which was killed meanwhile.
+    fn end_left(&mut self, (from, to): (SocketAddr, SocketAddr), protocol: u8) {
+        let found = match FlowKey::of(from, to, protocol) {
+            FlowKey::V4(key) => self.flows.get(&key, 0),
+            FlowKey::V6(key) => self.flows6.get(&key, 0),
+        };
+        let Ok(Plain(FlowRef { record, .. })) = found else { return };
+        let left = self.records.flow(record);
+        if left.is_some_and(|left| left.record.generation == PROOF_GENERATION) {
+            self.end(record);
+        }
     }
 
     /// Ends a flow of [`EdgeMaps::insert_flow`].
@@ -357,17 +378,9 @@ impl EdgeMaps {
     }
 
     fn remove_key(&mut self, from: SocketAddr, to: SocketAddr, protocol: u8) {
-        let removed = match (from.ip(), to.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let from = (source.octets(), from.port());
-                let key = FlowKey4::of(from, (destination.octets(), to.port()), protocol);
-                self.flows.remove(&Plain(key))
-            }
-            (source, destination) => {
-                let from = (address_of(source), from.port());
-                let key = FlowKey6::of(from, (address_of(destination), to.port()), protocol);
-                self.flows6.remove(&Plain(key))
-            }
+        let removed = match FlowKey::of(from, to, protocol) {
+            FlowKey::V4(key) => self.flows.remove(&key),
+            FlowKey::V6(key) => self.flows6.remove(&key),
         };
         if let Err(error) = removed {
             tracing::debug!("a flow's key can't be removed: {error}");
@@ -495,6 +508,28 @@ impl FlowRecords {
             Some(zerocopy::transmute!(Claimed { claims, word }))
         };
         self.records.exchange_word(idx, 0, free);
+    }
+}
+
+/// The key of one direction of a flow.
+enum FlowKey {
+    V4(Plain<FlowKey4>),
+    V6(Plain<FlowKey6>),
+}
+
+impl FlowKey {
+    fn of(from: SocketAddr, to: SocketAddr, protocol: u8) -> FlowKey {
+        match (from.ip(), to.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let from = (source.octets(), from.port());
+                FlowKey::V4(Plain(FlowKey4::of(from, (destination.octets(), to.port()), protocol)))
+            }
+            (source, destination) => {
+                let from = (address_of(source), from.port());
+                let to = (address_of(destination), to.port());
+                FlowKey::V6(Plain(FlowKey6::of(from, to, protocol)))
+            }
+        }
     }
 }
 

@@ -547,7 +547,8 @@ impl LoadedEdge {
             return;
         }
         let former = self.proof.take().map(|(result, _)| result);
-        self.proof = self.proved(options).map(|result| (result, Instant::now()));
+        let result = self.proved(options, former.as_ref());
+        self.proof = result.map(|result| (result, Instant::now()));
         if let Some((Err(why), _)) = &self.proof
             && former.is_none_or(|former| former.as_ref() != Err(why))
         {
@@ -555,32 +556,42 @@ impl LoadedEdge {
         }
     }
 
-    /// `None` where nothing can be proved.
-    fn proved(&mut self, options: &EdgeOptions) -> Option<Result<(), String>> {
-        let LoadedEdge { ebpf, maps, attached, fast, .. } = self;
+    /// `None` where nothing can be proved; `former` where there is no room for it.
+    fn proved(
+        &mut self,
+        options: &EdgeOptions,
+        former: Option<&Result<(), String>>,
+    ) -> Option<Result<(), String>> {
+        let LoadedEdge { ebpf, maps, attached, fast, present, forwards, .. } = self;
         let devices = device::all().ok()?;
         let tc: &SchedClassifier = ebpf.program(PROGRAMS[1].0)?.try_into().ok()?;
         let xdp: Option<&Xdp> =
             ebpf.program(xdp::PROGRAM).and_then(|program| program.try_into().ok());
-        let own = sources::all_own().ok()?;
+        let mut taken = sources::all_own().ok()?;
+        // Where a VIP of the interface's own network is announced it is unreachable.
+        taken.extend(present.keys().map(|key| key.address));
         let mut is_proved = None;
         for Interface { name, index } in attached.iter().map(|attached| &attached.interface) {
             let networks = sources::of_interface(name).unwrap_or_default();
             let xdp = xdp.filter(|_| fast.is_attached(*index)).and_then(|xdp| xdp.fd().ok());
             for is_ipv4 in [true, false] {
+                // Of a family that isn't forwarded nothing is announced.
+                if !forwards[usize::from(!is_ipv4)] {
+                    continue;
+                }
                 let is_of = |ip: &IpAddr| ip.is_ipv4() == is_ipv4;
                 let source = options.sources.iter().copied().find(is_of);
                 let vip = options.networks.iter().map(IpNet::network).find(is_of);
                 let neighbour =
                     networks.iter().filter(|(ip, _)| is_of(ip)).find_map(|&(ip, prefix)| {
-                        proof::neighbour(ip, prefix, |address| own.contains(address))
+                        proof::neighbour(ip, prefix, |address| taken.contains(address))
                     });
                 let (Some(source), Some(vip), Some(neighbour), Some(device)) =
                     (source, vip, neighbour, devices.get(index))
                 else {
                     continue;
                 };
-                let question = proof::ProofInput {
+                let input = proof::ProofInput {
                     index: *index,
                     device,
                     tc: tc.fd().ok()?.as_fd(),
@@ -589,12 +600,12 @@ impl LoadedEdge {
                     source,
                     neighbour,
                 };
-                match proof::prove(maps, &question) {
+                match proof::prove(maps, &input) {
                     Some(Err(why)) => {
                         return Some(Err(format!("a proof by {name} has failed: {why}")));
                     }
                     Some(Ok(())) => is_proved = Some(Ok(())),
-                    None => {}
+                    None => return former.cloned(),
                 }
             }
         }
@@ -699,7 +710,9 @@ impl LoadedEdge {
     fn insert(&mut self, key: FrontendKey, service: EdgeServiceRef) {
         match self.maps.insert(key, service) {
             Ok(()) => {
-                self.present.insert(key, service);
+                if self.present.insert(key, service).is_some() {
+                    self.maps.replaced();
+                }
             }
             Err(error) => tracing::error!("EDGE_FRONTENDS: {error}"),
         }

@@ -117,14 +117,14 @@ impl NameMaps for KernelNames {
     }
 
     fn remove(&mut self, key: &NameKey, record: u32) -> io::Result<()> {
-        match self.names.remove(&Plain(*key)).map_err(io_error) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        // Also for an earlier daemon's program, which has an index of its own.
+        // First the ways that end with this daemon: without them the name is found by the hash. The check is for an
+        // earlier daemon's program, which has an index of its own.
         self.records.store_field(record, offset_of!(NameRecord, check), &0u64);
         self.index.remove(key, record);
-        Ok(())
+        match self.names.remove(&Plain(*key)).map_err(io_error) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn write(&mut self, record: u32, value: &NameRecord) {
