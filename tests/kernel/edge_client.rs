@@ -68,7 +68,7 @@ pub fn clients_are_shown() {
         assert!(seen.starts_with(&format!("{SOURCE}:")), "{seen}");
 
         let forger = Sockops::forging(&place.cgroup.path);
-        // From the edge's own host it isn't told from the edge's.
+        // From the edge's own host it can't be distinguished from the edge's.
         assert_eq!(ask(backend).1, FORGED);
         for vip in [web, other] {
             let (_, seen) = network.client.run(move || ask(vip));

@@ -100,7 +100,7 @@ pub fn run() -> Result<()> {
 /// Takes the certificate and the key of one folder into another.
 fn replace(from: &TempDir, to: &TempDir) -> Result<()> {
     for name in ["dns.key", "dns.pem"] {
-        // As an ACME client leaves it: another user's, whom nobody else's files concern.
+        // As an ACME client leaves it: readable by its own user alone.
         let fresh = to.path().join(format!("{name}.new"));
         fs::copy(from.path().join(name), &fresh).with_context(|| format!("copy {name}"))?;
         fs::set_permissions(&fresh, Permissions::from_mode(0o600))?;

@@ -41,9 +41,6 @@ use crate::{logging, terminal};
 /// The most connections of each unix socket, and of each TCP address: each has its own, so a client
 /// at a port can't lock root out of the socket.
 const MAX_CONNECTIONS: [usize; 2] = [128, 128];
-/// What is logged of a path, in bytes: the rest of the line has to fit.
-const MAX_LOGGED_PATH: usize = 1 << 10;
-
 /// Those of them that may wait for a change, or follow the stream, at any time.
 const MAX_WAITING: [usize; 2] = [96, 32];
 /// The documents that may be in memory for each.
@@ -71,6 +68,8 @@ const HEADERS: [(HeaderName, &str); 7] = [
          base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
 ];
+/// What is logged of a path, in bytes: the rest of the line has to fit.
+const MAX_LOGGED_PATH: usize = 1 << 10;
 /// The response to a connection above the limit.
 const BUSY: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";

@@ -345,7 +345,8 @@ impl SharedDatapath {
         let scope = datapath.scope().display().to_string();
         let notes: Vec<String> = datapath.notes().cloned().collect();
         drop(datapath);
-        // Changes don't wait for all of it: who waits for the lock gets it only while nobody takes it.
+        // Changes don't wait for all of it. The lock isn't fair: without a pause this thread would take it again
+        // before one that waits.
         while lock(&self.datapath).sweep_edge_on() {
             std::thread::sleep(Duration::from_millis(1));
         }

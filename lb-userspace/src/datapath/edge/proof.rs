@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use lb_common::{FlowAddresses6, FlowRecord, FlowWord, IPPROTO_TCP, TCP_ACK};
+use lb_common::{FlowAddresses6, FlowRecord, FlowWord, IPPROTO_TCP, TCP_ACK, folded};
 
 use super::super::bpf::test_run;
 use super::device::Device;
@@ -228,13 +228,6 @@ fn sum(octets: &[u8]) -> u64 {
         .chunks(2)
         .map(|pair| u64::from(pair[0]) << 8 | u64::from(*pair.get(1).unwrap_or(&0)))
         .sum()
-}
-
-fn folded(mut sum: u64) -> u16 {
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
 }
 
 /// An address beside one of a network that is neither this host's nor a VIP.
