@@ -9,14 +9,16 @@
 mod toolchain;
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The objects: one a unit.
 const OBJECTS: [&str; 5] =
     ["nohop-ebpf", "nohop-outcomes", "nohop-names", "nohop-intercept", "nohop-edge"];
 
 fn main() {
-    let object_dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("lb-ebpf");
+    // As it runs, not as it was compiled: a target folder may be moved with its repository.
+    let package = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let object_dir = package.with_file_name("lb-ebpf");
     let linker = object_dir.with_file_name(".tools").join("bpf-linker");
     for watched in [
         "src",
