@@ -214,7 +214,7 @@ pub fn is_what_the_kernel_lists() {
     };
     change(&mut datapath, &mut random);
     assert!(datapath.counts_in_flight(), "{:?}", datapath.unit_status());
-    let n_rounds = n_connects() * 2;
+    let n_rounds = n_connects();
     for nth in 0..n_rounds {
         match TcpStream::connect((VIP, 80)) {
             Ok(stream) => {

@@ -84,20 +84,37 @@ pub fn bench_object(name: &str) -> Result<PathBuf> {
     Ok(target.join("bpfel-unknown-none/release").join(name))
 }
 
-/// Builds the in-kernel tests, a program of its own.
+/// The in-kernel tests, a program of their own, and the daemon as tests run it.
+pub struct KernelTests {
+    /// The tests' program.
+    pub tests: PathBuf,
+    /// The daemon.
+    pub nohop: PathBuf,
+}
+
+/// Builds the in-kernel tests and the daemon. As a part of the whole workspace, because dependencies
+/// that are built for one package alone have fewer features and would be built once more.
 ///
 /// # Errors
 /// When the build fails.
-pub fn kernel_tests() -> Result<PathBuf> {
+pub fn kernel_tests() -> Result<KernelTests> {
     let mut cargo = Command::new("cargo");
-    cargo.args(["test", "--no-run", "--package", "lb-tests", "--test", "kernel"]);
-    let mut kernel_tests = None;
+    // A test of the daemon's package needs the daemon.
+    cargo.args(["test", "--no-run", "--workspace", "--test", "kernel", "--test", "cli"]);
+    let mut tests = None;
+    let mut nohop = None;
     messages(cargo, |message| {
-        if message["target"]["name"] == "kernel" {
-            kernel_tests = message["executable"].as_str().map(PathBuf::from);
+        let Some(executable) = message["executable"].as_str().map(PathBuf::from) else { return };
+        match message["target"]["name"].as_str() {
+            Some("kernel") => tests = Some(executable),
+            Some("nohop") => nohop = Some(executable),
+            _ => {}
         }
     })?;
-    kernel_tests.context("cargo reported no test `kernel`")
+    Ok(KernelTests {
+        tests: tests.context("cargo reported no test `kernel`")?,
+        nohop: nohop.context("cargo reported no binary nohop")?,
+    })
 }
 
 /// Builds the daemon, as tests run it.

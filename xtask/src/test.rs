@@ -47,9 +47,9 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
 
     run_tests(tally, filter, extent);
     if filter.is_none() {
-        // A program of its own, because it makes itself root by becoming sudo.
+        // A program of its own, because it makes itself root by becoming sudo. The tests built it.
         match std::env::current_exe() {
-            Ok(xtask) => tally.command("demo", Command::new(xtask).arg("demo")),
+            Ok(xtask) => tally.command("demo", Command::new(xtask).args(["demo", "--built"])),
             Err(error) => tally.fail("demo", &error.into()),
         }
     }

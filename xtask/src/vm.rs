@@ -5,6 +5,7 @@ pub mod boot;
 pub mod initramfs;
 pub mod verifier;
 
+use std::cmp::Reverse;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -14,9 +15,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::compile::{self, KernelTests};
 use crate::setup::kernels::{self, Kernel, Kernels, Version};
 use crate::test_report::Tally;
-use crate::{compile, process, setup};
+use crate::{process, setup};
 use boot::Mode;
 use initramfs::Archive;
 
@@ -73,7 +75,7 @@ fn try_matrix(
 ) -> Result<()> {
     let kernel_tests = compile::kernel_tests()?;
     if let Some(filter) = filter {
-        let names = process::output(Command::new(&kernel_tests).args(["--list", filter]))?;
+        let names = process::output(Command::new(&kernel_tests.tests).args(["--list", filter]))?;
         if names.trim().is_empty() {
             return Ok(());
         }
@@ -112,8 +114,11 @@ fn try_matrix(
         let filter = Some(LOCKDOWN_TRIALS);
         starts.push(Start { kernel, mode: Mode::LockedDown, filter, share: None });
     }
-    // Those that take longest first, so that no processor waits for the last one.
-    starts.sort_by_key(|start| start.share.is_some());
+    // Those that take longest first, so that no processor waits for the last one: all trials, then
+    // shares of them, the newest kernel's before others', then the few of a kernel that is locked down.
+    starts.sort_by_key(|Start { kernel, mode, share, .. }| {
+        (*mode != Mode::Plain, share.is_some(), Reverse(kernel.version))
+    });
     println!("\n== kernels, {N_AT_ONCE} at once");
     for Run { name, lines, result, took } in boot_all(&starts, &common, &folder) {
         let before = [tally.passed, tally.failed, tally.skipped];
@@ -186,11 +191,11 @@ fn boot_all(starts: &[Start<'_>], common: &Archive, folder: &Path) -> Vec<Run> {
 }
 
 /// The initramfs that all kernels share.
-fn tests_archive(kernel_tests: &Path, folder: &Path) -> Result<Archive> {
+fn tests_archive(KernelTests { tests, nohop }: &KernelTests, folder: &Path) -> Result<Archive> {
     fs::create_dir_all(folder).with_context(|| format!("can't create {}", folder.display()))?;
     // Most of the file is for debuggers.
     let mut archive = Archive::default();
-    for (name, program) in [("kernel-tests", kernel_tests), ("nohop", &compile::nohop()?)] {
+    for (name, program) in [("kernel-tests", tests), ("nohop", nohop)] {
         let stripped = folder.join(name);
         let strip = ["--strip-debug", "-o"];
         process::output(Command::new("strip").args(strip).arg(&stripped).arg(program))?;
@@ -213,8 +218,8 @@ fn ask_running_kernel(tally: &mut Tally) {
         return;
     }
     match compile::kernel_tests() {
-        Ok(kernel_tests) => {
-            let mut command = Command::new(kernel_tests);
+        Ok(KernelTests { tests, .. }) => {
+            let mut command = Command::new(tests);
             tally.tests("the running kernel", command.arg(verifier::TRIAL));
         }
         Err(error) => tally.fail("the running kernel", &error),
