@@ -1,8 +1,11 @@
-//! Which processor a program runs on.
+//! Which processor a program runs on, and whether it sleeps.
+
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use testbed::process::Process;
 
 /// The processor that a server has for itself, by its place among those that this run may use.
 pub const SERVER: usize = 0;
@@ -44,6 +47,22 @@ pub fn number(core: usize) -> Result<usize> {
     let all = sched_getaffinity(None).context("ask for the processors of this thread")?;
     let usable = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).nth(core);
     usable.with_context(|| format!("this run may not use {} processors", core + 1))
+}
+
+/// Keeps the processors that this run may use from going to sleep, as the kernel's `idle=poll` does, for as long
+/// as the result lives: each runs a loop of the policy SCHED_IDLE, before which everything else comes. A virtual
+/// machine's processor takes tens of microseconds to wake up, which says nothing of the program that it runs then.
+///
+/// # Errors
+/// When a loop can't be started.
+pub fn keep_awake() -> Result<Vec<Process>> {
+    let cores = (0..).take_while(|core| number(*core).is_ok());
+    let spin = |core| {
+        let mut command = Command::new("chrt");
+        command.args(["--idle", "0", "sh", "-c", "while :; do :; done"]);
+        on(core, || Process::spawn("a loop", command))
+    };
+    cores.map(spin).collect()
 }
 
 #[cfg(test)]

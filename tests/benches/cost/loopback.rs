@@ -1,16 +1,24 @@
-//! What packets on `lo` that are for others take with the unit `names` attached there, and without it: by
-//! the clock, in this network namespace and in another one.
+//! What packets on `lo` that are for others take with the unit `names` attached there, with a program that does
+//! nothing, and without any: by the clock, in network namespaces of their own.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::figures::{Figures, Goal};
 
-pub const CASES: [&str; 4] = ["TCP, with names", "TCP", "datagrams, with names", "datagrams"];
+pub const CASES: [&str; 6] = [
+    "TCP, with names",
+    "TCP, a program of nothing",
+    "TCP",
+    "datagrams, with names",
+    "datagrams, a program of nothing",
+    "datagrams",
+];
 
 /// TCP by what a megabyte takes, thus 1 / 0.97.
 pub const GOALS: [Goal; 2] = [
@@ -18,40 +26,69 @@ pub const GOALS: [Goal; 2] = [
     Goal::Over(70.0, "datagrams, with names", "datagrams"),
 ];
 
-/// A thread in a network namespace without the unit.
-struct Without {
-    work: Sender<fn(usize) -> f64>,
+/// What is measured: the time of one of so many, in ns.
+type Job = fn(usize) -> f64;
+
+/// A thread in a network namespace of its own.
+struct Elsewhere {
+    work: Sender<Job>,
     result: Receiver<f64>,
+    thread: JoinHandle<()>,
 }
 
-/// Measures in turn; `unshare` moves the thread that calls it to a new network namespace.
-pub fn measure(n_rounds: usize, n_calls: usize, unshare: fn()) -> Figures {
-    let (work, received) = channel::<fn(usize) -> f64>();
-    let (sender, result) = channel();
-    let thread = std::thread::spawn(move || {
+impl Elsewhere {
+    /// It keeps what `prepare` returns.
+    fn start<T>(n_calls: usize, prepare: impl FnOnce() -> T + Send + 'static) -> Elsewhere {
+        let (work, received) = channel::<Job>();
+        let (sender, result) = channel();
+        let thread = std::thread::spawn(move || {
+            let _kept = prepare();
+            let mut jobs = received.into_iter();
+            let _ = jobs.try_for_each(|job| sender.send(job(n_calls)));
+        });
+        Elsewhere { work, result, thread }
+    }
+
+    fn run(&self, job: Job) -> f64 {
+        self.work.send(job).expect("the thread runs");
+        self.result.recv().expect("the thread runs")
+    }
+
+    /// Drops what `prepare` returned.
+    fn end(self) {
+        drop(self.work);
+        self.thread.join().expect("the thread doesn't panic");
+    }
+}
+
+/// Measures in turn; `unshare` moves the thread that calls it to a new network namespace, and `attach` attaches a
+/// program that does nothing to that one's `lo`.
+pub fn measure<T>(
+    n_rounds: usize,
+    n_calls: usize,
+    unshare: fn(),
+    attach: impl FnOnce() -> T + Send + 'static,
+) -> Figures {
+    let nothing = Elsewhere::start(n_calls, move || {
         unshare();
-        received.into_iter().try_for_each(|job| sender.send(job(n_calls)).map_err(drop))
+        attach()
     });
-    let without = Without { work, result };
+    let without = Elsewhere::start(n_calls, unshare);
+    let places: [&dyn Fn(Job) -> f64; 3] =
+        [&|job| job(n_calls), &|job| nothing.run(job), &|job| without.run(job)];
     let mut figures = Figures::of(CASES.into_iter());
     for round in 0..n_rounds {
-        let pair = |job: fn(usize) -> f64| {
-            let other = || {
-                without.work.send(job).expect("the thread runs");
-                without.result.recv().expect("the thread runs")
-            };
-            // Neither is always the first.
-            if round % 2 == 0 {
-                let other = other();
-                [job(n_calls), other]
-            } else {
-                [job(n_calls), other()]
+        // None is always the first.
+        let of_all = |job: Job| {
+            let mut took = [0.0; 3];
+            for nth in (0..3).map(|nth| (round + nth) % 3) {
+                took[nth] = places[nth](job);
             }
+            took
         };
-        figures.add([pair(transfer), pair(exchange)].into_iter().flatten());
+        figures.add([of_all(transfer), of_all(exchange)].into_iter().flatten());
     }
-    drop(without);
-    let _ = thread.join();
+    [nothing, without].into_iter().for_each(Elsewhere::end);
     figures
 }
 

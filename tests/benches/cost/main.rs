@@ -86,7 +86,8 @@ fn main() -> ExitCode {
         let mut bed = Bed::new();
         bed.apply(Vec::new());
         serve_names(&mut bed);
-        loopback::measure(10 * n_rounds, n_calls / 10, unshare).print(&loopback::GOALS);
+        let attach = move || Compared::load(Path::new(&object));
+        loopback::measure(10 * n_rounds, n_calls / 10, unshare, attach).print(&loopback::GOALS);
     }
     ExitCode::SUCCESS
 }

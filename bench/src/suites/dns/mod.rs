@@ -12,6 +12,7 @@ use std::thread;
 use anyhow::{Result, ensure};
 
 use crate::peers::NOHOP;
+use crate::pin;
 use crate::progress::Progress;
 use crate::report::Contender;
 use crate::report_builder::{Draft, FixedRate, Limit, Quantity};
@@ -89,7 +90,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     };
     let of_zone = able(&[NOHOP, DAEMON, DNSMASQ, UNBOUND, CONSUL]);
     let of_forwarding = able(&[NOHOP, DNSMASQ]);
-    let n_steps = plan.n_names.len() * of_zone.len() * (4 * plan.n_rounds + 2)
+    let n_steps = plan.n_names.len() * of_zone.len() * (5 * plan.n_rounds + 2)
         + of_forwarding.len() * (2 * plan.n_rounds + 1);
     let mut progress = Progress::new("dns", n_steps);
     for &n_names in plan.n_names {
@@ -100,7 +101,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         "each server has the first processor for itself, dnsperf the second one, but for \
          `from both processors`, where it has two threads that share the server's; what the kernel \
          answers takes the client's time; the resolver that is forwarded to shares dnsperf's; at 2,000 \
-         queries/s the client is one thread, as an application's resolver, on dnsperf's processor",
+         queries/s the client is one thread, as an application's resolver, on dnsperf's processor; \
+         `processors awake` keeps them from sleeping by a loop of the lowest priority on each",
     );
     draft.finish();
     judge(&mut draft, &plan);
@@ -165,14 +167,28 @@ fn zone(
         }
     }
     at_rate(draft, &sites, &condition, plan, progress, |site| Ok(site.questions().to_owned()));
+    calm(draft, &sites, &condition, plan, progress);
+    match pin::keep_awake() {
+        Ok(_loops) => calm(draft, &sites, &awake(&condition), plan, progress),
+        Err(error) => draft.note(format!("{}: not measured: {error:#}", awake(&condition))),
+    }
+}
+
+/// How long queries wait while no server is busy.
+fn calm(draft: &mut Draft, sites: &[Site], condition: &str, plan: &Plan, progress: &mut Progress) {
     for round in 0..plan.n_rounds {
-        for site in draft.shuffled(&sites) {
+        for site in draft.shuffled(sites) {
             progress.step(&format!("{condition}, calm: {}", site.name));
-            let waits_us = calm_waits(draft, site, &condition, plan);
-            draft.add(P50_CALM, &condition, site.name, round, waits_us.map(|[p50, _]| p50));
-            draft.add(P99_CALM, &condition, site.name, round, waits_us.map(|[_, p99]| p99));
+            let waits_us = calm_waits(draft, site, condition, plan);
+            draft.add(P50_CALM, condition, site.name, round, waits_us.map(|[p50, _]| p50));
+            draft.add(P99_CALM, condition, site.name, round, waits_us.map(|[_, p99]| p99));
         }
     }
+}
+
+/// The condition in which processors don't sleep between queries.
+fn awake(condition: &str) -> String {
+    format!("{condition}, processors awake")
 }
 
 /// Queries a server, as dnsperf's functions do.
@@ -331,9 +347,9 @@ fn judge(draft: &mut Draft, plan: &Plan) {
         let what = format!("DNS queries a second, nohop over {DNSMASQ} ({condition})");
         draft.goal(&what, Limit::AtLeast(least), &ratios, "");
     }
-    for zone in &zones {
+    for zone in zones.iter().flat_map(|zone| [zone.clone(), awake(zone)]) {
         for (quantity, most) in [(P50_CALM, 6.0), (P99_CALM, 40.0)] {
-            let row = draft.find(quantity.name, zone).and_then(|figure| figure.row(NOHOP));
+            let row = draft.find(quantity.name, &zone).and_then(|figure| figure.row(NOHOP));
             let rounds: Vec<f64> =
                 row.map(|row| row.rounds.iter().flatten().copied().collect()).unwrap_or_default();
             let what = format!("{}, nohop ({zone})", quantity.name);
