@@ -189,6 +189,46 @@ pub fn a_flood() {
     });
 }
 
+/// Ports rest after connections that were established, not after SYNs that nothing came of: a flood of them would
+/// use up all ports for a minute.
+pub fn a_flood_uses_up_no_ports() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let other = SocketAddr::from(([203, 0, 113, 11], 80));
+        let services = vec![
+            public("web", &[(BACKEND, PORT).into()], &[vip]),
+            public("silent", &[(SILENT, PORT).into()], &[other]),
+        ];
+        let datapath = serve(&place, services);
+        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_PORTS")).unwrap();
+        let mut ports: Array<_, [u8; 64]> = Map::Array(pin).try_into().unwrap();
+        let indices = ["web", "silent"].map(|name| datapath.indices(name).unwrap().backends);
+        let [web, silent] =
+            [(&indices[0], BACKEND), (&indices[1], SILENT)].map(|(of, ip)| of[&(ip, PORT).into()]);
+        let cursor = |ports: &Array<MapData, [u8; 64]>, idx| -> PortCursor {
+            zerocopy::transmute!(ports.get(&idx, 0).unwrap())
+        };
+        // The first of these ends a block.
+        let last = PORTS_PER_BLOCK - 2;
+        for idx in [web, silent] {
+            let octets: [u8; 64] = zerocopy::transmute!(PortCursor { last, ..cursor(&ports, idx) });
+            ports.set(idx, octets, 0).unwrap();
+        }
+        drop(network.client.run(move || begin(3, other)));
+        let after = cursor(&ports, silent);
+        assert_eq!((after.last, after.established_ms), (last + 3, [0; N_PORT_BLOCKS]));
+        let mut connections = Connections::new(&network);
+        connections.open(&network.client, vip, 3);
+        connections.all_go_on();
+        let after = cursor(&ports, web);
+        assert_eq!(
+            (after.last, after.established_ms.iter().filter(|ms| **ms != 0).count()),
+            (last + 3, 2)
+        );
+    });
+}
+
 /// Where all ports are in use, or not to be used again yet, new flows are refused.
 pub fn ports_run_out() {
     inside(|| {
@@ -206,7 +246,8 @@ pub fn ports_run_out() {
             (rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec * 1_000) as u32;
         // One port is left of the last block, and the others have been used just now.
         let n_ports = N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK;
-        let mut cursor = PortCursor { left_ms: [now_ms.max(1); N_PORT_BLOCKS], last: n_ports - 2 };
+        let mut cursor =
+            PortCursor { established_ms: [now_ms.max(1); N_PORT_BLOCKS], last: n_ports - 2 };
         let pin = MapData::from_pin(place.pin("v3/maps/EDGE_PORTS")).unwrap();
         let mut ports: Array<_, [u8; 64]> = Map::Array(pin).try_into().unwrap();
         let mut set = |cursor: &PortCursor| {
@@ -218,7 +259,7 @@ pub fn ports_run_out() {
         assert_eq!(answer(&network), Err(ErrorKind::ConnectionRefused));
         assert_eq!(count(&datapath, "no_port"), 1);
         // A port that a flow has is passed over.
-        (cursor.left_ms[0], cursor.last) = (0, n_ports - 2);
+        (cursor.established_ms[0], cursor.last) = (0, n_ports - 2);
         set(&cursor);
         assert_eq!(answer(&network), expected);
         stop_server(&network.backend, BACKEND.into());

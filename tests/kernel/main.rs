@@ -120,6 +120,7 @@ const TRIALS: &[KernelTrial] = &[
     once("edge_a_full_table", edge_room::a_full_table),
     once("edge_room_elsewhere", edge_room::room_elsewhere),
     once("edge_a_flood", edge_room::a_flood),
+    once("edge_a_flood_uses_up_no_ports", edge_room::a_flood_uses_up_no_ports),
     once("edge_ports_run_out", edge_room::ports_run_out),
     once("edge_a_backend_is_silent", edge_room::a_backend_is_silent),
     since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),

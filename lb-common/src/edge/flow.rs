@@ -404,13 +404,15 @@ pub const PORTS_REST_MS: u32 = 60_000;
 /// The value of `EDGE_PORTS`, by a backend's index: which source address and port the next flow to it gets.
 ///
 /// All ports of all source addresses come one after the other, so that each is used again as late as can be, and
-/// not within [`PORTS_REST_MS`] after a flow got one of its block. A flow that ends keeps its port in its own
-/// record for a while; one whose record was taken from it early, doesn't.
+/// not within [`PORTS_REST_MS`] after a connection was established from one of its block. What was never established,
+/// such as a flood of SYNs, leaves no TIME_WAIT. A flow that ends keeps its port in its own record for a while; one
+/// whose record was taken from it early, doesn't.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct PortCursor {
-    /// When each block was left, by the low 32 bits of CLOCK_MONOTONIC in milliseconds; 0 for never.
-    pub left_ms: [u32; N_PORT_BLOCKS],
+    /// When a connection was last established from each block, by the low 32 bits of CLOCK_MONOTONIC in
+    /// milliseconds; 0 for never.
+    pub established_ms: [u32; N_PORT_BLOCKS],
     /// The place of the last one that a flow got, or tried to.
     pub last: u32,
 }
@@ -453,11 +455,11 @@ impl PortPlace {
     }
 }
 
-/// Whether a block of ports that was left then may be used again.
+/// Whether a block of ports may be used again from which a connection was last established then.
 #[inline(always)]
-pub fn has_rested(left_ms: u32, now_ms: u32) -> bool {
+pub fn has_rested(established_ms: u32, now_ms: u32) -> bool {
     // Times wrap after 49 days.
-    left_ms == 0 || now_ms.wrapping_sub(left_ms) >= PORTS_REST_MS
+    established_ms == 0 || now_ms.wrapping_sub(established_ms) >= PORTS_REST_MS
 }
 
 /// Whether a time, by the low 32 bits of milliseconds, is that long ago.
