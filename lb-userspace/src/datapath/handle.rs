@@ -24,6 +24,9 @@ use crate::table::Table;
 /// How long `status` reports hooks that were detached and attached again.
 const REPORT_FOR: Duration = Duration::from_secs(60);
 
+/// For how long one check ends flows of an edge at most.
+const SWEEP_FOR: Duration = Duration::from_secs(1);
+
 /// How many failed services of one table the log names.
 const MAX_NAMED: usize = 10;
 
@@ -346,8 +349,9 @@ impl SharedDatapath {
         let notes: Vec<String> = datapath.notes().cloned().collect();
         drop(datapath);
         // Changes don't wait for all of it. The lock isn't fair: without a pause this thread would take it again
-        // before one that waits.
-        while lock(&self.datapath).sweep_edge_on() {
+        // before one that waits. What is left of millions of flows is for the next check.
+        let until = Instant::now() + SWEEP_FOR;
+        while lock(&self.datapath).sweep_edge_on() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut hook_state = lock(&self.hook_state);

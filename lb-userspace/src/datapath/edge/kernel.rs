@@ -51,9 +51,8 @@ pub struct EdgeMaps {
     stuck: BTreeMap<u32, u32>,
 }
 
-/// How many flows a sweep ends at most: two system calls each, while the datapath waits. Programs make room by
-/// themselves.
-const MAX_ENDED: u32 = 16_384;
+/// How many flows a part of a sweep ends at most: two system calls each, while the datapath waits.
+const MAX_ENDED: u32 = 1_024;
 
 /// What the fast path keeps for each processor.
 struct Processors(PerCpuArray<MapData, Plain<EdgeProcessor>>);
@@ -270,21 +269,25 @@ impl EdgeMaps {
         }
     }
 
-    /// Ends the flows of these records whose time is over, and calls the function with each. Returns how many are left.
+    /// Ends the flows of these records whose time is over, some thousand at most, and calls the function with each.
+    /// Returns how many are left of those that it has looked at, and the record at which to continue.
     pub fn sweep(
         &mut self,
         records: Range<u32>,
         now_ms: u32,
         mut ended: impl FnMut(&RawFlow),
-    ) -> u32 {
+    ) -> (u32, u32) {
         let timeouts_ms = self.settings().timeouts_ms;
         let (mut n_left, mut n_ended) = (0, 0);
-        for idx in records {
+        for idx in records.clone() {
+            if n_ended == MAX_ENDED {
+                return (n_left, idx);
+            }
             let Some(state) = self.records.state(idx) else { continue };
             let timeout_ms = timeouts_ms.get(state as usize).copied();
             let last_ms = self.records.last_ms(idx);
             let is_over = is_long_ago(last_ms, now_ms, timeout_ms.unwrap_or_default());
-            match (is_over && n_ended < MAX_ENDED).then(|| self.end(idx)).flatten() {
+            match is_over.then(|| self.end(idx)).flatten() {
                 Some(flow) => {
                     n_ended += 1;
                     ended(&flow);
@@ -301,7 +304,7 @@ impl EdgeMaps {
                 }
             }
         }
-        n_left
+        (n_left, records.end)
     }
 
     /// Inserts a flow that no packet began. Returns the index of its record; `None` where none of some thousand is

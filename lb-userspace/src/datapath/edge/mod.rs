@@ -61,7 +61,7 @@ const NO_SERVICE: EdgeServiceRef = EdgeServiceRef { service: u32::MAX, shows_cli
 /// For how long a VIP that no service has any more is refused rather than left to the host.
 const LEFT_FOR: Duration = Duration::from_secs(3_600);
 
-/// How many records a sweep looks at while the datapath waits.
+/// How many records a part of a sweep looks at while the datapath waits.
 const SLICE: u32 = 65_536;
 /// After how long what was proved is proved again.
 const PROOF_AGAIN: Duration = Duration::from_secs(10);
@@ -656,13 +656,13 @@ impl LoadedEdge {
         let LoadedEdge { maps, present, .. } = self;
         let (first, n_before) = self.swept;
         let n_records = maps.records().len();
-        let end = first.saturating_add(SLICE).min(n_records);
+        let records = first..first.saturating_add(SLICE).min(n_records);
         let service = |flow: &RawFlow| {
             let (address, port) = (flow.vip.ip(), flow.vip.port());
             let key = FrontendKey { address, port, protocol: flow.record.word.protocol };
             present.get(&key).map(|found| found.service)
         };
-        let n_left = maps.sweep(first..end, now_ms, |flow| {
+        let (n_left, next) = maps.sweep(records, now_ms, |flow| {
             ended(flow, service(flow), counters);
             // The program reports the end of one that was closed.
             if flow.record.word.is_open() || flow.record.word.protocol != IPPROTO_TCP {
@@ -670,8 +670,8 @@ impl LoadedEdge {
             }
         });
         let n_flows = n_before + n_left;
-        if end < n_records {
-            self.swept = (end, n_flows);
+        if next < n_records {
+            self.swept = (next, n_flows);
             return true;
         }
         (self.n_flows, self.swept) = (n_flows, (0, 0));
