@@ -5,8 +5,8 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail};
 use lb_common::{Window, make_error};
 use zerocopy::IntoBytes as _;
 
+use crate::maps;
 use crate::skb::{IP, Skb};
-use crate::{forward, maps};
 
 /// Makes the packet that was read, and isn't changed yet, an ICMP error about itself, and sends that back. `mtu` is
 /// that of the way on; 0 where the hop limit is used up. One a millisecond on each processor. Returns a TC_ACT_*.
@@ -16,7 +16,7 @@ pub extern "C" fn nohop_edge_error(ctx: *mut __sk_buff, mtu: u64) -> u64 {
     let (Some(scratch), Some(cursors)) = (maps::scratch(), maps::cursors()) else {
         return TC_ACT_SHOT as u64;
     };
-    let now_ms = u64::from(forward::now_ms());
+    let now_ms = u64::from(maps::now_ms());
     let is_too_long = usize::from(mtu != 0);
     // Nothing is sent about an error (RFC 1122, section 3.2.2).
     if cursors.error_ms[is_too_long] == now_ms || scratch.packet.is_error != 0 {

@@ -123,7 +123,7 @@ const N_JUMPS: u32 = 3;
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_reserve() -> u64 {
-    let now_ms = u64::from(forward::now_ms());
+    let now_ms = u64::from(maps::now_ms());
     let Some(cursors) = maps::cursors() else { return DROP };
     let mut claimed = nohop_edge_claim(now_ms, 0);
     if claimed == 0 || claimed == flows::ONLY_PENDING {
@@ -186,7 +186,7 @@ extern "C" fn nohop_edge_choose(service: u64) -> u64 {
     let (Some(words), Some(control)) = (tables::service(service), tables::control()) else {
         return 0;
     };
-    if is_expired(control, || Kernel.now_ns()) {
+    if is_expired(control, maps::now_ns) {
         return 0;
     }
     let family = if is_ipv6 { Family::Ipv6 } else { Family::Ipv4 };
@@ -220,10 +220,13 @@ extern "C" fn nohop_edge_is_local(ctx: *mut __sk_buff, backend_idx: u64) -> u64 
     };
     let packet = &scratch.packet;
     let (from, to) = (packet.source, backend.backend().address);
+    scratch.target.destination = to;
+    if !maps::is_own(&scratch.target.destination) {
+        return 0;
+    }
     // Of any length.
     let route = forward::route(ctx, &mut scratch.fib, packet, 0, &from, &to);
-    scratch.target.destination = to;
-    (route == Route::Local && maps::is_own(&scratch.target.destination)).into()
+    (route == Route::Local).into()
 }
 
 /// Inserts a flow with the record that was claimed. Returns a [`Found`]; 0 where no port was free, or [`DROP`].
@@ -306,7 +309,7 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, how: u64) ->
         }
     }
     record.set_backend(backend_idx, generation);
-    record.set_begun(packet.protocol, flags, forward::now_ms(), sent_us);
+    record.set_begun(packet.protocol, flags, maps::now_ms(), sent_us);
     record.set_ports([packet.source_port, packet.destination_port, port, source_port]);
     if is_ipv6 {
         let Some(addresses) = maps::addresses6(idx) else { return 0 };
@@ -351,7 +354,7 @@ fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) 
         return 0;
     }
     let Some(PortPlace { source: nth_source, port, .. }) =
-        maps::next_port(backend_idx, n_sources, nth, forward::now_ms())
+        maps::next_port(backend_idx, n_sources, nth, maps::now_ms())
     else {
         return 0;
     };
@@ -385,7 +388,7 @@ extern "C" fn nohop_edge_is_flooded() -> u64 {
     };
     let [high, low] = packet.destination.words();
     let vip = high ^ low ^ u64::from(packet.destination_port) << 48 ^ 1;
-    let now_ns = Kernel.now_ns();
+    let now_ns = maps::now_ns();
     let is_over = take(network, NETWORK_NS, now_ns) || take(vip, VIP_NS, now_ns);
     is_over.into()
 }

@@ -9,6 +9,7 @@ use lb_common::{
     words_difference,
 };
 
+use crate::cache::{self, CachePtr};
 use crate::fib::{self, Fib, Question, Route};
 use crate::flows::Side;
 use crate::headers::Headers;
@@ -239,13 +240,8 @@ fn forward_as<const N: usize, F: Family<N>>(
         (0, transport.at(6))
     };
     let checksum = checksum_at.half::<0>();
-    let FlowRef { record: idx, is_back } = F::find(&before, protocol)?;
-    let is_back = is_back != 0;
-    let record = maps::record(idx)?;
-    let begun_ms = record.begun_ms();
-    if differ(&F::ends_of(record, idx, is_back)?, &before)
-        || !goes_on(record, protocol, tcp_flags, is_back)
-    {
+    let Flow { idx, is_back, record, begun_ms } = flow::<N, F>(&before, protocol)?;
+    if !goes_on(record, protocol, tcp_flags, is_back) {
         return None;
     }
     let transport_len = header.len - F::IP_LEN as u32;
@@ -262,7 +258,9 @@ fn forward_as<const N: usize, F: Family<N>>(
             let (is_ipv6, len) = (F::IS_IPV6, header.len);
             let question = Question { ifindex: ingress, is_ipv6, protocol, len };
             let [from, to] = F::addresses(&after);
-            if fib::look_up(frame.context(), &mut fib, question, from, to) != Route::Found {
+            if fib::look_up(frame.context(), &mut fib, question, from, to) != Route::Found
+                || hops::is_unverified(&fib, hops::processor()?.now_ms(now))
+            {
                 return None;
             }
             hop.set(now, ingress, len, &fib)
@@ -318,6 +316,59 @@ fn differ<const N: usize>(one: &[u32; N], other: &[u32; N]) -> bool {
         idx += 1;
     }
     difference != 0
+}
+
+/// A packet's flow.
+#[derive(Clone, Copy)]
+struct Flow {
+    /// The index of its record.
+    idx: u32,
+    /// Whether the packet is the backend's.
+    is_back: bool,
+    record: RecordPtr,
+    /// When it began, by which it is seen that another flow has got the record.
+    begun_ms: u32,
+}
+
+impl Flow {
+    /// The one with this record, if it has these ends.
+    #[inline(always)]
+    fn at<const N: usize, F: Family<N>>(found: FlowRef, ends: &[u32; N]) -> Option<Flow> {
+        let FlowRef { record: idx, is_back } = found;
+        let is_back = is_back != 0;
+        let record = maps::record(idx)?;
+        let begun_ms = record.begun_ms();
+        let is_same = !differ(&F::ends_of(record, idx, is_back)?, ends);
+        is_same.then_some(Flow { idx, is_back, record, begun_ms })
+    }
+}
+
+/// The flow of a packet with these ends.
+#[inline(always)]
+fn flow<const N: usize, F: Family<N>>(ends: &[u32; N], protocol: u8) -> Option<Flow> {
+    let place = cache::place(ends, protocol);
+    if let Some(found) = place.and_then(CachePtr::find)
+        && let Some(flow) = Flow::at::<N, F>(found, ends)
+        && is_certain(flow.record, protocol)
+    {
+        return Some(flow);
+    }
+    let found = F::find(ends, protocol)?;
+    let flow = Flow::at::<N, F>(found, ends)?;
+    if let Some(place) = place
+        && is_certain(flow.record, protocol)
+    {
+        place.keep(found);
+    }
+    Some(flow)
+}
+
+/// Whether keys lead to a record, by what it shows: of one that its backend hasn't answered they may not, yet or any
+/// more.
+#[inline(always)]
+fn is_certain(record: RecordPtr, protocol: u8) -> bool {
+    let word = record.word();
+    word.client != 0 && word.backend != 0 && word.protocol == protocol
 }
 
 /// Whether a flow stays as it is with a packet that neither opens nor closes one, and its backend isn't on this host.

@@ -102,3 +102,11 @@ pub fn ethernet(fib: &Fib) -> [u32; 3] {
     let [i, j, k, l] = fib[15].to_ne_bytes();
     [[g, h, i, j], [k, l, a, b], [c, d, e, f]].map(u32::from_ne_bytes)
 }
+
+/// A hash of the neighbour: of its interface and hardware address, whose first half word is in the upper half of
+/// `fib[14]`.
+#[inline(always)]
+pub fn neighbour_hash(fib: &Fib) -> u32 {
+    let word = u64::from(fib[15]) << 32 | u64::from(fib[14] >> 16) << 16 | u64::from(fib[2] as u16);
+    (word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+}

@@ -6,7 +6,7 @@ use lb_common::{
 };
 
 use crate::maps::{self, RecordPtr, count};
-use crate::{forward, outcomes, random};
+use crate::{outcomes, random};
 
 /// Whose packet one may be, by where it goes to.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -182,7 +182,7 @@ pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
     let (packet, idx, is_back) = (&scratch.packet, found.record(), found.is_back());
     let begun_ms = record.begun_ms();
     if packet.is_error == 0 {
-        let now_ms = forward::now_ms();
+        let now_ms = maps::now_ms();
         let idle_ms = idle_ms(record, now_ms);
         record.set_last_ms(now_ms);
         record.add_packet(packet.len);

@@ -8,7 +8,7 @@ use aya_ebpf::bindings::{
     TC_ACT_UNSPEC,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_ktime_get_ns, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail,
+    bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail,
 };
 use lb_common::{
     Address, CLIENT_OPTION_ROOM, Difference, EdgeCounter, FlowWord, IPPROTO_TCP, IPPROTO_UDP,
@@ -17,18 +17,11 @@ use lb_common::{
 };
 use zerocopy::IntoBytes as _;
 
-use crate::answer;
 use crate::fib::{self, Fib, Question, Route};
 use crate::flows::Found;
 use crate::maps::{self, Scratch, count};
 use crate::skb::{IP, Skb};
-
-/// The low 32 bits of CLOCK_MONOTONIC in milliseconds.
-#[inline(always)]
-pub fn now_ms() -> u32 {
-    // SAFETY: the helper has no preconditions.
-    (unsafe { bpf_ktime_get_ns() } / 1_000_000) as u32
-}
+use crate::{answer, hops};
 
 /// Looks up the route of a packet from one address to another. `len` is the packet's length, from the IP header on;
 /// 0 for any.
@@ -110,7 +103,14 @@ extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
     }
     let len = wire_len(&Skb(ctx), window, packet);
     match route(ctx, fib, packet, len, &target.source, &target.destination) {
-        Route::Found => LEAVES,
+        Route::Found => {
+            let now_ms = maps::now_ms();
+            if !hops::is_unverified(fib, now_ms) {
+                return LEAVES;
+            }
+            hops::set_verified(fib, now_ms);
+            UNRESOLVED
+        }
         Route::Unresolved => UNRESOLVED,
         Route::TooLong => {
             count(EdgeCounter::TooLong);

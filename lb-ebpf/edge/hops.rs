@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use lb_common::{
     DEFAULT_MAX_FLOWS, EdgeInterface, EdgeProcessor, FastPath, FlowHops, HOP_JIFFIES, Hop,
-    N_EDGE_INTERFACES,
+    N_EDGE_INTERFACES, N_NEIGHBOUR_TIMES,
 };
 
 use crate::fib::{self, Fib};
@@ -19,6 +19,10 @@ static EDGE_INTERFACES: Array<
     { N_EDGE_INTERFACES as usize },
     { BPF_F_MMAPABLE as usize },
 > = Array::new();
+/// When a packet to each neighbour last left by the kernel's own output; see [`is_unverified`].
+#[btf_map]
+static EDGE_NEIGHBOURS: Array<u32, { N_NEIGHBOUR_TIMES as usize }, { BPF_F_MMAPABLE as usize }> =
+    Array::new();
 #[btf_map]
 static EDGE_PROCESSORS: PerCpuArray<EdgeProcessor, 1> = PerCpuArray::new();
 
@@ -99,6 +103,30 @@ impl HopPtr {
         set_field!(self.0, ethernet = hop.ethernet);
         set_field!(self.0, looked_up = now);
         hop
+    }
+}
+
+#[inline(always)]
+fn neighbour(fib: &Fib) -> Option<*mut u32> {
+    EDGE_NEIGHBOURS.get_ptr_mut(fib::neighbour_hash(fib) % N_NEIGHBOUR_TIMES)
+}
+
+/// Whether a packet to this next hop is to leave by the kernel's own output, as one does now and then: that alone
+/// has the kernel find out whether a hardware address still is right, when nothing has shown that for a while. What
+/// leaves by redirects may go to an old one for ever. Two neighbours may share a time.
+#[inline(always)]
+pub fn is_unverified(fib: &Fib, now_ms: u32) -> bool {
+    // SAFETY: an array's element stays, and is an aligned word; volatile, because other processors write it.
+    neighbour(fib)
+        .is_some_and(|last| lb_common::is_unverified(unsafe { last.read_volatile() }, now_ms))
+}
+
+/// Takes note that one does.
+#[inline(always)]
+pub fn set_verified(fib: &Fib, now_ms: u32) {
+    if let Some(last) = neighbour(fib) {
+        // SAFETY: as above.
+        unsafe { last.write_volatile(now_ms) };
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod answer;
 mod begin;
+mod cache;
 #[path = "../src/choice.rs"]
 mod choice;
 mod config;
@@ -31,7 +32,7 @@ mod trace;
 mod xdp;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::generated::bpf_redirect;
+use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_redirect};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use lb_common::{EdgeCounter, FlowState, NoFlow, is_first_syn, parse_ipv4, parse_ipv6};
@@ -135,11 +136,13 @@ fn refuse(why: u64) -> i32 {
     TC_ACT_SHOT
 }
 
-/// Reads the headers of a packet. Returns 0, or the number of a [`NoFlow`].
+/// Reads the headers of a packet, and the clock once for all that follows. Returns 0, or the number of a [`NoFlow`].
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_read(ctx: *mut __sk_buff) -> u64 {
     let (skb, Some(scratch)) = (Skb(ctx), maps::scratch()) else { return NoFlow::Other as u64 };
+    // SAFETY: the helper has no preconditions.
+    scratch.now_ns = unsafe { bpf_ktime_get_ns() };
     let Some(len) = skb.ip_len() else { return NoFlow::BadHeader as u64 };
     if !skb.load_window(&mut scratch.window, len) {
         return NoFlow::BadHeader as u64;

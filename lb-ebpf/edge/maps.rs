@@ -85,6 +85,8 @@ pub struct Scratch {
     pub window: Window,
     pub packet: Packet,
     pub target: Target,
+    /// CLOCK_MONOTONIC when the packet was read.
+    pub now_ns: u64,
     /// struct bpf_fib_lookup.
     pub fib: [u32; 16],
     /// Whether the backend of the flow that is about to begin is shown the client's address.
@@ -128,6 +130,18 @@ pub fn scratch() -> Option<&'static mut Scratch> {
 pub fn cursors() -> Option<&'static mut Cursors> {
     // SAFETY: as above.
     EDGE_CURSORS.get_ptr_mut(0).map(|cursors| unsafe { &mut *cursors })
+}
+
+/// When the packet that was read came: CLOCK_MONOTONIC in nanoseconds.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    scratch().map_or(0, |scratch| scratch.now_ns)
+}
+
+/// The low 32 bits of that in milliseconds.
+#[inline(always)]
+pub fn now_ms() -> u32 {
+    (now_ns() / 1_000_000) as u32
 }
 
 macro_rules! control_word {

@@ -56,7 +56,7 @@ fn add(backend: BackendPtr, in_flight: i32, pending: i32) {
 #[inline(always)]
 pub fn may_answer(backend_idx: u32, generation: u32) -> bool {
     maps::is_in_table(backend_idx, generation)
-        && Kernel.state_of(backend_idx, Kernel.now_ns(), false).is_sound()
+        && Kernel.state_of(backend_idx, maps::now_ns(), false).is_sound()
 }
 
 /// The flags of a TCP flow to a backend that is about to begin with its SYN.
@@ -73,7 +73,7 @@ pub fn begun(record: RecordPtr) {
     if record.word().flags & FlowWord::TRIAL != 0
         && let Some(limits) = maps::limits()
     {
-        let (ejection, now_ns) = (backend.ejection(), Kernel.now_ns());
+        let (ejection, now_ns) = (backend.ejection(), maps::now_ns());
         backend.set_ejection(EjectionWord::of(ejection.at(now_ns).begin_trial(now_ns, &limits)));
     }
     if backend.pending() <= 0 || backend.unanswered_since_us() == 0 {
@@ -280,7 +280,7 @@ extern "C" fn nohop_edge_sign(sign: u64) -> u64 {
     if !before.is_changed_by(sign) {
         return 0;
     }
-    let (after, event) = before.after(sign, Kernel.now_ns(), &limits);
+    let (after, event) = before.after(sign, maps::now_ns(), &limits);
     backend.set_ejection(after);
     let service = || maps::service_at(&shown.vip, shown.vip_port, IPPROTO_TCP, shown.is_ipv6);
     if let Some(kind) = event
@@ -291,9 +291,9 @@ extern "C" fn nohop_edge_sign(sign: u64) -> u64 {
     0
 }
 
-/// The low 32 bits of CLOCK_MONOTONIC in microseconds; 1 for 0, which is no time.
+/// The low 32 bits of [`maps::now_ns`] in microseconds; 1 for 0, which is no time.
 #[inline(always)]
 pub fn now_us() -> u32 {
-    let now_us = (Kernel.now_ns() / 1_000) as u32;
+    let now_us = (maps::now_ns() / 1_000) as u32;
     if now_us == 0 { 1 } else { now_us }
 }

@@ -24,6 +24,22 @@ pub type FlowHops = [Hop; 2];
 /// For how many jiffies a next hop is used without being looked up again: 64 to 640 ms.
 pub const HOP_JIFFIES: u64 = 64;
 
+/// How many times `EDGE_NEIGHBOURS` has: of the last packet to a neighbour that left by the kernel's own output, by
+/// the low 32 bits of CLOCK_MONOTONIC in milliseconds.
+pub const N_NEIGHBOUR_TIMES: u32 = 4_096;
+
+/// How often one does, in milliseconds: as long as the kernel waits before it verifies a neighbour
+/// (`net.ipv4.neigh.default.delay_first_probe_time`).
+pub const NEIGHBOUR_MS: u32 = 5_000;
+
+/// Whether the next packet to a neighbour is to leave that way.
+#[inline(always)]
+pub const fn is_unverified(last_ms: u32, now_ms: u32) -> bool {
+    /// By how much the clock of one processor, or one that is read once a jiffy, may be behind another.
+    const BEHIND_MS: u32 = 1_000;
+    now_ms.wrapping_sub(last_ms).wrapping_add(BEHIND_MS) >= NEIGHBOUR_MS + BEHIND_MS
+}
+
 /// The value of `EDGE_INTERFACES`, at the remainder of the interface's index.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
@@ -78,3 +94,27 @@ pub enum FastPath {
 }
 
 const _: () = assert!(size_of::<FlowHops>() == 64 && size_of::<EdgeInterface>() == 16);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_verified_now_and_then() {
+        for (last_ms, now_ms, expected) in [
+            (0, 10_000, true),
+            (10_000, 10_000, false),
+            (10_000, 14_999, false),
+            (10_000, 15_000, true),
+            // A clock that is behind; one that has wrapped.
+            (10_000, 9_990, false),
+            (u32::MAX - 1, 3, false),
+            (u32::MAX - 1, 4_998, true),
+            // Long ago.
+            (0, 1 << 31, true),
+            (0, u32::MAX - 2_000, true),
+        ] {
+            assert_eq!(is_unverified(last_ms, now_ms), expected, "{last_ms} {now_ms}");
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! The edge: packets of outside clients to public VIPs are sent to backends by translation of both
 //! addresses. Plain functions on the first bytes of packets, and the records of flows.
 
+mod cache;
 mod checksum;
 mod client;
 mod error;
@@ -12,6 +13,7 @@ mod plain;
 mod reset;
 mod translate;
 
+pub use cache::*;
 pub use checksum::{adjusted, folded};
 pub use client::*;
 pub use error::*;

@@ -9,6 +9,7 @@ use aya::include_bytes_aligned;
 use aya::maps::MapData;
 use lb_common::{
     ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, SLOTS_PER_BACKEND,
+    n_cache_lines,
 };
 
 use crate::config::{DatapathConfig, VipConfig};
@@ -174,6 +175,7 @@ pub fn edge_shapes(sizes: &Sizes, max_flows: u32, has_ipv6: bool) -> Vec<MapShap
         ("EDGE_FLOWS6", of_ipv6(keys)),
         ("EDGE_RECORDS", max_flows),
         ("EDGE_HOPS", max_flows),
+        ("EDGE_CACHE", n_cache_lines(max_flows)),
         ("EDGE_ADDRESSES6", of_ipv6(max_flows)),
         ("EDGE_PORTS", sizes.backends),
     ];
@@ -186,6 +188,7 @@ pub fn edge_shapes(sizes: &Sizes, max_flows: u32, has_ipv6: bool) -> Vec<MapShap
         "EDGE_CONTROL",
         "EDGE_COUNTERS",
         "EDGE_INTERFACES",
+        "EDGE_NEIGHBOURS",
         "EDGE_PROCESSORS",
     ];
     let all = sized.chain(fixed.into_iter().filter_map(shape));

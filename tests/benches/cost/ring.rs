@@ -187,6 +187,19 @@ impl Edge {
         Rc::new(Walk { edge, hook, program, ring, next, cost })
     }
 
+    /// Has the programs take the next hop for verified just now: a packet that leaves by the kernel's own output comes
+    /// once in five seconds, and isn't the next one of the ring.
+    fn verify_neighbours(&self) {
+        let pin = self.bed.borrow().options.bpffs.join("v3/maps/EDGE_NEIGHBOURS");
+        let map = MapData::from_pin(pin).expect("it is pinned");
+        let mut times: Array<MapData, u32> = Map::Array(map).try_into().expect("an array");
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now_ms = (now.tv_sec * 1_000 + now.tv_nsec / 1_000_000) as u32;
+        for idx in 0..times.len() {
+            times.set(idx, now_ms, 0).expect("there is room");
+        }
+    }
+
     /// The program of this name over this edge's maps.
     pub fn program(&self, name: &str) -> ProgramFd {
         let map = MapInfo::from_pin(self.bed.borrow().options.bpffs.join("v3/maps/EDGE_RECORDS"));
@@ -206,6 +219,7 @@ impl Walk {
 
     /// Sends so many packets through the program that forwards, or that does nothing.
     pub fn run(&self, n_packets: usize, is_forwarded: bool) {
+        self.edge.verify_neighbours();
         // Flows that are in use have next hops which were looked up a short time ago, as they have after a round.
         if let Some(ring) = self.ring {
             let cost = self.cost.get();
