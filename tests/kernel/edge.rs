@@ -349,16 +349,30 @@ pub fn what_is_the_hosts() {
 }
 
 /// The edge's own link takes shorter packets than the way to it, on either side, batches included: who sends longer
-/// ones hears of it.
+/// ones hears of it. The host at the link's other end advertises the segments of a longer one, as one beyond a router
+/// does.
+///
+/// Both ends have that MTU: a veth drops single packets that are longer than its other end's, without a word, but no
+/// batches.
 pub fn short_links() {
     // Hosts remember what they hear.
-    for device in ["in", "out"] {
+    for (device, routes) in [
+        ("in", ["10.7.0.0/24 dev v1", "fd07::/64 dev v1 metric 256"]),
+        ("out", ["203.0.113.0/24 via 198.51.100.1", "fd99::/64 via fd51::1"]),
+    ] {
         inside(move || {
             let (place, network) = (place(), Network::new());
             start_server(&network.backend, BACKEND.into(), 'a');
             start_server(&network.backend, "fd07::2".parse().unwrap(), 'a');
             let datapath = serve(&place, vec![web()]);
             ip(&format!("link set {device} mtu 1280"));
+            let host = if device == "in" { &network.backend } else { &network.client };
+            host.run(move || {
+                ip("link set v1 mtu 1280");
+                for route in routes {
+                    ip(&format!("route replace {route} advmss 1440"));
+                }
+            });
             let mut n_before = 0;
             for vip in [SocketAddr::from((PUBLIC, 80)), "[fd99::10]:80".parse().unwrap()] {
                 let answer = network.client.run(move || request(vip, &[0xa5; 200_000]).unwrap());
@@ -478,6 +492,41 @@ pub fn udp_moves() {
         assert_eq!(flows(&datapath).len(), 1);
         stop_server(&network.backend, BACKEND.into());
         stop_server(&network.backend, other.into());
+    });
+}
+
+/// A next hop whose hardware address changes without a word is found again, also where its only packets are those of
+/// flows that have begun: one of them leaves by the kernel's own output now and then, which verifies it.
+pub fn a_silent_neighbour() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let datapath = serve(&place, vec![public("web", &[(BACKEND, PORT).into()], &[vip])]);
+        for (name, value) in
+            [("delay_first_probe_time", "1"), ("retrans_time_ms", "50"), ("ucast_solicit", "1")]
+        {
+            std::fs::write(format!("/proc/sys/net/ipv4/neigh/in/{name}"), value).unwrap();
+        }
+        let received = network.backend.run(|| UdpSocket::bind((BACKEND, PORT)).unwrap());
+        received.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let sent = network.client.run(|| UdpSocket::bind((CLIENT, 0)).unwrap());
+        let start = Instant::now();
+        let arrives = || {
+            while received.recv(&mut [0; 8]).is_err() {
+                assert!(start.elapsed() < LONG, "{:?}", datapath.edge_counts());
+                sent.send_to(b"?", vip).unwrap();
+            }
+        };
+        arrives();
+        // As if nothing had shown for a while that the address is right.
+        ip("neigh change 10.7.0.2 dev in nud stale");
+        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_NEIGHBOURS")).unwrap();
+        let mut times: Array<_, u32> = Map::Array(pin).try_into().unwrap();
+        (0..times.len()).for_each(|idx| times.set(idx, u32::MAX / 2, 0).unwrap());
+        network.backend.run(|| ip("link set v1 address 02:00:00:00:00:99"));
+        while received.recv(&mut [0; 8]).is_ok() {}
+        arrives();
+        assert_eq!(count(&datapath, "flows_begun"), 1);
     });
 }
 

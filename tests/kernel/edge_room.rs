@@ -5,9 +5,12 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSo
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, Map, MapData};
-use lb_common::{N_PORT_BLOCKS, PORTS_PER_BLOCK, PortCursor};
-use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions};
+use aya::maps::{Array, HashMap, Map, MapData};
+use lb_common::{
+    FlowKey4, FlowRecord, FlowRef, FlowWord, IPPROTO_UDP, N_PORT_BLOCKS, PORTS_PER_BLOCK,
+    PortCursor,
+};
+use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions, EdgeTimeouts};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -123,6 +126,108 @@ pub fn a_full_table() {
         assert!(count(&datapath, "flows_taken") > ROOM as u64 / 4, "{:?}", datapath.edge_counts());
         assert_eq!(count(&datapath, "flows_expired"), 0);
         connections.all_go_on();
+    });
+}
+
+/// Flows end by their time without a daemon, too: the programs that need room find them.
+pub fn room_without_a_daemon() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let web = || public("web", &[(BACKEND, PORT).into()], &[vip]);
+        let timeouts =
+            EdgeTimeouts { established: Duration::from_secs(2), ..EdgeTimeouts::default() };
+        let short = || EdgeOptions { timeouts, ..small() };
+        let datapath = serve_with(&place, vec![web()], short());
+        let mut connections = Connections::new(&network);
+        connections.open(&network.client, vip, ROOM);
+        drop(datapath);
+        // Those that are established give way to none before.
+        connections.open(&network.client, vip, ROOM / 2);
+        let mut datapath = place.start();
+        datapath.configure_edge(Some(short()));
+        assert!(count(&datapath, "flows_expired") >= ROOM as u64 / 2);
+        assert_eq!(count(&datapath, "flows_taken"), 0);
+        apply(&mut datapath, vec![web()]);
+        let idx = datapath.indices("web").unwrap().backends[&(BACKEND, PORT).into()];
+        let in_flight = datapath.counters().outcomes(idx).in_flight;
+        assert_eq!(in_flight as usize, flows(&datapath).len());
+    });
+}
+
+/// A sweep of many records, which ends many flows, is done by parts: changes don't wait for all of it.
+pub fn a_sweep_in_parts() {
+    const N_RECORDS: u32 = 131_072;
+    /// Flows that are over, and those that aren't, in the first part and in the last one.
+    const OVER: [std::ops::Range<u32>; 2] = [10..2_510, N_RECORDS - 1_000..N_RECORDS];
+    const LEFT: [u32; 3] = [5, 3_000, N_RECORDS - 1_001];
+    inside(|| {
+        let (place, _network) = (place(), Network::new());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let web = public("web", &[(BACKEND, PORT).into()], &[vip]);
+        let many = EdgeOptions { max_flows: N_RECORDS, ..options() };
+        let mut datapath = serve_with(&place, vec![web], many);
+        let map = |name: &str| MapData::from_pin(place.pin("v3/maps").join(name)).unwrap();
+        let mut records: Array<_, [u64; 8]> = Map::Array(map("EDGE_RECORDS")).try_into().unwrap();
+        let mut keys: HashMap<_, [u64; 2], u64> =
+            Map::HashMap(map("EDGE_FLOWS")).try_into().unwrap();
+        let now_ms = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now_ms = (now_ms.tv_sec * 1_000) as u32;
+        let mut insert = |idx: u32, last_ms: u32| {
+            let client = Ipv4Addr::from(u32::from(CLIENT) + (idx >> 15) + 1);
+            let (client_port, source_port) = (idx as u16 | 0x8000, idx as u16 & 0x7fff);
+            let source = Ipv4Addr::from(u32::from(SOURCE) + (idx >> 15) + 1);
+            let record = FlowRecord {
+                claims: 1,
+                word: FlowWord {
+                    client: FlowWord::FIRST,
+                    backend: FlowWord::FIRST,
+                    flags: 0,
+                    protocol: IPPROTO_UDP,
+                },
+                last_ms,
+                client_port,
+                vip_port: 80,
+                backend_port: PORT,
+                source_port,
+                client: client.octets(),
+                vip: PUBLIC.octets(),
+                backend: BACKEND.octets(),
+                source: source.octets(),
+                ..FlowRecord::default()
+            };
+            let record: [u64; 8] = zerocopy::transmute!(record);
+            records.set(idx, record, 0).unwrap();
+            let there = ((client.octets(), client_port), (PUBLIC.octets(), 80));
+            let back = ((BACKEND.octets(), PORT), (source.octets(), source_port));
+            for (is_back, (from, to)) in [there, back].into_iter().enumerate() {
+                let key = FlowKey4::of(from, to, IPPROTO_UDP);
+                let flow = FlowRef { record: idx, is_back: is_back as u32 };
+                let (key, flow): ([u64; 2], u64) =
+                    (zerocopy::transmute!(key), zerocopy::transmute!(flow));
+                keys.insert(key, flow, 1).unwrap();
+            }
+        };
+        let an_hour_ago = now_ms.wrapping_sub(3_600_000);
+        OVER.into_iter().flatten().for_each(|idx| insert(idx, an_hour_ago));
+        LEFT.into_iter().for_each(|idx| insert(idx, now_ms));
+        datapath.fix();
+        let n_flows = flows(&datapath).len();
+        assert!(n_flows > 1_000 && n_flows < 3_503, "a part has ended: {n_flows} are left");
+        // That one, and the last.
+        let mut n_parts = 2;
+        while datapath.sweep_edge_on() {
+            n_parts += 1;
+        }
+        // Twice 1,024 flows, and twice 65,536 records at most.
+        assert_eq!(n_parts, 4);
+        assert_eq!(flows(&datapath).len(), LEFT.len());
+        assert_eq!(keys.keys().count(), 2 * LEFT.len());
+        assert_eq!(datapath.edge_status().unwrap().n_flows, LEFT.len() as u32);
+        // The next one begins at the first record.
+        datapath.sweep_edge_after(Duration::from_secs(3_600));
+        assert_eq!(flows(&datapath), []);
+        assert_eq!(keys.keys().count(), 0);
     });
 }
 

@@ -2,9 +2,15 @@
 //! (`ethtool -K tx off`), unless a trial is about those that leave it to the network card.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use aya::maps::{Array, Map, MapData, MapInfo};
+use aya::programs::loaded_programs;
+use lb_common::{EdgeInterface, N_EDGE_INTERFACES};
 use lb_userspace::datapath::{Datapath, EdgeMode};
 
 use crate::edge::{
@@ -12,6 +18,7 @@ use crate::edge::{
     request, serve, start_server, stop_server, web,
 };
 use crate::netns::{inside, ip};
+use crate::pins::bpftool;
 use crate::rollback;
 
 const ETHTOOL_STXCSUM: u32 = 0x17;
@@ -156,6 +163,126 @@ pub fn one_arm() {
         assert!(redirected > 130 && sent_back == 0, "{:?}", datapath.edge_counts());
         stop_server(&network.client, backend);
     });
+}
+
+/// Packets that XDP sends back by the interface that they came by, where a driver is sure to: a veth is whose other end
+/// runs an XDP program, which nohop doesn't rely on.
+pub fn sent_back() {
+    inside(|| {
+        let (place, network) = (place(), network(true));
+        network.client.run(|| ip("addr add 198.51.100.3/24 dev v1"));
+        let receiver = network.client.run(|| {
+            let program = rollback::program(XDP.0, XDP.1, XDP_PASS);
+            rollback::link(&program, interface_index("v1"), XDP.1).unwrap()
+        });
+        let mut datapath = place.start();
+        let sources = vec!["198.51.100.1".parse().unwrap(), "fd51::1".parse().unwrap()];
+        datapath.configure_edge(Some(lb_userspace::datapath::EdgeOptions {
+            interfaces: vec!["out".to_owned()],
+            sources,
+            ..options()
+        }));
+        let backends: [IpAddr; 2] = ["198.51.100.3", "fd51::2"].map(|ip| ip.parse().unwrap());
+        let vips = [(PUBLIC, 80).into(), "[fd99::10]:80".parse::<SocketAddr>().unwrap()];
+        apply(&mut datapath, vec![public("web", &backends.map(|ip| (ip, 8_080).into()), &vips)]);
+        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_INTERFACES")).unwrap();
+        let mut entries: Array<_, [u64; 2]> = Map::Array(pin).try_into().unwrap();
+        let slot = interface_index("out") % N_EDGE_INTERFACES;
+        let mut entry: EdgeInterface = zerocopy::transmute!(entries.get(&slot, 0).unwrap());
+        assert_ne!(entry.flags, 0);
+        entry.flags = EdgeInterface::SENDS_BACK;
+        let entry: [u64; 2] = zerocopy::transmute!(entry);
+        entries.set(slot, entry, 0).unwrap();
+        for (backend, vip) in backends.into_iter().zip(vips) {
+            start_server(&network.client, backend, 'A');
+            let [n_before, _] = by_xdp(&datapath);
+            let answer = network.client.run(move || request(vip, &[7; 100_000])).unwrap();
+            assert!(answer.ends_with(" 100000"), "{answer}");
+            let [n_sent_back, n_redirected] = by_xdp(&datapath);
+            assert!(n_sent_back > n_before + 130, "{vip}: {:?}", datapath.edge_counts());
+            assert_eq!(n_redirected, 0);
+            stop_server(&network.client, backend);
+        }
+        drop(receiver);
+    });
+}
+
+/// A version takes over from an earlier one, whose programs are others, and which lacks maps that only the programs use,
+/// or has smaller ones: of the packets that go to and fro meanwhile none is lost.
+pub fn an_upgrade() {
+    inside(|| {
+        let (place, network) = (place(), network(true));
+        let datapath = serve(&place, vec![web()]);
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let (stop, n_answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        // One question at a time: each has its answer, or the trial fails.
+        let (stops, answered) = (stop.clone(), n_answered.clone());
+        let socket = network.client.run(move || {
+            let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+            socket.set_read_timeout(Some(LONG)).unwrap();
+            socket.connect(vip).unwrap();
+            socket
+        });
+        let client = std::thread::spawn(move || {
+            let expected = format!("A {SOURCE} 3");
+            while !stops.load(Relaxed) {
+                let mut answer = [0; 64];
+                socket.send(b"who").unwrap();
+                let len = socket.recv(&mut answer).unwrap();
+                assert_eq!(String::from_utf8_lossy(&answer[..len]), expected);
+                answered.fetch_add(1, Relaxed);
+            }
+        });
+        let stream = network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
+        let some_more = || {
+            let (n, start) = (n_answered.load(Relaxed), std::time::Instant::now());
+            while n_answered.load(Relaxed) < n + 100 {
+                assert!(!client.is_finished() && start.elapsed() < LONG);
+                std::thread::yield_now();
+            }
+        };
+        some_more();
+        let before = attached(&place);
+        drop(datapath);
+        some_more();
+        for name in ["EDGE_CACHE", "EDGE_NEIGHBOURS", "EDGE_HOPS"] {
+            std::fs::remove_file(place.pin("v3/maps").join(name)).unwrap();
+        }
+        let other = place.pin("v3/maps/EDGE_HOPS");
+        let kind = ["type", "array", "key", "4", "value", "64", "entries", "7", "name", "other"];
+        bpftool(&[["map", "create", other.to_str().unwrap()].as_slice(), &kind].concat());
+        let mut datapath = place.start();
+        datapath.configure_edge(Some(options()));
+        some_more();
+        apply(&mut datapath, vec![web()]);
+        some_more();
+        datapath.fix();
+        some_more();
+        let after = attached(&place);
+        assert!(!before.is_empty() && before.len() == after.len(), "{before:?}, {after:?}");
+        assert!(before.iter().all(|program| !after.contains(program)), "{before:?}, {after:?}");
+        stop.store(true, Relaxed);
+        client.join().unwrap();
+        assert_eq!(count(&datapath, "flows_begun"), 2);
+        let answer = network.client.run(move || {
+            let mut stream = stream;
+            stream.write_all(b"late").unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).map(|_| answer)
+        });
+        assert_eq!(answer.unwrap(), format!("A {SOURCE} 4late"));
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// The ids of the programs that have the flows of an edge.
+fn attached(place: &crate::fixture::Place) -> Vec<u32> {
+    let info = MapInfo::from_pin(place.pin("v3/maps/EDGE_RECORDS")).unwrap();
+    let has_map = |ids: Option<Vec<u32>>| ids.is_some_and(|ids| ids.contains(&info.id()));
+    let all = loaded_programs().filter_map(Result::ok);
+    all.filter(|program| program.map_ids().is_ok_and(has_map)).map(|one| one.id()).collect()
 }
 
 /// A program that is detached by hand, an interface that goes and comes, and other programs there.
