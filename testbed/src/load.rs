@@ -1,7 +1,7 @@
 //! A client that opens connections at a fixed rate, whatever becomes of them, until it is stopped.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -61,7 +61,21 @@ impl Load {
     /// # Errors
     /// When the client can't be started.
     pub fn start_by_name(place: ExecContext<'_>, name: &str, rate: u32) -> Result<Load> {
-        Load::start_with(place, &format!("127.0.0.1:80 --name {name}"), rate)
+        Load::start_by_resolver(place, name, (Ipv4Addr::LOCALHOST, 53), rate)
+    }
+
+    /// The same at another resolver.
+    ///
+    /// # Errors
+    /// When the client can't be started.
+    pub fn start_by_resolver(
+        place: ExecContext<'_>,
+        name: &str,
+        resolver: impl Into<SocketAddr>,
+        rate: u32,
+    ) -> Result<Load> {
+        let resolver = resolver.into();
+        Load::start_with(place, &format!("127.0.0.1:80 --name {name} --resolver {resolver}"), rate)
     }
 
     fn start_with(place: ExecContext<'_>, target: &str, rate: u32) -> Result<Load> {

@@ -196,6 +196,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("first_minutes", &["tmux"], first_minutes::run),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
     ("grafana_dashboard", &["promtool"], dashboard::run),
+    ("intercepted_while_it_stops", &["python3"], intercepted::while_it_stops),
     ("java_by_name", &["java", "javac"], clients_by_name::java),
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),

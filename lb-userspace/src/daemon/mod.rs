@@ -700,7 +700,7 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(mut self) {
         self.notify.stopping();
-        // Before the DNS server stops reading.
+        // Before the DNS server stops reading, so that nothing is sent to it any more that it would leave unread.
         self.datapath.set_names_ready(false);
         self.datapath.stop_interception();
         let vips = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());

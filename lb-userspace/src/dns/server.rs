@@ -39,7 +39,11 @@ use crate::catalog::UsageSender;
 use crate::config::{DnsConfig, VipConfig};
 use crate::table::Table;
 
-/// The limit of a stop.
+/// How long a stop serves on (lameduck): a query may have been sent here before the kernel, or whoever sends, knew
+/// of the stop, and be read a moment later.
+const LAMEDUCK: Duration = Duration::from_millis(50);
+
+/// The limit of a stop after that.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The startup grace period if sockets were passed: queries for the zone wait for it, so that those
@@ -62,8 +66,8 @@ pub struct DnsServer {
     mailboxes: Vec<Arc<Mailbox>>,
     alarm: WorkerWakers,
     stopped: watch::Sender<bool>,
-    /// Whether nothing more is read.
-    closing: watch::Sender<bool>,
+    /// Whether no connection is accepted and nothing more is read of them.
+    pub(super) closing: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
     listeners: JoinSet<()>,
     /// Whether a listener or thread has ended.
@@ -190,13 +194,19 @@ impl DnsServer {
             ended,
         };
         for (idx, socket) in sockets.udp.into_iter().enumerate() {
-            let thread = server.serve_udp(socket, idx).map_err(DnsError::Start)?;
+            let thread = server.serve_udp(socket, sockets.were_passed, idx);
+            let thread = thread.map_err(DnsError::Start)?;
             server.threads.push(thread);
         }
         Ok(server)
     }
 
-    fn serve_udp(&mut self, socket: UdpSocket, idx: usize) -> io::Result<JoinHandle<()>> {
+    fn serve_udp(
+        &mut self,
+        socket: UdpSocket,
+        was_passed: bool,
+        idx: usize,
+    ) -> io::Result<JoinHandle<()>> {
         let mailbox = Arc::new(Mailbox::new()?);
         self.mailboxes.push(mailbox.clone());
         self.alarm.add(&mailbox);
@@ -209,7 +219,7 @@ impl DnsServer {
             capabilities::none();
             let _runtime = runtime.enter();
             // Created in its thread: the buffers for the kernel stay with it.
-            match Worker::new(handler, endpoint, mailbox, stopped, idx) {
+            match Worker::new(handler, endpoint, mailbox, stopped, was_passed, idx) {
                 Ok(worker) => {
                     let _ = started.send(Ok(()));
                     worker.run();
@@ -266,17 +276,22 @@ impl DnsServer {
         }
     }
 
-    /// Stops reading, lets pending queries finish, and drops the rest within half a second.
+    /// Serves for 50 ms more, stops reading, lets pending queries finish, and drops the rest within half a second.
+    /// Sockets that end with this process are read until then, as what is left in them is lost.
     pub async fn stop(mut self) {
+        tokio::time::sleep(LAMEDUCK).await;
         self.mailboxes.iter().for_each(|mailbox| mailbox.stop());
         self.closing.send_replace(true);
         let threads = std::mem::take(&mut self.threads);
         let mut listeners = std::mem::take(&mut self.listeners);
         let ended = async {
-            let joined = tokio::task::spawn_blocking(|| {
+            let mut joined = tokio::task::spawn_blocking(|| {
                 threads.into_iter().try_for_each(JoinHandle::join).is_ok()
             });
+            let mut are_well = None;
             let drained = async {
+                // Until then they have queries wait.
+                are_well = Some((&mut joined).await);
                 while listeners.join_next().await.is_some() {}
                 self.handler.drained().await;
             };
@@ -284,7 +299,11 @@ impl DnsServer {
             self.stopped.send_replace(true);
             listeners.shutdown().await;
             self.handler.drained().await;
-            joined.await.unwrap_or(false)
+            let are_well = match are_well {
+                Some(are_well) => are_well,
+                None => joined.await,
+            };
+            are_well.unwrap_or(false)
         };
         match tokio::time::timeout(STOP_TIMEOUT, ended).await {
             Ok(true) => {}

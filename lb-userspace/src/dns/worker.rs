@@ -53,6 +53,8 @@ pub(super) struct Worker {
     next: usize,
     /// Whether the listener isn't read, because a message waits for a permit.
     is_paused: bool,
+    /// Whether the socket was passed to this process: the next one reads what this one leaves in it.
+    was_passed: bool,
     core: WorkerCore,
 }
 
@@ -122,7 +124,7 @@ impl RelayIo for WorkerIo {
 }
 
 impl Worker {
-    /// One for `endpoint`, which counts at `shard`.
+    /// One for `endpoint`, which was passed to this process or ends with it, and which counts at `shard`.
     ///
     /// # Errors
     /// Where the kernel has no more file descriptors.
@@ -131,6 +133,7 @@ impl Worker {
         endpoint: UdpEndpoint,
         mailbox: Arc<Mailbox>,
         stopped: watch::Receiver<bool>,
+        was_passed: bool,
         shard: usize,
     ) -> io::Result<Worker> {
         let endpoint = Arc::new(endpoint);
@@ -160,10 +163,12 @@ impl Worker {
             line,
             out: Vec::new(),
         };
-        Ok(Worker { endpoint, mailbox, inbox: RecvBatch::new(), next: 0, is_paused: false, core })
+        let inbox = RecvBatch::new();
+        Ok(Worker { endpoint, mailbox, inbox, next: 0, is_paused: false, was_passed, core })
     }
 
-    /// Serves until it is stopped, and then for at most [`DRAIN`] while a client waits.
+    /// Serves until it is stopped, and then for at most [`DRAIN`] while a client waits: of a socket that was
+    /// passed nothing more is read then, of another one all is, because it would be lost.
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(N_EVENTS);
         let (mut upstream, mut unreachable) = (socket_pool::ReceiveBuffer::default(), Vec::new());
@@ -171,10 +176,13 @@ impl Worker {
         let mut rest_until: Option<Instant> = None;
         let mut drained_by: Option<Instant> = None;
         loop {
-            let deadlines = [self.core.relay.deadline(), Some(next_close), rest_until, drained_by];
+            let stops_at =
+                drained_by.map(|by| if self.core.relay.is_idle() { Instant::now() } else { by });
+            let deadlines = [self.core.relay.deadline(), Some(next_close), rest_until, stops_at];
             let deadline = deadlines.into_iter().flatten().min();
             self.wait(&mut events, deadline);
             let now = Instant::now();
+            let is_quiet = events.iter().all(|event| event.data.u64() != LISTENER);
             self.core.line.now = now;
             self.core.refresh();
             for event in events.drain(..) {
@@ -227,11 +235,12 @@ impl Worker {
                 next_close = now + CLOSE_PERIOD;
             }
             if self.mailbox.is_stopped() {
-                let drained_by = *drained_by.get_or_insert_with(|| {
+                let drained_by = *drained_by.get_or_insert(now + DRAIN);
+                if self.was_passed {
                     self.pause();
-                    now + DRAIN
-                });
-                if self.core.relay.is_idle() || now >= drained_by {
+                }
+                let is_done = self.core.relay.is_idle() && (self.is_paused || is_quiet);
+                if is_done || now >= drained_by {
                     return;
                 }
             }

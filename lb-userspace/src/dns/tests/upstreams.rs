@@ -372,3 +372,31 @@ async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
     assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
     assert_eq!(origin, AnswerOrigin::Nowhere("none of 1 resolvers answered".to_owned()));
 }
+
+/// A socket that ends with the server is read to the end, or what is sent while another query waits is lost.
+#[tokio::test]
+async fn what_is_sent_while_a_stop_waits_is_answered() {
+    let mut silent = FakeUpstream::silent().await;
+    let mut sockets = any_sockets().await;
+    // One of several would end before the one that waits.
+    sockets.udp.truncate(1);
+    let rig = serve(sockets, &[silent.address], patient().limits);
+    let waiting = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let asked = query("example.com.", RecordType::A).to_vec().unwrap();
+    waiting.send_to(&asked, rig.address).await.unwrap();
+    silent.next_asked().await;
+    let mut is_closing = rig.server.closing.subscribe();
+    let Rig { server, address, table: _table, attached: _attached, .. } = rig;
+    let stopped = tokio::spawn(server.stop());
+    timeout(LONG, is_closing.wait_for(|is_closing| *is_closing)).await.unwrap().unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.connect(address).await.unwrap();
+    // The first may be read before the stop is noticed.
+    for _ in 0..3 {
+        client.send(&query("web.service.", RecordType::A).to_vec().unwrap()).await.unwrap();
+        let mut buffer = [0; 512];
+        let len = timeout(LONG, client.recv(&mut buffer)).await.unwrap().unwrap();
+        assert_eq!(Message::from_vec(&buffer[..len]).unwrap().answers.len(), 1);
+    }
+    stopped.await.unwrap();
+}
