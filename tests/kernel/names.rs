@@ -42,6 +42,7 @@ pub fn settings(port: u16) -> NamesSettings {
         client_rate: 10,
         interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
         missing_forwarding: Vec::new(),
+        is_logged: false,
     }
 }
 

@@ -116,9 +116,9 @@ fn logged(cluster: &Cluster) -> Result<()> {
     nohop.configure("dns.log = true\ndns.kernel = false\nadmin.access_log = true")?;
     stdout(nohop, "reload")?;
     cluster.nodes.dig("+short helloworld.service")?;
-    nohop
-        .process
-        .wait_for_line(&["query client=127.0.0.1 transport=udp name=helloworld.service. kind=A"])?;
+    nohop.process.wait_for_line(&[
+        "query client=127.0.0.1 transport=udp name=helloworld.service. kind=A rcode=NOERROR",
+    ])?;
     stdout(nohop, "services")?;
     nohop
         .process

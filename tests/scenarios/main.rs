@@ -64,6 +64,7 @@ mod ports_from_meta;
 mod postgres;
 mod prefer_node;
 mod public_vips;
+mod queried;
 mod reference;
 mod refuses_to_start;
 mod reload_source;
@@ -164,6 +165,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("port_reused", port_reused::run),
     ("ports_from_meta", ports_from_meta::run),
     ("prefers_its_node", prefer_node::run),
+    ("queried", queried::run),
     ("refuses_to_start", refuses_to_start::run),
     ("reload_source", reload_source::run),
     ("reloaded_live", reloaded_live::run),

@@ -187,7 +187,7 @@ pub const KEYS: &[Key] = keys! {
     live "dns.intercept" config.dns.intercept: text::intercept;
         "send DNS queries to nohop, whatever resolver they are for: true: of Nomad's tasks and Docker's containers; or cgroups: paths, * and ? allowed"
     live "dns.log" config.dns.log: |value| value.flag();
-        "log each query that the daemon receives; the kernel answers those of routed services itself, see dns.kernel"
+        "log each response of the daemon, and once a minute how often the kernel answered each name"
     restart(MAPS) "datapath.max_services" config.datapath.max_services: |value| value.integer(1..=1_000_000);
         "services that the maps have room for"
     restart(MAPS) "datapath.max_backends" config.datapath.max_backends: |value| value.integer(1..=8_000_000);

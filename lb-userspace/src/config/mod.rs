@@ -273,7 +273,7 @@ pub struct DnsConfig {
     pub kernel_mode: KernelMode,
     /// Whose queries to other resolvers are sent to nohop.
     pub intercept: Intercepted,
-    /// Whether each query that the daemon receives is logged.
+    /// Whether each response of the daemon is logged, and how often the kernel answered.
     pub log: bool,
 }
 

@@ -700,6 +700,8 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(mut self) {
         self.notify.stopping();
+        // Which logs what the kernel answered, where queries are logged.
+        self.datapath.active_since_last();
         // Before the DNS server stops reading, so that nothing is sent to it any more that it would leave unread.
         self.datapath.set_names_ready(false);
         self.datapath.stop_interception();

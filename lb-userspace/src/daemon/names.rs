@@ -62,6 +62,7 @@ pub fn settings(config: &DnsConfig, listen: &[SocketAddr], network: &HostNetwork
         missing_forwarding: missing_forwarding(&reached, &network.links, |path| {
             std::fs::read_to_string(path).ok()
         }),
+        is_logged: config.log,
     }
 }
 

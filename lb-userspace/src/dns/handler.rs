@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Query, ResponseCode};
-use hickory_proto::serialize::binary::BinDecodable as _;
+use hickory_proto::op::ResponseCode;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
@@ -15,10 +14,10 @@ use super::encode;
 use super::forward::Forwarder;
 use super::message::ClientQuery;
 use super::origin::{AnswerOrigin, OriginTracker};
+use super::query_log::Arrival;
 use super::relay::ForwardError;
 use super::resolve::{self, Missing, Resolution, ResolveContext, TableSnapshot, Zone};
 use super::response::RelayOptions;
-use super::sockets::Transport;
 use super::stats::{DnsStats, Dropped};
 use super::usage_limiter::UsageLimiter;
 use crate::catalog::{Lookup, UsageSender};
@@ -91,14 +90,6 @@ impl ThreadView {
     pub(super) fn client_key(&self, client: IpAddr) -> ClientKey {
         self.policy.acl.client_key(client)
     }
-}
-
-/// Logs a query. A message that can't be read is counted, and not logged.
-fn log_query(bytes: &[u8], transport: Transport, client: IpAddr) {
-    let Ok(message) = ClientQuery::read(bytes) else { return };
-    let Ok(query) = Query::from_bytes(message.question()) else { return };
-    let (name, kind) = (query.name(), query.query_type());
-    tracing::info!(target: "nohop::query", %client, %transport, %name, %kind, "query");
 }
 
 /// The result of a query that waited.
@@ -210,19 +201,15 @@ impl Handler {
         &self,
         policy: &Policy,
         bytes: &[u8],
-        transport: Transport,
-        client: IpAddr,
+        arrival: &Arrival,
     ) -> Option<Option<Vec<u8>>> {
         if self.origins.any()
             && let Ok(query) = ClientQuery::read(bytes)
         {
             self.origins.note(query.id(), query.question(), || AnswerOrigin::Own);
         }
-        let admission = policy.acl.admit(client);
+        let admission = policy.acl.admit(arrival.client.ip());
         if admission == Admission::Admitted {
-            if policy.log {
-                log_query(bytes, transport, client);
-            }
             return None;
         }
         if admission == Admission::Limited {
@@ -233,15 +220,25 @@ impl Handler {
             self.stats.count_dropped(Dropped::Malformed);
             return Some(None);
         };
-        self.stats.count(ResponseCode::Refused);
+        let code = ResponseCode::Refused;
+        self.stats.count(code);
         let mut out = Vec::new();
-        encode::error(&mut out, &query, ResponseCode::Refused, encode::max_len(&query, transport));
+        encode::error(&mut out, &query, code, encode::max_len(&query, arrival.transport));
+        if policy.log {
+            arrival.log(query.question(), code, &out);
+        }
         Some(Some(out))
     }
 
-    /// Counts the result of a message, and reports the use of its service. Returns whether there is
-    /// a response.
-    pub(super) fn finish_answer(&self, outcome: Resolution<'_, '_>) -> bool {
+    /// Counts the result of a message, reports the use of its service, and logs it. Returns whether `response` is
+    /// to be sent.
+    pub(super) fn finish_answer(
+        &self,
+        policy: &Policy,
+        outcome: Resolution<'_, '_>,
+        (bytes, arrival): (&[u8], &Arrival),
+        response: &[u8],
+    ) -> bool {
         let code = match outcome {
             Resolution::Drop => {
                 self.stats.count_dropped(Dropped::Malformed);
@@ -257,6 +254,11 @@ impl Handler {
             Resolution::Wait | Resolution::Warm(_) | Resolution::Forward(_) => return false,
         };
         self.stats.count(code);
+        if policy.log
+            && let Ok(query) = ClientQuery::read(bytes)
+        {
+            arrival.log(query.question(), code, response);
+        }
         true
     }
 
@@ -268,28 +270,27 @@ impl Handler {
     }
 
     /// The response to a message over TCP; `None` where there is none.
-    pub(super) async fn reply_over_tcp(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
-        match self.refusal(&self.policy(), bytes, Transport::Tcp, client) {
+    pub(super) async fn reply_over_tcp(&self, bytes: &[u8], arrival: &Arrival) -> Option<Vec<u8>> {
+        match self.refusal(&self.policy(), bytes, arrival) {
             Some(refusal) => refusal,
-            None => self.reply(bytes, client).await,
+            None => self.reply(bytes, arrival).await,
         }
     }
 
     /// The response to a message of a served client, over TCP or TLS; `None` where there is none.
-    pub(super) async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
-        match self.resolve_deferred(bytes, Transport::Tcp).await {
+    pub(super) async fn reply(&self, bytes: &[u8], arrival: &Arrival) -> Option<Vec<u8>> {
+        match self.resolve_deferred(bytes, arrival).await {
             Deferred::Answer(answer) => Some(answer),
             Deferred::Nothing => None,
             Deferred::Forward { is_unknown } => {
                 let query = ClientQuery::read(bytes).ok()?; // it was read before
-                let policy = self.policy();
-                Some(self.forward(&policy, &query, policy.acl.client_key(client), is_unknown).await)
+                Some(self.forward(&self.policy(), &query, arrival, is_unknown).await)
             }
         }
     }
 
     /// Resolves a query that may wait for the zone or for a service.
-    pub(super) async fn resolve_deferred(&self, bytes: &[u8], transport: Transport) -> Deferred {
+    pub(super) async fn resolve_deferred(&self, bytes: &[u8], arrival: &Arrival) -> Deferred {
         let mut out = Vec::new();
         let mut found = None;
         let mut waits = self.in_startup_grace();
@@ -304,7 +305,7 @@ impl Handler {
                 waits,
                 missing,
             };
-            match resolve::answer(bytes, transport, known, &mut out) {
+            match resolve::answer(bytes, arrival.transport, known, &mut out) {
                 Resolution::Wait => {
                     self.wait_ready().await;
                     waits = false;
@@ -316,7 +317,7 @@ impl Handler {
                     return Deferred::Forward { is_unknown: found == Some(Missing::Unknown) };
                 }
                 outcome => {
-                    let is_answered = self.finish_answer(outcome);
+                    let is_answered = self.finish_answer(&policy, outcome, (bytes, arrival), &out);
                     return if is_answered { Deferred::Answer(out) } else { Deferred::Nothing };
                 }
             }
@@ -369,10 +370,17 @@ impl Handler {
         &self,
         policy: &Policy,
         query: &ClientQuery<'_>,
-        client_key: ClientKey,
+        arrival: &Arrival,
         is_unknown: bool,
     ) -> Vec<u8> {
         let mut out = Vec::new();
+        let log = |code, response: &[u8]| {
+            if policy.log {
+                arrival.log(query.question(), code, response);
+            }
+        };
+        let max_len = encode::max_len(query, arrival.transport);
+        let client_key = policy.acl.client_key(arrival.client.ip());
         let note = |origin| self.origins.note(query.id(), query.question(), || origin);
         let why = match policy.forwarder.over_tcp(query, client_key).await {
             Ok((answer, ..)) if is_unknown && answer.code() == ResponseCode::NXDomain => {
@@ -382,11 +390,12 @@ impl Handler {
                 note(AnswerOrigin::Upstream(upstream.address));
                 self.stats.count(answer.code());
                 let how = RelayOptions {
-                    max_len: encode::max_len(query, Transport::Tcp),
+                    max_len,
                     keeps_ad: upstream.keeps_ad(),
                     max_ttls: is_in_zone.then(|| policy.zone.max_ttls()),
                 };
                 answer.relay_to(&query.client(), how, &mut out);
+                log(answer.code(), &out);
                 return out;
             }
             Err(error) => error,
@@ -394,8 +403,8 @@ impl Handler {
         debug!("not forwarded: {why}");
         note(AnswerOrigin::Nowhere(why.to_string()));
         self.stats.count(ResponseCode::ServFail);
-        let max_len = encode::max_len(query, Transport::Tcp);
         encode::error(&mut out, query, ResponseCode::ServFail, max_len);
+        log(ResponseCode::ServFail, &out);
         out
     }
 }

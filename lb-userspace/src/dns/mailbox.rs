@@ -1,20 +1,20 @@
 //! Wakes the threads of UDP sockets: to stop, to take up changes, and with queries that waited.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::query_log::Arrival;
 use super::udp::LocalAddress;
 
 /// A client's query that waited for the zone and is to be forwarded after all.
 #[derive(Debug)]
 pub(super) struct RequeuedQuery {
     pub(super) bytes: Vec<u8>,
-    pub(super) client: SocketAddr,
+    pub(super) arrival: Arrival,
     pub(super) to: LocalAddress,
     /// Whether it may be about a service.
     pub(super) is_unknown: bool,

@@ -21,6 +21,7 @@ mod mailbox;
 mod message;
 mod origin;
 mod probe;
+mod query_log;
 mod random;
 mod relay;
 mod resolv_conf;

@@ -17,6 +17,8 @@ use tracing::{debug, warn};
 use super::connections::{ConnectionGuard, Connections, MAX_PIPELINED};
 use super::handler::Handler;
 use super::message::HEADER_LEN;
+use super::query_log::Arrival;
+use super::sockets::Transport;
 use super::tls;
 use super::udp::MAX_QUESTION_LEN;
 
@@ -99,7 +101,8 @@ pub(super) async fn serve_connection(
         let (reader, writer) = stream.into_split();
         let reply = move |message: Vec<u8>| {
             let handler = Arc::clone(&handler);
-            async move { handler.reply_over_tcp(&message, client.ip()).await }
+            let arrival = Arrival { client, transport: Transport::Tcp, at: Instant::now() };
+            async move { handler.reply_over_tcp(&message, &arrival).await }
         };
         return serve_queries(reader, writer, reply, connection, idle_timeout, stops).await;
     };

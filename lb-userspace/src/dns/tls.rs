@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::thread;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
@@ -25,6 +26,7 @@ use tracing::{info, warn};
 
 use super::handler::Handler;
 use super::message::ClientQuery;
+use super::query_log::Arrival;
 use super::sockets::Transport;
 use crate::capabilities;
 use crate::config::DnsConfig;
@@ -134,6 +136,7 @@ fn read(cert_file: &Path, key_file: &Path) -> Result<Arc<CertifiedKey>, String> 
 /// The zone and the forwarder behind hickory-server's [`RequestHandler`], for one message.
 struct TlsRequestHandler {
     handler: Arc<Handler>,
+    arrival: Arrival,
     responses: BufDnsStreamHandle,
 }
 
@@ -147,7 +150,7 @@ impl RequestHandler for TlsRequestHandler {
         _: R,
     ) -> ResponseInfo {
         let Metadata { id, op_code, .. } = request.metadata;
-        if let Some(response) = self.handler.reply(request.as_slice(), request.src().ip()).await {
+        if let Some(response) = self.handler.reply(request.as_slice(), &self.arrival).await {
             let sent = self.responses.clone().send(SerialMessage::new(response, request.src()));
             debug_assert!(sent.is_ok(), "{sent:?}");
         }
@@ -166,19 +169,19 @@ pub(super) async fn reply(
     message: &[u8],
     client: SocketAddr,
 ) -> Option<Vec<u8>> {
-    let policy = handler.policy();
-    if let Some(refusal) = handler.refusal(&policy, message, Transport::Tcp, client.ip()) {
+    let arrival = Arrival { client, transport: Transport::Tcp, at: Instant::now() };
+    if let Some(refusal) = handler.refusal(&handler.policy(), message, &arrival) {
         return refusal;
     }
     let request = ClientQuery::read(message)
         .ok()
         .and_then(|query| Request::from_bytes(query.essentials(), client, Protocol::Tls).ok());
     let Some(request) = request else {
-        return handler.reply(message, client.ip()).await;
+        return handler.reply(message, &arrival).await;
     };
     let (stream, mut responses) = BufDnsStreamHandle::new(client);
     let response_handle = ResponseHandle::new(client, stream.clone(), Protocol::Tls);
-    let requests = TlsRequestHandler { handler, responses: stream };
+    let requests = TlsRequestHandler { handler, arrival, responses: stream };
     requests.handle_request::<_, TokioTime>(&request, response_handle).await;
     drop(requests); // the last sender
     responses.next().await.map(|response| response.into_parts().0)

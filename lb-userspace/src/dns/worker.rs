@@ -21,6 +21,7 @@ use super::handler::{Deferred, Handler, ThreadView};
 use super::mailbox::{Mailbox, RequeuedQuery};
 use super::message::ClientQuery;
 use super::origin::AnswerOrigin;
+use super::query_log::Arrival;
 use super::relay::{Completion, ForwardError, Relay, RelayIo, SocketId, Waiter};
 use super::resolve::{self, Missing, Resolution, ResolveContext};
 use super::socket_pool::{self, SocketPool};
@@ -80,6 +81,8 @@ struct WorkerIo {
     sockets: SocketPool,
     outbox: SendBatch,
     now: Instant,
+    /// Whether responses are logged.
+    is_logging: bool,
 }
 
 impl RelayIo for WorkerIo {
@@ -104,13 +107,18 @@ impl RelayIo for WorkerIo {
     }
 
     fn answer(&mut self, waiter: &Waiter, question: &[u8], message: &[u8], end: Completion<'_>) {
-        match end {
-            Completion::Answered(_, code) => self.handler.stats.count(code),
-            Completion::Truncated => self.handler.stats.count(ResponseCode::NoError),
+        let code = match end {
+            Completion::Answered(_, code) => code,
+            Completion::Truncated => ResponseCode::NoError,
             Completion::Failed(why) => {
                 debug!(client = %waiter.client, "not forwarded: {why}");
-                self.handler.stats.count(ResponseCode::ServFail);
+                ResponseCode::ServFail
             }
+        };
+        self.handler.stats.count(code);
+        if self.is_logging {
+            let Waiter { client, arrived: at, .. } = *waiter;
+            Arrival { client, transport: Transport::Udp, at }.log(question, code, message);
         }
         self.handler.origins.note(waiter.id, question, || match end {
             Completion::Answered(server, _) => AnswerOrigin::Upstream(server),
@@ -149,6 +157,7 @@ impl Worker {
             sockets: SocketPool::new(epoll),
             outbox: SendBatch::default(),
             now: Instant::now(),
+            is_logging: view.policy().log,
         };
         let core = WorkerCore {
             handler,
@@ -342,6 +351,7 @@ impl WorkerCore {
         if self.handler.refresh(&mut self.view) {
             let forwarder = self.view.forwarder();
             self.relay.reconfigure(forwarder.loops.clone(), self.view.max_ttls());
+            self.line.is_logging = self.view.policy().log;
             self.plan_version = 0; // that of another forwarder
         }
     }
@@ -349,7 +359,8 @@ impl WorkerCore {
     /// Handles a client's message. Returns false if it has no permit to wait for the zone, which
     /// will be ready soon.
     fn take(&mut self, bytes: &[u8], client: SocketAddr, to: LocalAddress) -> bool {
-        let refusal = self.handler.refusal(self.view.policy(), bytes, Transport::Udp, client.ip());
+        let arrival = Arrival { client, transport: Transport::Udp, at: self.line.now };
+        let refusal = self.handler.refusal(self.view.policy(), bytes, &arrival);
         if let Some(refusal) = refusal {
             if let Some(refusal) = refusal {
                 self.line.outbox.push(&refusal, client, to);
@@ -357,24 +368,25 @@ impl WorkerCore {
             return true;
         }
         let waits = !self.view.is_ready() && self.handler.in_startup_grace();
-        self.dispatch(bytes, client, to, waits, self.handler.missing())
+        self.dispatch(bytes, arrival, to, waits, self.handler.missing())
     }
 
     /// Handles a query that has waited, by what is known now.
     fn take_returned(&mut self, returned: &RequeuedQuery) {
-        let RequeuedQuery { bytes, client, to, is_unknown } = returned;
+        let RequeuedQuery { bytes, arrival, to, is_unknown } = returned;
         let missing = if *is_unknown { Missing::Unknown } else { Missing::Absent };
-        self.dispatch(bytes, *client, *to, false, missing);
+        self.dispatch(bytes, *arrival, *to, false, missing);
     }
 
     fn dispatch(
         &mut self,
         bytes: &[u8],
-        client: SocketAddr,
+        arrival: Arrival,
         to: LocalAddress,
         waits: bool,
         missing: Missing,
     ) -> bool {
+        let client = arrival.client;
         let mut known = ResolveContext { waits, missing, ..self.view.known() };
         let mut outcome = resolve::answer(bytes, Transport::Udp, known, &mut self.out);
         if matches!(outcome, Resolution::Wait | Resolution::Warm(_)) {
@@ -384,13 +396,13 @@ impl WorkerCore {
                 let mut stopped = self.stopped.clone();
                 self.runtime.spawn(async move {
                     let deferred = tokio::select! {
-                        deferred = handler.resolve_deferred(&bytes, Transport::Udp) => deferred,
+                        deferred = handler.resolve_deferred(&bytes, &arrival) => deferred,
                         _ = stopped.wait_for(|stopped| *stopped) => Deferred::Nothing,
                     };
                     match deferred {
                         Deferred::Answer(answer) => endpoint.send(&answer, client, to),
                         Deferred::Forward { is_unknown } => {
-                            mailbox.give_back(RequeuedQuery { bytes, client, to, is_unknown });
+                            mailbox.give_back(RequeuedQuery { bytes, arrival, to, is_unknown });
                         }
                         Deferred::Nothing => {}
                     }
@@ -418,11 +430,12 @@ impl WorkerCore {
                 }
                 let client_key = self.view.client_key(client.ip());
                 let is_unknown = known.missing == Missing::Unknown;
-                let query = ForwardRequest { query: &query, client, to, client_key, is_unknown };
+                let query = ForwardRequest { query: &query, arrival, to, client_key, is_unknown };
                 forward(query, &self.plan, &mut self.relay, &mut self.line, &mut self.out);
             }
             outcome => {
-                if self.handler.finish_answer(outcome) {
+                let (policy, query) = (self.view.policy(), (bytes, &arrival));
+                if self.handler.finish_answer(policy, outcome, query, &self.out) {
                     self.line.outbox.push(&self.out, client, to);
                 }
             }
@@ -450,7 +463,7 @@ impl WorkerCore {
 /// A query to forward.
 struct ForwardRequest<'a> {
     query: &'a ClientQuery<'a>,
-    client: SocketAddr,
+    arrival: Arrival,
     to: LocalAddress,
     client_key: ClientKey,
     is_unknown: bool,
@@ -464,10 +477,10 @@ fn forward(
     line: &mut WorkerIo,
     out: &mut Vec<u8>,
 ) {
-    let ForwardRequest { query, client, to, client_key, is_unknown } = forwarded;
+    let ForwardRequest { query, arrival, to, client_key, is_unknown } = forwarded;
     let now = line.now;
-    let mut waiter = Waiter::new(client, to, client_key, query, now);
-    waiter.is_unknown = is_unknown;
+    let mut waiter = Waiter::new(arrival.client, to, client_key, query, now);
+    (waiter.is_unknown, waiter.arrived) = (is_unknown, arrival.at);
     let why = if relay.is_probe(&query.name) {
         ForwardError::OwnProbe
     } else if let Some(route) = plan.of(&query.name) {

@@ -313,6 +313,7 @@ fn serve_names(bed: &mut Bed) {
         client_rate: 0,
         interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
         missing_forwarding: Vec::new(),
+        is_logged: false,
     });
     let unit = bed.datapath.unit_status().into_iter().find(|unit| unit.name == "names");
     let is_attached = unit.as_ref().is_some_and(|unit| unit.state == UnitState::Attached);

@@ -74,6 +74,8 @@ pub struct NamesSettings {
     /// The settings of the host that are off, so that what comes by some of these interfaces is left to
     /// the daemon.
     pub missing_forwarding: Vec<String>,
+    /// Whether it is logged how often each name was answered.
+    pub is_logged: bool,
 }
 
 /// The unit, as far as this kernel has it.
@@ -300,7 +302,7 @@ impl Names {
         UnitHealth { name: UNIT, is_required: false, state, reason }
     }
 
-    /// The names that were asked for since the last call.
+    /// The names that the kernel answered since the last call. Logs how often, where that is wanted.
     pub fn active_since_last(&mut self) -> Vec<Arc<str>> {
         self.loaded.as_mut().map(LoadedNames::active_since_last).unwrap_or_default()
     }
@@ -498,14 +500,25 @@ impl LoadedNames {
         self.problem = problem;
     }
 
+    /// Logs that the kernel answered so many queries about a name, if queries are logged.
+    fn log(&self, name: &str, queries: u64) {
+        if let Some(settings) = self.settings.as_ref().filter(|settings| settings.is_logged) {
+            let name = format_args!("{name}.{}.", settings.domain);
+            tracing::info!(target: "nohop::query", %name, queries, "answered by the kernel");
+        }
+    }
+
     fn active_since_last(&mut self) -> Vec<Arc<str>> {
         let mut active = Vec::new();
         let last = std::mem::take(&mut self.last_queries);
         for (name, record) in self.table.records() {
             let queries = self.table.maps().queries(record);
             if queries > 0 {
-                if last.get(name) != Some(&queries) {
+                // One that is new, or came again, is counted from 0.
+                let before = last.get(name).copied().filter(|before| *before <= queries);
+                if before != Some(queries) {
                     active.push(name.clone());
+                    self.log(name, queries - before.unwrap_or(0));
                 }
                 self.last_queries.insert(name.clone(), queries);
             }
@@ -650,6 +663,7 @@ mod tests {
             client_rate: 0,
             interfaces: Vec::new(),
             missing_forwarding: Vec::new(),
+            is_logged: false,
         };
         let (listen, allowed, note) = fit(&settings);
         assert_eq!((listen.len(), allowed.len(), note), (MAX_LISTEN, MAX_ALLOWED, None));

@@ -33,6 +33,8 @@ pub(in crate::dns) struct Waiter {
     /// Its question if it differs in case from that of the upstream query.
     pub(super) question: Option<Box<[u8]>>,
     pub(super) since: Instant,
+    /// When its message was received, perhaps long before it was to be forwarded.
+    pub(in crate::dns) arrived: Instant,
 }
 
 impl Waiter {
@@ -46,7 +48,8 @@ impl Waiter {
     ) -> Waiter {
         let max_len = query.max_payload().min(OUR_PAYLOAD);
         let (id, is_unknown, question) = (query.id(), false, None);
-        Waiter { client, to, id, client_key, max_len, is_unknown, question, since: now }
+        let (since, arrived) = (now, now);
+        Waiter { client, to, id, client_key, max_len, is_unknown, question, since, arrived }
     }
 }
 
