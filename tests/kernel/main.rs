@@ -28,6 +28,8 @@ mod names;
 mod names_changes;
 mod names_firewall;
 mod names_packets;
+mod names_refused;
+mod names_versions;
 mod netns;
 mod netns_scope;
 mod obstacles;
@@ -181,6 +183,10 @@ const TRIALS: &[KernelTrial] = &[
     once("names_in_a_full_map", names_changes::a_full_map),
     since((5, 10), "names_in_one_bucket", names_changes::in_one_bucket),
     once("names_behind_firewalls", names_firewall::what_a_client_sees),
+    since((5, 10), "names_by_other_layouts", names_versions::of_other_layouts),
+    since((5, 10), "names_with_other_formats", names_versions::with_other_formats),
+    since((5, 10), "names_after_one_without_the_unit", names_versions::after_one_without_the_unit),
+    once("names_where_the_program_is_refused", names_refused::the_program_is_refused),
     since((5, 10), "names_reach_containers", names::reach_containers),
     since((5, 10), "names_leave_others_alone", names::leave_others_alone),
     since((5, 10), "names_pass_where_answers_get_lost", names::pass_where_answers_get_lost),

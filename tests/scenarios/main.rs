@@ -151,6 +151,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("names_of_idle_services", names_under_load::idle_services),
     ("names_outlive_the_daemon", names_outlive_the_daemon::run),
     ("intercepted", intercepted::run),
+    ("names_left_to_the_daemon", names_outlive_the_daemon::refused),
     ("names_refused_when_too_old", names_outlive_the_daemon::too_old),
     ("names_through_an_update", names_under_load::updated),
     ("non_vip_passthrough", non_vip_passthrough::run),

@@ -1,10 +1,11 @@
 //! Routed names are answered by the kernel: as the daemon answers them, and also while it is dead or
 //! being replaced.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use testbed::TIMEOUT;
+use testbed::{TIMEOUT, cmd};
 
 use crate::cluster::{Catalog, Nodes, unit, vip};
 
@@ -69,6 +70,34 @@ pub fn too_old() -> Result<()> {
     nohop.start_again()?;
     wait_until("names to be answered", is_answered)?;
     ensure!(connects()?);
+    Ok(())
+}
+
+/// Where the unit can't be loaded, because something else has the name of one of its maps, the daemon answers, and
+/// `status` has the reason.
+pub fn refused() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let one = nodes.helloworld("one")?;
+    let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
+    let mut nohop = nodes.nohop(&catalog.config())?;
+    ensure!(nohop.terminate()?.success());
+    let pin = nohop.pin("maps/NAMES")?;
+    fs::remove_file(&pin).context("remove a pin")?;
+    let kind = "type array key 4 value 4 entries 1 name foreign";
+    cmd::words("bpftool", &format!("map create {} {kind}", pin.display()))?;
+
+    nohop.start_again()?;
+    let names = unit(&nohop.status()?, "names");
+    let reason = names["reason"].to_string();
+    ensure!(names["state"] == "failed" && reason.contains("maps/NAMES"), "{names:#}");
+    ensure!(nodes.curl("helloworld")? == "hello from one\n");
+    let origin = nohop.document("/v1/dns?name=helloworld.service&type=A")?["origin"].clone();
+    ensure!(origin == "table", "{origin}");
+
+    ensure!(nohop.terminate()?.success());
+    fs::remove_file(&pin).context("remove a pin")?;
+    nohop.start_again()?;
+    nohop.wait_for_status(|status| unit(status, "names")["state"] == "attached")?;
     Ok(())
 }
 

@@ -74,6 +74,16 @@ pub fn find_attached(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
     attached(&pins::links_in(bpffs).unwrap_or_default(), &cgroup)
 }
 
+/// What became of the hooks when they were made to run a daemon's programs.
+#[derive(Debug)]
+pub struct Switched {
+    /// Whether hooks of any unit were made, which missed what happened before.
+    pub is_after_gap: bool,
+    /// Links of the unit `names` of other layouts, whose pins are gone: they end with their descriptors, and until
+    /// then they answer.
+    pub of_names: Vec<PinnedLink>,
+}
+
 /// Whether a link of this layout is that of a unit which replaces its own.
 fn is_replaced_later(pinned: &PinnedLink, pins: &Pins) -> bool {
     let name = pinned.name.to_string_lossy();
@@ -227,12 +237,11 @@ impl Units {
     }
 
     /// Makes the hooks run these programs: an earlier daemon's links get them in place, so that no
-    /// connection is missed; others are made. Then nothing but these is left pinned. Returns whether hooks
-    /// of any unit were made, which missed what happened before.
+    /// connection is missed; others are made. Then nothing but these is left pinned.
     ///
     /// # Errors
     /// When the kernel refuses a required unit; the next call continues where this one stopped.
-    pub fn switch(&mut self, pins: &Pins) -> Result<bool, DatapathError> {
+    pub fn switch(&mut self, pins: &Pins) -> Result<Switched, DatapathError> {
         let cgroup = ServedCgroup::open(&self.scope)?;
         let mut earlier = pins.all_links()?;
         let before = attached(&earlier, &cgroup);
@@ -245,6 +254,9 @@ impl Units {
         self.are_switched = true;
         // Those of the units `names` and `edge` are replaced once these are configured.
         earlier.retain(|pinned| !is_replaced_later(pinned, pins));
+        let is_of_names =
+            |pinned: &mut PinnedLink| pinned.name.to_string_lossy().starts_with(names::PIN_PREFIX);
+        let of_names = earlier.extract_if(.., is_of_names).collect();
         // The rest, such as links to another cgroup, ends here.
         sort_for_detaching(&mut earlier);
         let attached = self.units.iter().filter(|unit| !unit.links.is_empty());
@@ -262,7 +274,7 @@ impl Units {
             }
         }
         pins.remove_other_layouts()?;
-        Ok(is_after_gap)
+        Ok(Switched { is_after_gap, of_names })
     }
 
     /// Checks every link; attaches and pins again what isn't attached or pinned any more. A unit

@@ -27,7 +27,7 @@ use super::error::DatapathError;
 use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
 use super::memcg;
 use super::object::{load_program, processed};
-use super::pins::{PinnedMaps, Pins};
+use super::pins::{PinnedLink, PinnedMaps, Pins, unpin};
 use super::tc::{
     Attached, Direction, FilterHandle, Interface, Place, detach_filter, end_links, interface_names,
 };
@@ -103,6 +103,8 @@ struct LoadedNames {
     probe_record: u32,
     probe_state: ProbeState,
     attached: Vec<(Interface, Attached)>,
+    /// Another layout's, until this program is attached.
+    former: Vec<PinnedLink>,
     /// What tells our filters from those of others.
     handle: FilterHandle,
     /// Whether what an earlier daemon attached to other interfaces is detached.
@@ -158,6 +160,14 @@ impl Names {
         let Ok(loaded) = &mut self.loaded else { return };
         if std::mem::replace(&mut loaded.is_ready, is_ready) != is_ready {
             loaded.control.update(|control| control.is_ready = is_ready.into());
+        }
+    }
+
+    /// Has another layout's program answer until this one is attached.
+    pub fn take_place_of(&mut self, former: Vec<PinnedLink>) {
+        match &mut self.loaded {
+            Ok(loaded) => loaded.former.extend(former),
+            Err(_) => end_former(former),
         }
     }
 
@@ -271,6 +281,7 @@ impl Names {
         }
         loaded.settings = None;
         // An earlier daemon's, too.
+        end_former(std::mem::take(&mut loaded.former));
         detach_filters(pins);
     }
 
@@ -334,8 +345,13 @@ pub fn announce_start(bpffs: &Path) {
 impl LoadedNames {
     fn load(sizes: &Sizes, pins: &Pins, map_creator: Option<&Path>) -> Result<LoadedNames, String> {
         let shapes = names_shapes(sizes);
-        // Maps of another size are replaced by empty ones, which the first table fills.
+        // Maps of another size are replaced by empty ones, which the first table fills: names and their records
+        // together, because an earlier daemon's program goes on by those that it has.
         pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
+        let both = ["NAMES", "NAME_RECORDS"].map(|name| pins.maps().join(name));
+        if both.iter().any(|pin| !pin.exists()) {
+            both.iter().try_for_each(|pin| unpin(pin)).map_err(|error| error.to_string())?;
+        }
         if let Some(program) = map_creator {
             // With those of the first unit, which are there: the mark is about all of them.
             let all = sizes.shapes().into_iter().chain(shapes.iter().copied());
@@ -351,7 +367,7 @@ impl LoadedNames {
         let mut names = KernelNames::take(&mut ebpf).map_err(failed)?;
         names
             .add_probe(sizes.services)
-            .map_err(|error| format!("the map NAMES is full: {error}"))?;
+            .map_err(|error| format!("the kernel refused a name in the map NAMES: {error}"))?;
         let table = NameTable::adopt(names, sizes.services)
             .map_err(|error| format!("the map NAMES can't be read: {error}"))?;
         let counters: ControlWord<NamesCounters> =
@@ -375,6 +391,7 @@ impl LoadedNames {
             probe_record: sizes.services,
             probe_state: ProbeState::default(),
             attached: Vec::new(),
+            former: Vec::new(),
             handle: FilterHandle::of(pins.dir()),
             is_tidy: false,
             pinned: PinnedMaps::open(shapes.iter().map(|shape| pins.maps().join(shape.name)))
@@ -483,6 +500,9 @@ impl LoadedNames {
                 problem.get_or_insert(why);
             }
         }
+        if self.is_filled {
+            end_former(std::mem::take(&mut self.former));
+        }
         problem.map_or(Ok(()), Err)
     }
 
@@ -573,6 +593,15 @@ fn loader(shapes: &[MapShape], pins: &Pins) -> EbpfLoader<'static> {
 fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
     let program = ebpf.program_mut(PROGRAM).ok_or("the object has no program nohop_names")?;
     program.try_into().map_err(|error: aya::programs::ProgramError| error.to_string())
+}
+
+/// Ends what a daemon of another layout attached.
+fn end_former(former: Vec<PinnedLink>) {
+    for PinnedLink { path, link, .. } in former {
+        if let Err(error) = link.detach() {
+            tracing::debug!("{} couldn't be detached: {error}", path.display());
+        }
+    }
 }
 
 /// Ends what an earlier daemon attached.

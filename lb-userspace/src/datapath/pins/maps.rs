@@ -16,7 +16,8 @@ pub enum Compat {
     Absent,
     /// It is the same.
     Same,
-    /// The same kind of map with another number of entries.
+    /// The same kind of map with another number of entries; one that was added to the layout, also with values
+    /// of another size or with other flags, as another version of it has it.
     OtherSize,
     /// A socket storage, or records, with values of another size: a later version's.
     OtherStorage,
@@ -90,10 +91,10 @@ pub fn compare(path: &Path, shape: &MapShape) -> Result<Compat, PinError> {
     if found != expected {
         let is_same_kind = map_type == shape.map_type && info.key_size() == shape.key_size;
         let is_storage = shape.map_type == SK_STORAGE || shape.name == "CONNS";
-        return if is_storage && is_same_kind {
-            Ok(Compat::OtherStorage)
-        } else {
-            Err(foreign(found))
+        return match is_same_kind {
+            true if is_storage => Ok(Compat::OtherStorage),
+            true if shape.is_added => Ok(Compat::OtherSize),
+            _ => Err(foreign(found)),
         };
     }
     let same = info.max_entries() == shape.max_entries;

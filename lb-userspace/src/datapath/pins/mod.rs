@@ -211,7 +211,7 @@ impl Pins {
 
     /// Whether each of these maps is pinned in `dir` and as it has to be. Some may be missing, or
     /// have another size: then they have to be created again. Of maps that were added to the layout
-    /// those alone are: a pin of another size is removed.
+    /// those alone are: a pin of another size or format is removed.
     ///
     /// # Errors
     /// When something else has one of the names.
