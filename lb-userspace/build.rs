@@ -50,6 +50,11 @@ fn main() {
     cargo.args(["build", "--release", "--locked"]);
     cargo.args(OBJECTS.iter().flat_map(|object| ["--bin", object]));
     cargo.arg("--target-dir").arg(&target_dir).current_dir(&object_dir);
+    // Otherwise aya-ebpf has the types of the machine that builds.
+    let architecture = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
+    if architecture != env::consts::ARCH {
+        cargo.env("AYA_BPF_TARGET_ARCH", architecture);
+    }
     // Packages are the same bytes wherever they are made: the objects name no folder of this machine.
     println!("cargo:rerun-if-env-changed=NOHOP_REMAP");
     if let Ok(prefixes) = env::var("NOHOP_REMAP") {

@@ -46,15 +46,15 @@ exec chroot . /sbin/init
 ";
 
 /// Boots the machine and counts its checks. `deb` is the package; where there is none, one is made of a build
-/// for tests.
-pub fn run(tally: &mut Tally, deb: Option<&Path>) {
+/// for tests. With a shell the machine doesn't end by itself.
+pub fn run(tally: &mut Tally, deb: Option<&Path>, has_shell: bool) {
     println!("\n== a machine with systemd");
-    if let Err(error) = try_run(tally, deb) {
+    if let Err(error) = try_run(tally, deb, has_shell) {
         tally.fail("a machine with systemd", &error);
     }
 }
 
-fn try_run(tally: &mut Tally, deb: Option<&Path>) -> Result<()> {
+fn try_run(tally: &mut Tally, deb: Option<&Path>, has_shell: bool) -> Result<()> {
     setup::run_for_vms()?;
     let folder = repository::root().join("target/machine");
     fs::create_dir_all(&folder).with_context(|| format!("can't make {}", folder.display()))?;
@@ -62,7 +62,7 @@ fn try_run(tally: &mut Tally, deb: Option<&Path>) -> Result<()> {
     let initrd = initrd(&kernel, deb, &folder)?;
     let mut results = Vec::new();
     let mut has_ended = false;
-    boot_machine(&kernel, &initrd, &folder, |line| {
+    boot_machine(&kernel, &initrd, &folder, has_shell, |line| {
         println!("{line}");
         let Some(line) = line.strip_prefix(MARK) else { return };
         has_ended |= line == "END";
@@ -190,14 +190,22 @@ fn boot_machine(
     kernel: &Kernel,
     initrd: &Path,
     folder: &Path,
+    has_shell: bool,
     mut on_line: impl FnMut(&str),
 ) -> Result<()> {
-    let mut qemu = boot::qemu(kernel, initrd, LIMIT_SECONDS, "2G", "systemd.show_status=true");
+    let shell = if has_shell { " nohop.shell" } else { "" };
+    let parameters = format!("systemd.show_status=true{shell}");
+    let mut qemu = boot::qemu(kernel, initrd, LIMIT_SECONDS, "2G", &parameters);
     for (device, file) in
         [("file:", Some("console.txt")), ("stdio", None), ("file:", Some("journal.txt"))]
     {
         let to = file.map(|file| folder.join(file).display().to_string()).unwrap_or_default();
         qemu.args(["-serial", &format!("{device}{to}")]);
+    }
+    if has_shell {
+        let socket = folder.join("shell");
+        println!("a shell: socat -,raw,echo=0 UNIX-CONNECT:{}", socket.display());
+        qemu.args(["-serial", &format!("unix:{},server=on,wait=off", socket.display())]);
     }
     qemu.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut machine = qemu.spawn().context("can't run `timeout qemu-system-x86_64`")?;

@@ -101,6 +101,9 @@ enum Task {
         /// The package that is tried; one of a build for tests where none is given
         #[arg(long)]
         deb: Option<PathBuf>,
+        /// A shell of root's on it, to find out why a check fails; the machine is left running
+        #[arg(long)]
+        shell: bool,
     },
     /// Format, lints, unit tests, tests in the kernel and end to end, and in other kernels
     Test {
@@ -160,9 +163,9 @@ fn run(task: Task) -> Result<ExitCode> {
             bench::run(&suites, quick, force, seed)?;
         }
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
-        Task::Machine { deb } => {
+        Task::Machine { deb, shell } => {
             let mut tally = test_report::Tally::default();
-            machine::run(&mut tally, deb.as_deref());
+            machine::run(&mut tally, deb.as_deref(), shell);
             return Ok(tally.finish());
         }
         Task::Test { filter, full } => {

@@ -58,7 +58,7 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
         let verified = tally.verified.clone();
         if extent == Extent::Full {
             let deb = dist::check::run(tally);
-            machine::run(tally, deb.as_deref());
+            machine::run(tally, deb.as_deref(), false);
         }
         tally.check("what the verifier goes through", || vm::verifier::check(&verified));
     }

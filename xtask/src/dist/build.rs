@@ -87,8 +87,10 @@ pub fn build(target: Target, release: &Release) -> Result<PathBuf> {
     let name = triple.to_uppercase().replace('-', "_");
     cargo.env(format!("CARGO_TARGET_{name}_LINKER"), linker);
     let c_flags: Vec<_> =
-        prefixes()?.iter().map(|(from, to)| format!("-ffile-prefix-map={from}={to}")).collect();
+        prefixes()?.iter().map(|(from, to)| format!("'-ffile-prefix-map={from}={to}'")).collect();
     cargo.env(variable("CC"), &compiler).env(variable("CFLAGS"), c_flags.join(" "));
+    // A folder's name may have spaces.
+    cargo.env("CC_SHELL_ESCAPED_FLAGS", "1");
     process::stream(&mut cargo)?;
     let built = target_dir.join(&triple).join("release/nohop");
     let stripped = release.work.join(format!("nohop-{triple}"));

@@ -41,8 +41,11 @@ grep -q '^ExecStart=/usr/bin/nohop run$' /usr/lib/systemd/system/nohop.service |
 bash -c '. /usr/share/bash-completion/completions/nohop && complete -p nohop' > /dev/null || fail "bash completes nothing"
 dpkg --verify nohop | grep . && fail "files differ from the package's"
 
+# The file still has its mistake, so the script before removal unloads once more, as with defaults.
 mkdir -p /var/lib/nohop
 dpkg -r nohop > /removed 2>&1 || fail "$(cat /removed)"
+grep -q 'max_services' /removed || fail "the first unloading didn't meet the mistake: $(cat /removed)"
+[ ! -e /var/lib/nohop/nohop ] || fail "what unloads later was kept, though nothing is attached: $(cat /removed)"
 [ ! -e /usr/bin/nohop ] || fail "the binary is still there"
 [ -e /etc/nohop/nohop.toml ] || fail "removal took the configuration"
 dpkg -P nohop > /purged 2>&1 || fail "$(cat /purged)"

@@ -319,6 +319,17 @@ before=${EPOCHREALTIME/[.,]/}
 check "README: systemctl enable --now" enabled
 note "from enabling to the first response: $(((${EPOCHREALTIME/[.,]/} - before) / 1000)) ms, emulated"
 
+# --- removal while the configuration has mistakes, of which the unloading with defaults knows nothing
+
+removed_broken() {
+    echo 'nonsense = 1' >> /etc/nohop/nohop.toml
+    removed || return 1
+    ! grep 'still attached' /run/remove.log && [ ! -e /var/lib/nohop/nohop ] || return 1
+    sed -i '$d' /etc/nohop/nohop.toml
+    dpkg -i "nohop_${new}_amd64.deb" > /run/again.log 2>&1 || { cat /run/again.log; return 1; }
+}
+check "dpkg removal with mistakes in the configuration leaves nothing in the kernel" removed_broken
+
 # --- an older daemon runs from another path
 
 other_path() {
@@ -361,4 +372,4 @@ check "what it reports detaches the rest" detached_by_hand
 journalctl --sync
 sleep 2
 echo "machine: END"
-systemctl poweroff --force
+grep -qw nohop.shell /proc/cmdline || systemctl poweroff --force

@@ -66,6 +66,21 @@ ExecStart=/bin/bash /packages/guest.sh $1 $2
 [Install]
 WantedBy=multi-user.target
 END
+unit shell.service <<'END'
+[Unit]
+Description=A shell for who finds out why a check fails
+ConditionKernelCommandLine=nohop.shell
+[Service]
+ExecStart=/bin/bash -l
+WorkingDirectory=/packages
+StandardInput=tty
+StandardOutput=tty
+StandardError=tty
+TTYPath=/dev/ttyS3
+Restart=always
+[Install]
+WantedBy=multi-user.target
+END
 # Emulated, it takes long to load programs.
 mkdir -p /etc/systemd/system/nohop.service.d
 printf '[Service]\nTimeoutStartSec=15min\n' > /etc/systemd/system/nohop.service.d/emulated.conf
@@ -78,4 +93,4 @@ END
 done
 dpkg -i "/packages/nohop_$1_amd64.deb"
 systemctl enable network-card.service consul.service hello@a.service hello@b.service nomad.service docker.service \
-    nohop.socket nohop.service nohop-machine.service 2> /dev/null
+    nohop.socket nohop.service nohop-machine.service shell.service 2> /dev/null
