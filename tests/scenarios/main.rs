@@ -23,6 +23,7 @@ mod curl_by_name;
 mod dashboard;
 mod disk;
 mod dns_over_tls;
+mod docker;
 mod drain;
 mod edge;
 mod edge_bgp;
@@ -205,11 +206,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("musl_by_name", &["musl-gcc"], resolvers::musl),
     ("names_by_resolvers", &["musl-gcc", "node"], names_by_resolvers::run),
     ("names_from_cni", &["host-local"], names_from_containers::by_cni),
-    (
-        "names_from_docker",
-        &["containerd", "docker", "dockerd", "libdevmapper.so.1.02.1", "musl-gcc", "runc"],
-        names_from_containers::by_docker,
-    ),
+    ("names_from_docker", docker::PROGRAMS, names_from_containers::by_docker),
     ("node_by_name", &["node"], clients_by_name::node),
     ("postgres", &["psql", "initdb", "postgres"], postgres::run),
     ("prometheus_rules", &["promtool"], rules::run),
@@ -246,7 +243,11 @@ fn main() -> ExitCode {
         Trial::test(name, move || run_in_full(programs, scenario))
             .with_ignored_flag(!is_root || !is_full)
     });
-    let trials = trials.chain(in_full);
+    // Of `cargo xtask test --full` as well, once the packages are made.
+    let has_image = std::env::var_os("NOHOP_IMAGE").is_some();
+    let image = || run_in_full(docker::PROGRAMS, docker::packaged_image);
+    let image = Trial::test("packaged_image", image).with_ignored_flag(!is_root || !has_image);
+    let trials = trials.chain(in_full).chain([image]);
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 

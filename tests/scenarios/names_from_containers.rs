@@ -5,18 +5,16 @@ use std::fs;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use testbed::cgroup::Cgroup;
 use testbed::net::Host;
 use testbed::nohop::Nohop;
-use testbed::process::Process;
 use testbed::{cmd, tempdir::TempDir};
 
 use crate::cluster::{Catalog, Nodes, unit, vip};
+use crate::docker::{self, Docker};
 use crate::resolvers;
 
-/// The bridges' addresses, of this host.
+/// The address of the plugins' bridge, of this host.
 const CNI: &str = "172.30.0.1";
-const DOCKER: &str = "172.30.1.1";
 
 /// A daemon that listens there, too, and the service's VIP.
 struct Fixture {
@@ -98,74 +96,22 @@ pub fn by_cni() -> Result<()> {
     Ok(())
 }
 
-/// A Docker of the test's own: in namespaces and a cgroup of its own, and with all that it writes in a
-/// folder.
-struct Docker {
-    socket: String,
-    _process: Process,
-    // Removed with what runs in it.
-    _cgroup: Cgroup,
-    directory: TempDir,
-}
-
-/// Hides /run and what is written to /etc, which it has no options for. Mounts the cgroups as its daemon and
-/// runc look for them, and runs it in one below the root of them.
-const DOCKERD: &str = r#"
-mount -t tmpfs none /run && mkdir /run/etc /run/work &&
-mount -t overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work none /etc &&
-mount -t cgroup2 none /sys/fs/cgroup && mkdir -p /sys/fs/cgroup/dockerd &&
-echo $$ > /sys/fs/cgroup/dockerd/cgroup.procs && exec "$@"
-"#;
-
-impl Docker {
-    fn start(nodes: &Nodes) -> Result<Docker> {
-        let (directory, cgroup) = (TempDir::new("docker")?, Cgroup::new()?);
-        let dockerd = cmd::installed("dockerd")?;
-        let tools = dockerd.parent().context("a file has a directory")?.display().to_string();
-        let dir = directory.path().display();
-        let socket = format!("unix://{dir}/socket");
-        // Not the host's.
-        let config = directory.path().join("daemon.json");
-        std::fs::write(&config, "{}").with_context(|| format!("write {}", config.display()))?;
-        let options = format!(
-            "--config-file {dir}/daemon.json --data-root {dir}/data --exec-root {dir}/exec --pidfile {dir}/pid --host {socket} \
-             --exec-opt native.cgroupdriver=cgroupfs --storage-driver vfs --bip {DOCKER}/24 \
-             --iptables=false --ip6tables=false --ip-masq=false --userland-proxy=false"
-        );
-        let mut command = nodes.client.inside(&cgroup).command("unshare");
-        command.args("--mount --cgroup --propagation private sh -c".split(' '));
-        command.args([DOCKERD, "sh"]).arg(&dockerd).args(options.split_whitespace());
-        let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{tools}:{path}")).env("LD_LIBRARY_PATH", tools);
-        // The profile of AppArmor would take a program of its own.
-        command.env("container", "test");
-        let process = Process::spawn("dockerd", command)?;
-        process.wait_for_line(&["API listen on"])?;
-        Ok(Docker { socket, _process: process, _cgroup: cgroup, directory })
-    }
-
-    fn run(&self, words: &str) -> Result<String> {
-        let mut docker = std::process::Command::new(cmd::installed("docker")?);
-        docker.args(["--host", &self.socket]).args(words.split_whitespace());
-        cmd::stdout(docker)
-    }
-}
-
 pub fn by_docker() -> Result<()> {
     let nodes = Nodes::new()?;
     let docker = Docker::start(&nodes)?;
-    let lookup = resolvers::build_musl(&docker.directory)?;
-    let image = docker.directory.path().join("image.tar");
-    let directory = docker.directory.path().display();
+    let lookup = resolvers::build_musl(docker.directory())?;
+    let image = docker.directory().path().join("image.tar");
+    let directory = docker.directory().path().display();
     cmd::words(
         "tar",
         &format!("--create --file {} --directory {directory} lookup", image.display()),
     )?;
     ensure!(lookup.is_file());
     docker.run(&format!("import {} lookup:1", image.display()))?;
-    let fixture = Fixture::new(&nodes, DOCKER)?;
+    let fixture = Fixture::new(&nodes, docker::BRIDGE)?;
     let finds_it = || -> Result<()> {
-        let words = format!("run --rm --dns {DOCKER} lookup:1 /lookup helloworld.service");
+        let words =
+            format!("run --rm --dns {} lookup:1 /lookup helloworld.service", docker::BRIDGE);
         let found = docker.run(&words)?;
         ensure!(found.trim() == fixture.vip, "{found:?}, not {}", fixture.vip);
         Ok(())

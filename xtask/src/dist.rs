@@ -1,5 +1,6 @@
 //! Packages: what a person installs who has neither a compiler nor this repository.
 
+mod aarch64;
 mod bill;
 mod build;
 pub mod check;
@@ -88,7 +89,7 @@ pub fn package_of(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf
     package::deb(binary, &written, &licenses, &release)
 }
 
-/// SHA256SUMS, and its signature where a key is given.
+/// SHA256SUMS, and its signature where NOHOP_SIGN_KEY names a key.
 fn sums(files: &[PathBuf], release: &Release) -> Result<()> {
     let mut names: Vec<_> = files.iter().filter_map(|file| file.file_name()).collect();
     names.sort_unstable();
@@ -98,8 +99,13 @@ fn sums(files: &[PathBuf], release: &Release) -> Result<()> {
     fs::write(&file, sums).with_context(|| format!("can't write {}", file.display()))?;
     let Some(key) = std::env::var_os("NOHOP_SIGN_KEY") else { return Ok(()) };
     ensure!(Path::new(&key).is_file(), "NOHOP_SIGN_KEY is {}, which is no file", key.display());
-    let comment = format!("nohop {}", release.version);
+    sign(&file, Path::new(&key), &release.version)
+}
+
+/// Signs a file with a secret key of minisign's: FILE.minisig.
+fn sign(file: &Path, key: &Path, version: &str) -> Result<()> {
+    let comment = format!("nohop {version}");
     let mut minisign = Command::new("minisign");
-    minisign.args(["-S", "-t", &comment, "-s"]).arg(key).arg("-m").arg(&file);
+    minisign.args(["-S", "-t", &comment, "-s"]).arg(key).arg("-m").arg(file);
     process::stream(&mut minisign).context("minisign signs; Debian's package has that name")
 }

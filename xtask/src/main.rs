@@ -59,6 +59,9 @@ enum Task {
         /// Where to write them
         #[arg(long, value_name = "DIR", default_value_os_t = repository::root().join("target/dist"))]
         out: PathBuf,
+        /// Make them twice and try them, as `test --full` does, or only the checks whose name contains FILTER
+        #[arg(long, value_name = "FILTER", num_args = 0..=1, conflicts_with_all = ["architectures", "out"])]
+        check: Option<Option<String>>,
     },
     /// The main job, in a namespace and cgroup of its own: Consul, three helloworlds, nohop, curl
     Demo {
@@ -146,7 +149,14 @@ fn run(task: Task) -> Result<ExitCode> {
                 println!("helper: {}", helper.display());
             }
         }
-        Task::Dist { architectures, out } => dist::run(&dist::Options { architectures, out })?,
+        Task::Dist { check: Some(filter), .. } => {
+            let mut tally = test_report::Tally::default();
+            dist::check::run(&mut tally, filter.as_deref());
+            return Ok(tally.finish());
+        }
+        Task::Dist { architectures, out, check: None } => {
+            dist::run(&dist::Options { architectures, out })?;
+        }
         Task::Demo { keep, built } => {
             if !built {
                 compile::build(Purpose::Demo, false)?;

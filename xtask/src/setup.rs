@@ -1,6 +1,7 @@
 //! Takes a bare machine to one that builds and tests. Each step checks before it acts, so running
 //! it again is cheap and changes nothing.
 
+pub mod aarch64;
 mod apt;
 pub mod browser;
 mod common;

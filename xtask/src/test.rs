@@ -57,7 +57,7 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
     if filter.is_none() {
         let verified = tally.verified.clone();
         if extent == Extent::Full {
-            let deb = dist::check::run(tally);
+            let deb = dist::check::run(tally, None);
             machine::run(tally, deb.as_deref(), false);
         }
         tally.check("what the verifier goes through", || vm::verifier::check(&verified));

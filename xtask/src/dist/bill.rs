@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::release::Release;
@@ -18,6 +18,8 @@ struct Crate {
     version: String,
     /// An SPDX expression.
     license: String,
+    /// Where its source is kept; empty where it doesn't name that.
+    repository: String,
     /// Its folder.
     folder: PathBuf,
     /// Whether it comes from a registry.
@@ -29,6 +31,12 @@ struct Crate {
 /// The scripts of others that the page has, and their licences.
 const SCRIPTS: [(&str, &str, &str); 2] =
     [("htm", "3.1.1", "Apache-2.0"), ("preact", "11.2.0", "MIT")];
+/// What compilers add to a binary, the last two to the static one, by SPDX expressions.
+const RUNTIMES: [(&str, &str); 3] = [
+    ("rust-std", "MIT OR Apache-2.0"),
+    ("musl", "MIT"),
+    ("libgcc", "GPL-3.0-or-later WITH GCC-exception-3.1"),
+];
 const SCRIPTS_FOLDER: &str = "lb-userspace/src/admin/page/vendor";
 
 /// All crates and scripts: by name and version.
@@ -50,8 +58,9 @@ fn crates() -> Result<BTreeMap<(String, String), Crate>> {
         let [name, version, license] = [name, version, license].map(str::to_owned);
         let folder = repository::root().join(SCRIPTS_FOLDER).join(&name);
         let key = (name.clone(), version.clone());
-        let registry = "npm";
-        all.insert(key, Crate { name, version, license, folder, is_published: true, registry });
+        let (repository, is_published, registry) = (String::new(), true, "npm");
+        let script = Crate { name, version, license, repository, folder, is_published, registry };
+        all.insert(key, script);
     }
     Ok(all)
 }
@@ -87,7 +96,9 @@ fn linked(metadata: &Value, root: &str) -> Result<Vec<Crate>> {
         Some(Crate {
             name: text(&package["name"]),
             version: text(&package["version"]),
-            license: text(&package["license"]),
+            // Before SPDX, a slash was cargo's sign for it.
+            license: text(&package["license"]).replace('/', " OR "),
+            repository: text(&package["repository"]),
             folder,
             is_published: package["source"].is_string(),
             registry: "cargo",
@@ -106,8 +117,16 @@ pub fn sbom(release: &Release) -> Result<PathBuf> {
             "licenses": [{ "expression": it.license }],
         })
     };
-    let components: Vec<Value> =
-        crates()?.values().filter(|it| it.is_published).map(component).collect();
+    let runtime = |(name, license): &(&str, &str)| {
+        let purl = format!("pkg:generic/{name}");
+        json!({
+            "type": "library", "bom-ref": purl, "purl": purl,
+            "name": name, "licenses": [{ "expression": license }],
+        })
+    };
+    let crates = crates()?;
+    let crates = crates.values().filter(|it| it.is_published).map(component);
+    let components: Vec<Value> = crates.chain(RUNTIMES.iter().map(runtime)).collect();
     let own = format!("pkg:generic/nohop@{}", release.version);
     let bill = json!({
         "bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1,
@@ -128,14 +147,20 @@ pub fn sbom(release: &Release) -> Result<PathBuf> {
 pub fn licenses(release: &Release) -> Result<PathBuf> {
     let mut texts: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut list = String::new();
-    for it in crates()?.values().filter(|it| it.is_published) {
+    let crates = crates()?;
+    for it in crates.values().filter(|it| it.is_published) {
         list += &format!("{} {}: {}\n", it.name, it.version, it.license);
-        for text in license_texts(&it.folder)? {
+        for text in texts_of(it, &crates)? {
             texts.entry(text).or_default().insert(format!("{} {}", it.name, it.version));
         }
     }
     let mut document =
         format!("nohop {} contains these crates and scripts:\n\n{list}", release.version);
+    let [std, musl, libgcc] = RUNTIMES.map(|(_, license)| license);
+    document += &format!(
+        "\nIt also contains Rust's standard library ({std}), and the static binary musl ({musl}; Copyright \
+         © 2005-2020 Rich Felker, et al.) and GCC's unwinder ({libgcc}).\n"
+    );
     // The text that most crates have comes first.
     let mut texts: Vec<_> = texts.into_iter().collect();
     texts.sort_by_key(|(text, crates)| (std::cmp::Reverse(crates.len()), text.clone()));
@@ -146,6 +171,18 @@ pub fn licenses(release: &Release) -> Result<PathBuf> {
     let file = release.path(&format!("nohop-{}-licenses.txt", release.version));
     fs::write(&file, document).with_context(|| format!("can't write {}", file.display()))?;
     Ok(file)
+}
+
+/// The texts of a crate's licence: some crates have theirs beside another one of their repository.
+fn texts_of(it: &Crate, crates: &BTreeMap<(String, String), Crate>) -> Result<Vec<String>> {
+    let is_beside = |other: &&Crate| !it.repository.is_empty() && other.repository == it.repository;
+    for it in std::iter::once(it).chain(crates.values().filter(is_beside)) {
+        let texts = license_texts(&it.folder)?;
+        if !texts.is_empty() {
+            return Ok(texts);
+        }
+    }
+    bail!("{} {} ({}) has no text of its licence", it.name, it.version, it.license)
 }
 
 /// The files of a crate that are about its licence.
@@ -168,6 +205,18 @@ fn license_texts(folder: &Path) -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn crates_have_their_licences() {
+        let crates = crates().unwrap();
+        for name in ["aya", "aya-ebpf", "preact", "tokio"] {
+            assert!(crates.keys().any(|(it, _)| it == name), "{name} isn't among them");
+        }
+        for it in crates.values().filter(|it| it.is_published) {
+            assert!(!it.license.is_empty() && !it.license.contains('/'), "{}", it.name);
+            texts_of(it, &crates).unwrap();
+        }
+    }
 
     #[test]
     fn scripts_are_as_they_were_published() {

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use super::release::{Architecture, Release, release};
-use super::{Options, package};
+use super::{Options, aarch64, image, package};
 use crate::process;
 use crate::repository;
 use crate::setup;
@@ -17,21 +17,44 @@ use crate::test_report::Tally;
 const OLD: &str = "423192f";
 const OLD_VERSION: &str = "0.0.1";
 
-/// Makes the packages and tries them. Returns the .deb.
-pub fn run(tally: &mut Tally) -> Option<PathBuf> {
+/// Each with what it is about; of the folder of packages.
+const CHECKS: [(&str, fn(&Path) -> Result<()>); 10] = [
+    ("made", made),
+    ("the same bytes from another folder", same_bytes),
+    ("sums, and signed with a key", signed),
+    ("the binary needs no newer glibc than they declare", glibc),
+    ("the static binary runs without the system's files, and resolves names", static_binary),
+    ("the image in Docker", image_in_docker),
+    (".deb installed, upgraded and removed", in_a_root),
+    (".rpm installed, upgraded and removed", rpm_in_a_root),
+    ("made for aarch64", |_| aarch64::made()),
+    ("for aarch64: the kernel takes the programs, and a connection arrives", |_| {
+        aarch64::connects()
+    }),
+];
+
+/// Makes the packages and tries them, or only those checks whose name contains `filter`. Returns the .deb.
+pub fn run(tally: &mut Tally, filter: Option<&str>) -> Option<PathBuf> {
     let out = repository::root().join("target/dist");
-    let options = Options { architectures: vec![Architecture::X86_64], out: out.clone() };
-    tally.check("packages: made", || super::run(&options));
-    tally.check("packages: the same bytes from another folder", || same_bytes(&out));
-    tally.check(
-        "packages: the static binary runs without the system's files, and resolves names",
-        || static_binary(&out),
-    );
-    tally.check("packages: .deb installed, upgraded and removed", || in_a_root(&out));
-    tally.check("packages: .rpm installed, upgraded and removed", || rpm_in_a_root(&out));
+    for (name, check) in CHECKS {
+        if filter.is_none_or(|filter| name.contains(filter)) {
+            tally.check(&format!("packages: {name}"), || check(&out));
+        }
+    }
     let release = release(&out).ok()?;
     let deb = out.join(format!("nohop_{}_amd64.deb", release.version));
     deb.is_file().then_some(deb)
+}
+
+fn made(out: &Path) -> Result<()> {
+    super::run(&Options { architectures: vec![Architecture::X86_64], out: out.to_owned() })
+}
+
+fn image_in_docker(out: &Path) -> Result<()> {
+    let mut test = Command::new("cargo");
+    test.args(["test", "--package", "lb-tests", "--test", "scenarios", "packaged_image"]);
+    test.env("NOHOP_IMAGE", image::path(Architecture::X86_64, &release(out)?));
+    process::stream(test.current_dir(repository::root()))
 }
 
 /// Makes them once more in a clone in another folder.
@@ -61,6 +84,46 @@ fn other_folder() -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// The sums are those of the files, and who has the public key can tell that the key's owner made them.
+fn signed(out: &Path) -> Result<()> {
+    let Release { version, work, .. } = release(out)?;
+    let mut sums = Command::new("sha256sum");
+    process::output(sums.args(["--check", "--strict", "SHA256SUMS"]).current_dir(out))?;
+    setup::dist::provide_minisign()?;
+    let (public, secret) = (work.join("minisign.pub"), work.join("minisign.key"));
+    let mut generate = Command::new("minisign");
+    generate.args(["-G", "-f", "-W", "-p"]).arg(&public).arg("-s").arg(&secret);
+    process::output(&mut generate)?;
+    let file = work.join("SHA256SUMS");
+    fs::copy(out.join("SHA256SUMS"), &file)?;
+    super::sign(&file, &secret, &version)?;
+    let verify = || {
+        let mut minisign = Command::new("minisign");
+        process::output(minisign.arg("-V").arg("-p").arg(&public).arg("-m").arg(&file))
+    };
+    let verified = verify()?;
+    ensure!(verified.contains(&format!("nohop {version}")), "{verified:?}");
+    fs::write(&file, "")?;
+    ensure!(verify().is_err(), "another file has the same signature");
+    Ok(())
+}
+
+/// Which contrib/packages/nfpm.yaml has.
+fn glibc(out: &Path) -> Result<()> {
+    const NEWEST: (u32, u32) = (2, 34);
+    let folder = release(out)?.work.join("stage-x86_64");
+    let mut objdump = Command::new("objdump");
+    let symbols = process::output(objdump.arg("-T").arg(folder.join("usr/bin/nohop")))?;
+    let version = |symbol: &str| {
+        let (major, minor) = symbol.split_once(')')?.0.split_once('.')?;
+        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
+    };
+    let newest = symbols.split("(GLIBC_").skip(1).filter_map(version).max();
+    let newest = newest.context("objdump shows no symbol of glibc")?;
+    ensure!(newest <= NEWEST, "it needs glibc {newest:?}, the packages declare {NEWEST:?}");
+    Ok(())
+}
+
 /// The archive's binary needs no file of the system's: it runs in a root of its own that has none.
 fn static_binary(out: &Path) -> Result<()> {
     let Release { version, work, .. } = release(out)?;
@@ -70,6 +133,9 @@ fn static_binary(out: &Path) -> Result<()> {
     let archive = out.join(format!("{name}.tar.gz"));
     process::output(Command::new("tar").arg("-xzf").arg(archive).arg("-C").arg(&folder))?;
     let root = folder.join(name);
+    let headers = process::output(Command::new("readelf").arg("-hlW").arg(root.join("nohop")))?;
+    let is_anywhere = headers.contains("DYN (") && !headers.contains("INTERP");
+    ensure!(is_anywhere, "it can't be loaded anywhere, or by an interpreter alone:\n{headers}");
     let printed = process::output(Command::new("chroot").arg(&root).args(["/nohop", "version"]))?;
     ensure!(printed.contains(&version), "it printed {printed:?}");
     // musl's resolver reads /etc/hosts and /etc/resolv.conf of the root, and nothing of nsswitch.conf: the
@@ -152,22 +218,7 @@ fn debian(work: &Path) -> Result<PathBuf> {
 /// A package of an old version, packed as today.
 fn old_package(release: &Release) -> Result<PathBuf> {
     let Release { work, .. } = release;
-    let clone = work.join("old");
-    if !clone.exists() {
-        let root = repository::root();
-        process::output(Command::new("git").args(["clone", "--quiet"]).arg(root).arg(&clone))?;
-        process::output(Command::new("cp").arg("-a").arg(root.join(".tools")).arg(&clone))?;
-    }
-    let mut checkout = Command::new("git");
-    process::output(checkout.args(["checkout", "--quiet", OLD]).current_dir(&clone))
-        .with_context(|| format!("the history has no {OLD}: clone the repository as a whole"))?;
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--locked", "--package", "lb-userspace", "--bin", "nohop"]);
-    cargo.arg("--target-dir").arg(work.join("build-old"));
-    process::stream(cargo.current_dir(&clone))?;
-    let binary = work.join("nohop-old");
-    let built = work.join("build-old/debug/nohop");
-    process::output(Command::new("strip").arg("-o").arg(&binary).arg(built))?;
+    let binary = old_binary(work)?;
     let old = Release {
         version: OLD_VERSION.to_owned(),
         epoch: release.epoch.clone(),
@@ -183,4 +234,28 @@ fn old_package(release: &Release) -> Result<PathBuf> {
     let nfpm = setup::dist::provide()?;
     let packages = package::packages(&nfpm, Architecture::X86_64, &stage, &old)?;
     packages.into_iter().next().context("a .deb is made")
+}
+
+/// Built once: a commit stays as it is.
+fn old_binary(work: &Path) -> Result<PathBuf> {
+    let binary = work.join(format!("nohop-{OLD}"));
+    if binary.is_file() {
+        return Ok(binary);
+    }
+    let clone = work.join("old");
+    if !clone.exists() {
+        let root = repository::root();
+        process::output(Command::new("git").args(["clone", "--quiet"]).arg(root).arg(&clone))?;
+        process::output(Command::new("cp").arg("-a").arg(root.join(".tools")).arg(&clone))?;
+    }
+    let mut checkout = Command::new("git");
+    process::output(checkout.args(["checkout", "--quiet", OLD]).current_dir(&clone))
+        .with_context(|| format!("the history has no {OLD}: clone the repository as a whole"))?;
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--locked", "--package", "lb-userspace", "--bin", "nohop"]);
+    cargo.arg("--target-dir").arg(work.join("build-old"));
+    process::stream(cargo.current_dir(&clone))?;
+    let built = work.join("build-old/debug/nohop");
+    process::output(Command::new("strip").arg("-o").arg(&binary).arg(built))?;
+    Ok(binary)
 }

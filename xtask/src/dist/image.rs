@@ -16,6 +16,11 @@ const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
+/// Where the archive lies.
+pub fn path(architecture: Architecture, release: &Release) -> PathBuf {
+    release.path(&format!("nohop-{}-{}-oci.tar", release.version, architecture.name()))
+}
+
 /// Writes the layout as one archive, such as `docker load` and `skopeo copy oci-archive:` take.
 pub fn layout(
     architecture: Architecture,
@@ -82,8 +87,7 @@ pub fn layout(
     let index = json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest] });
     fs::write(layout.join("index.json"), index.to_string())?;
     fs::write(layout.join("oci-layout"), json!({ "imageLayoutVersion": "1.0.0" }).to_string())?;
-    let name = format!("nohop-{}-{}-oci.tar", release.version, architecture.name());
-    let to = release.path(&name);
+    let to = path(architecture, release);
     tar(&layout, &to, &release.epoch)?;
     Ok(to)
 }

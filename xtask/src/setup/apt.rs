@@ -24,8 +24,8 @@ impl Apt {
 
     /// Another release of Debian's, where this machine's packages come from a Debian mirror: asks
     /// that mirror, through an apt of its own, so that signatures are checked and the system's
-    /// lists stay as they are.
-    pub fn of_debian(release: &str) -> Result<Self> {
+    /// lists stay as they are. `architecture` is Debian's name of it.
+    pub fn of_debian(release: &str, architecture: &str) -> Result<Self> {
         let sources = debian_sources(&apt_sources(), release);
         if sources.is_empty() {
             bail!("no Debian mirror among the apt sources");
@@ -33,6 +33,8 @@ impl Apt {
         let mut apt = Self::of_system()?;
         let dir = apt.draft.path().display();
         apt.options = vec![
+            format!("APT::Architecture={architecture}"),
+            format!("APT::Architectures={architecture}"),
             format!("Dir::Etc::sourcelist={dir}/sources.list"),
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             format!("Dir::State::lists={dir}/lists"),

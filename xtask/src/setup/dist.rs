@@ -48,6 +48,14 @@ pub fn provide_rpm() -> Result<()> {
     system::provide_program("rpm", "rpm")
 }
 
+/// What signs.
+///
+/// # Errors
+/// When it can't be had, with the way to get it.
+pub fn provide_minisign() -> Result<()> {
+    system::provide_program("minisign", "minisign")
+}
+
 /// What makes a Debian of its own in a folder.
 ///
 /// # Errors

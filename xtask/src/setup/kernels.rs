@@ -99,7 +99,7 @@ fn given(folder: &Path) -> Result<Vec<Kernel>> {
 }
 
 /// The kernels that lie in `folder` as VERSION/vmlinuz and VERSION/modules/.
-fn in_folder(folder: &Path) -> Result<Vec<Kernel>> {
+pub fn in_folder(folder: &Path) -> Result<Vec<Kernel>> {
     let mut kernels = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| format!("can't read {}", folder.display()))? {
         let dir = entry?.path();
@@ -122,15 +122,22 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
         return Ok(kernels);
     }
     announce(&format!("downloading the cloud kernel of Debian's {release} with apt-get"));
-    let apt = Apt::of_debian(release)?;
-    let packages = apt.packages("linux-")?;
-    let package = newest_cloud_kernel(&packages).context("it has no linux-image-*-cloud-amd64")?;
-    let name = package.trim_start_matches("linux-image-");
-    let version: Version = name.parse()?;
-
+    let apt = Apt::of_debian(release, "amd64")?;
     let parent = place.parent().context("the cache has no folder")?;
     fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
     let draft = Draft::beside(&place)?;
+    download(&apt, "amd64", &draft)?;
+    draft.publish(&draft.path().join("kernels"), &place)?;
+    in_folder(&place)
+}
+
+/// The newest cloud kernel of an architecture, as kernels/VERSION/ in the draft.
+pub fn download(apt: &Apt, architecture: &str, draft: &Draft) -> Result<()> {
+    let packages = apt.packages("linux-")?;
+    let package = newest_cloud_kernel(&packages, architecture)
+        .with_context(|| format!("it has no linux-image-*-cloud-{architecture}"))?;
+    let name = package.trim_start_matches("linux-image-");
+    let version: Version = name.parse()?;
     let unpacked = draft.path().join("packages");
     // Since Debian 14 the image depends on two packages that hold the files.
     let parts = ["image", "binary", "modules"].map(|part| format!("linux-{part}-{name}"));
@@ -150,15 +157,14 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     fs::create_dir_all(&kernel)
         .and_then(|()| fs::rename(vmlinuz, kernel.join("vmlinuz")))
         .and_then(|()| fs::rename(modules, kernel.join("modules")))
-        .with_context(|| format!("can't fill {}", kernel.display()))?;
-    draft.publish(&draft.path().join("kernels"), &place)?;
-    in_folder(&place)
+        .with_context(|| format!("can't fill {}", kernel.display()))
 }
 
 /// The newest of packages such as `linux-image-6.1.0-41-cloud-amd64`.
-fn newest_cloud_kernel(packages: &[String]) -> Option<&str> {
+fn newest_cloud_kernel<'a>(packages: &'a [String], architecture: &str) -> Option<&'a str> {
     let release = |package: &&str| -> Option<Vec<u32>> {
-        let release = package.strip_prefix("linux-image-")?.strip_suffix("-cloud-amd64")?;
+        let release = package.strip_prefix("linux-image-")?.strip_suffix(architecture)?;
+        let release = release.strip_suffix("-cloud-")?;
         let numbers = release.split(|c: char| !c.is_ascii_digit()).filter(|n| !n.is_empty());
         let numbers = numbers.map(|n| n.parse().ok()).collect::<Option<Vec<_>>>()?;
         // A shorter name, such as `6.12`, is a package that only depends on the kernel.
@@ -194,7 +200,9 @@ mod tests {
             "linux-image-cloud-amd64",
         ];
         let packages = packages.map(str::to_owned);
-        assert_eq!(newest_cloud_kernel(&packages), Some("linux-image-6.1.0-41-cloud-amd64"));
-        assert_eq!(newest_cloud_kernel(&[]), None);
+        let newest = newest_cloud_kernel(&packages, "amd64");
+        assert_eq!(newest, Some("linux-image-6.1.0-41-cloud-amd64"));
+        assert_eq!(newest_cloud_kernel(&packages, "arm64"), None);
+        assert_eq!(newest_cloud_kernel(&[], "amd64"), None);
     }
 }

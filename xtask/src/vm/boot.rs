@@ -9,13 +9,13 @@ use anyhow::{Context, Result, bail};
 use crate::setup::kernels::{Kernel, Version};
 
 /// How long a VM may take, in seconds.
-const LIMIT_SECONDS: u32 = 1200;
+pub const LIMIT_SECONDS: u32 = 1200;
 
 /// What `timeout` exits with when the time was up.
 const TIMED_OUT: i32 = 124;
 
-/// The init script's text before the exit status of the tests.
-const END_MARK: &str = "nohop-vm: the tests exited with ";
+/// An init script's text before the exit status of the tests.
+pub const END_MARK: &str = "nohop-vm: the tests exited with ";
 
 /// How a kernel is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,24 +50,27 @@ impl Mode {
 ///
 /// # Errors
 /// When the VM can't be started, ends without the tests' exit status, or not in time.
-pub fn boot(
-    kernel: &Kernel,
-    mode: Mode,
-    initrd: &Path,
-    mut on_line: impl FnMut(&str),
-) -> Result<bool> {
-    let mut command = qemu(kernel, initrd, LIMIT_SECONDS, "1G", mode.parameters());
+pub fn boot(kernel: &Kernel, mode: Mode, initrd: &Path, on_line: impl FnMut(&str)) -> Result<bool> {
+    let command = qemu(kernel, initrd, LIMIT_SECONDS, "1G", mode.parameters());
+    run(command, &format!("{}{}", kernel.version, mode.suffix()), on_line)
+}
+
+/// The same with a VM that was set up already, by the name that its lines are shown with; within LIMIT_SECONDS.
+///
+/// # Errors
+/// As `boot`.
+pub fn run(mut command: Command, name: &str, mut on_line: impl FnMut(&str)) -> Result<bool> {
     command.args(["-serial", "stdio"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
 
-    let mut vm = command.spawn().context("can't run `timeout qemu-system-x86_64`")?;
+    let mut vm = command.spawn().context("can't run `timeout` with QEMU")?;
     let console = vm.stdout.take().context("the VM has no console")?;
     let mut exit_status = None;
     for line in BufReader::new(console).split(b'\n') {
         let line = line.context("can't read the VM's console")?;
         let line = String::from_utf8_lossy(&line);
         let line = line.trim_end_matches('\r');
-        println!("{}{} | {line}", kernel.version, mode.suffix());
+        println!("{name} | {line}");
         on_line(line);
         if let Some((_, status)) = line.split_once(END_MARK) {
             exit_status = Some(status.trim() == "0");
@@ -92,16 +95,30 @@ pub fn qemu(
     memory: &str,
     parameters: &str,
 ) -> Command {
+    let parameters = format!("console=ttyS0 no_timer_check {parameters}");
+    let program = "qemu-system-x86_64";
+    let mut command = emulator(program, kernel, initrd, limit_seconds, memory, &parameters);
+    command.args(["-cpu", processor(kernel.version)]);
+    command
+}
+
+/// The same by `program`, which emulates another architecture, without its processor and console.
+pub fn emulator(
+    program: &str,
+    kernel: &Kernel,
+    initrd: &Path,
+    limit_seconds: u32,
+    memory: &str,
+    parameters: &str,
+) -> Command {
     // `timeout` ends the VM in time even when this program is gone.
     let mut command = Command::new("timeout");
     command.args(["--foreground", "--kill-after=5", &limit_seconds.to_string()]);
-    command.args(["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]);
+    command.args([program, "-nodefaults", "-no-user-config", "-no-reboot"]);
     // A stock kernel doesn't boot under every machine's /dev/kvm, so always by emulation.
-    command.args(["-accel", "tcg", "-cpu", processor(kernel.version), "-smp", "1", "-m", memory]);
-    command.args(["-display", "none"]);
+    command.args(["-accel", "tcg", "-smp", "1", "-m", memory, "-display", "none"]);
     command.arg("-kernel").arg(&kernel.vmlinuz).arg("-initrd").arg(initrd);
-    let append = "console=ttyS0 quiet panic=-1 no_timer_check random.trust_cpu=on";
-    command.args(["-append", &format!("{append} {parameters}")]);
+    command.args(["-append", &format!("quiet panic=-1 random.trust_cpu=on {parameters}")]);
     command
 }
 

@@ -43,12 +43,18 @@ impl Archive {
         self.add(path, EXECUTABLE, script.into_bytes());
     }
 
+    /// A file that is executed or loaded as it is.
+    pub fn add_executable(&mut self, path: &str, file: &Path) -> Result<()> {
+        self.add(path, EXECUTABLE, read(file)?);
+        Ok(())
+    }
+
     /// A program of this machine's, with the shared libraries that it needs.
     pub fn add_program(&mut self, path: &str, program: &Path) -> Result<()> {
-        self.add(path, EXECUTABLE, read(program)?);
+        self.add_executable(path, program)?;
         for library in libraries(program)? {
             let library_path = library.to_string_lossy();
-            self.add(library_path.trim_start_matches('/'), EXECUTABLE, read(&library)?);
+            self.add_executable(library_path.trim_start_matches('/'), &library)?;
         }
         Ok(())
     }
