@@ -295,8 +295,12 @@ check "dpkg purge leaves no files" purged
 
 # --- the README's installation, word for word
 
+now() { echo "${EPOCHREALTIME/[.,]/}"; }
+ms_since() { echo $((($(now) - $1) / 1000)); }
 install() { readme "apt install ./nohop_0.1.0_amd64.deb"; }
+before=$(now)
 check "README: apt install" install
+note "apt install: $(ms_since "$before") ms, emulated"
 checks() { readme "nohop check"; }
 check "README: nohop check" checks
 inactive() { [ "$(systemctl is-enabled nohop.service nohop.socket | tr '\n' ' ')" = "disabled disabled " ] && ! is_serving; }
@@ -315,9 +319,9 @@ shadow() {
 lists() { readme "nohop services" | grep -q '^helloworld'; }
 check "README: shadow mode" shadow
 enabled() { readme "systemctl enable --now nohop.socket nohop.service" && ready && is_answered; }
-before=${EPOCHREALTIME/[.,]/}
+before=$(now)
 check "README: systemctl enable --now" enabled
-note "from enabling to the first response: $(((${EPOCHREALTIME/[.,]/} - before) / 1000)) ms, emulated"
+note "from enabling to the first response: $(ms_since "$before") ms, emulated"
 
 # --- removal while the configuration has mistakes, of which the unloading with defaults knows nothing
 
