@@ -35,7 +35,7 @@ pub fn provide() -> Result<Parts> {
         announce(&format!("downloading the kernel for arm64 of Debian's {RELEASE} with apt-get"));
         let parent = place.parent().context("the cache has no folder")?;
         fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
-        let (apt, draft) = (Apt::of_debian(RELEASE, "arm64")?, Draft::beside(&place)?);
+        let (apt, draft) = (Apt::of_debian(RELEASE, Some("arm64"))?, Draft::beside(&place)?);
         kernels::download(&apt, "arm64", &draft)?;
         let deb = apt.download("busybox-static")?;
         let unpacked = draft.path().join("busybox");

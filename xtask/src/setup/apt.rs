@@ -24,8 +24,9 @@ impl Apt {
 
     /// Another release of Debian's, where this machine's packages come from a Debian mirror: asks
     /// that mirror, through an apt of its own, so that signatures are checked and the system's
-    /// lists stay as they are. `architecture` is Debian's name of it.
-    pub fn of_debian(release: &str, architecture: &str) -> Result<Self> {
+    /// lists stay as they are. `architecture` is Debian's name of one that
+    /// isn't this machine's.
+    pub fn of_debian(release: &str, architecture: Option<&str>) -> Result<Self> {
         let sources = debian_sources(&apt_sources(), release);
         if sources.is_empty() {
             bail!("no Debian mirror among the apt sources");
@@ -33,8 +34,6 @@ impl Apt {
         let mut apt = Self::of_system()?;
         let dir = apt.draft.path().display();
         apt.options = vec![
-            format!("APT::Architecture={architecture}"),
-            format!("APT::Architectures={architecture}"),
             format!("Dir::Etc::sourcelist={dir}/sources.list"),
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             format!("Dir::State::lists={dir}/lists"),
@@ -45,6 +44,10 @@ impl Apt {
             // These folders belong to the user who runs setup, not to apt's.
             "APT::Sandbox::User=root".to_owned(),
         ];
+        if let Some(other) = architecture {
+            apt.options.push(format!("APT::Architecture={other}"));
+            apt.options.push(format!("APT::Architectures={other}"));
+        }
         let mut tried = Vec::new();
         for source in sources {
             match apt.update(&source) {

@@ -95,7 +95,7 @@ fn from_apt() -> Result<PathBuf> {
 /// Debian dropped consul after Debian 11.
 fn from_debian_11() -> Result<PathBuf> {
     announce("downloading consul from Debian 11 with apt-get");
-    unpack(&Apt::of_debian("bullseye")?.download("consul")?)
+    unpack(&Apt::of_debian("bullseye", None)?.download("consul")?)
 }
 
 fn is_deb(file: &Path) -> bool {

@@ -122,7 +122,7 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
         return Ok(kernels);
     }
     announce(&format!("downloading the cloud kernel of Debian's {release} with apt-get"));
-    let apt = Apt::of_debian(release, "amd64")?;
+    let apt = Apt::of_debian(release, Some("amd64"))?;
     let parent = place.parent().context("the cache has no folder")?;
     fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
     let draft = Draft::beside(&place)?;
