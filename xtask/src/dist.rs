@@ -17,6 +17,7 @@ use anyhow::{Context, Result, ensure};
 use crate::process;
 use crate::setup::{self, Purpose};
 use build::Target;
+use package::Format;
 pub use release::Architecture;
 use release::{Release, release};
 
@@ -45,7 +46,7 @@ pub struct Options {
 /// When something that they need isn't there, with the way to get it, or a build fails.
 pub fn run(options: &Options) -> Result<()> {
     setup::run(Purpose::Build)?;
-    let nfpm = setup::dist::provide()?;
+    setup::dist::provide()?;
     let release = release(&options.out)?;
     let mut files = Vec::new();
     // The commands' manual pages and completions are the same for all architectures.
@@ -60,7 +61,9 @@ pub fn run(options: &Options) -> Result<()> {
             other => build::build(Target::glibc(other), &release)?,
         };
         let stage = package::stage(architecture, &glibc, &written, &licenses, &release)?;
-        files.extend(package::packages(&nfpm, architecture, &stage, &release)?);
+        for format in [Format::Deb, Format::Rpm] {
+            files.push(package::pack(format, architecture, &stage, &release)?);
+        }
         if architecture == Architecture::X86_64 {
             let binary = build::build(Target::musl(architecture), &release)?;
             files.push(package::tarball(architecture, &binary, &written, &licenses, &release)?);

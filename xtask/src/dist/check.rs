@@ -231,9 +231,7 @@ fn old_package(release: &Release) -> Result<PathBuf> {
     let licenses = release.path(&format!("nohop-{}-licenses.txt", release.version));
     let stage = package::stage(Architecture::X86_64, &binary, &files, &licenses, &old)?;
     fs::write(stage.join("usr/share/nohop/nohop.toml"), "# All keys have their defaults.\n")?;
-    let nfpm = setup::dist::provide()?;
-    let packages = package::packages(&nfpm, Architecture::X86_64, &stage, &old)?;
-    packages.into_iter().next().context("a .deb is made")
+    package::pack(package::Format::Deb, Architecture::X86_64, &stage, &old)
 }
 
 /// Built once: a commit stays as it is.

@@ -105,42 +105,44 @@ pub fn stage(
     Ok(root)
 }
 
-/// Packs a tree as .deb and .rpm.
-pub fn packages(
-    nfpm: &Path,
+/// A format of packages.
+#[derive(Clone, Copy)]
+pub enum Format {
+    Deb,
+    Rpm,
+}
+
+/// Packs a tree.
+pub fn pack(
+    format: Format,
     architecture: Architecture,
     stage: &Path,
     release: &Release,
-) -> Result<Vec<PathBuf>> {
+) -> Result<PathBuf> {
     let Release { version, work, .. } = release;
     for script in ["postinstall.sh", "preremove.sh", "postremove.sh"] {
         let to = format!("scripts/{script}");
         place_copy(work, &to, &in_contrib("packages").join(script), 0o755)?;
     }
-    let names = [
-        ("deb", format!("nohop_{version}_{}.deb", architecture.debian())),
-        ("rpm", format!("nohop-{version}.{}.rpm", architecture.name())),
-    ];
-    let pack = |(kind, name): (&str, String)| {
-        let file = release.path(&name);
-        let mut nfpm = Command::new(nfpm);
-        nfpm.args(["package", "--packager", kind, "--config"]);
-        nfpm.arg(in_contrib("packages/nfpm.yaml")).arg("--target").arg(&file);
-        nfpm.current_dir(stage).env("SOURCE_DATE_EPOCH", &release.epoch);
-        nfpm.env("VERSION", version).env("ARCH", architecture.debian());
-        process::output(&mut nfpm)?;
-        Ok(file)
+    let (packager, name) = match format {
+        Format::Deb => ("deb", format!("nohop_{version}_{}.deb", architecture.debian())),
+        Format::Rpm => ("rpm", format!("nohop-{version}.{}.rpm", architecture.name())),
     };
-    names.into_iter().map(pack).collect()
+    let file = release.path(&name);
+    let mut nfpm = Command::new(setup::dist::provide()?);
+    nfpm.args(["package", "--packager", packager, "--config"]);
+    nfpm.arg(in_contrib("packages/nfpm.yaml")).arg("--target").arg(&file);
+    nfpm.current_dir(stage).env("SOURCE_DATE_EPOCH", &release.epoch);
+    nfpm.env("VERSION", version).env("ARCH", architecture.debian());
+    process::output(&mut nfpm)?;
+    Ok(file)
 }
 
 /// The .deb of a binary for this architecture.
 pub fn deb(binary: &Path, written: &Path, licenses: &Path, release: &Release) -> Result<PathBuf> {
     fs::create_dir_all(&release.work)?;
     let stage = stage(Architecture::X86_64, binary, written, licenses, release)?;
-    let nfpm = setup::dist::provide()?;
-    let packages = packages(&nfpm, Architecture::X86_64, &stage, release)?;
-    packages.into_iter().next().context("a .deb is made")
+    pack(Format::Deb, Architecture::X86_64, &stage, release)
 }
 
 /// An archive with the static binary and what goes with it.
