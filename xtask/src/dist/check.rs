@@ -17,8 +17,11 @@ use crate::test_report::Tally;
 const OLD: &str = "423192f";
 const OLD_VERSION: &str = "0.0.1";
 
-/// Each with what it is about; of the folder of packages.
-const CHECKS: [(&str, fn(&Path) -> Result<()>); 10] = [
+/// Of the folder with the packages.
+type Check = fn(&Path) -> Result<()>;
+
+/// Each with what it is about.
+const CHECKS: [(&str, Check); 10] = [
     ("made", made),
     ("the same bytes from another folder", same_bytes),
     ("sums, and signed with a key", signed),
