@@ -23,7 +23,7 @@ pub use haproxy::{
 };
 pub use nft_ipvs::{Conntrack, route_frontends};
 pub use nginx::start_backend;
-pub use nohop::{Served, edge_modes, serve as serve_nohop};
+pub use nohop::{Served, edge_modes, edge_sources, serve as serve_nohop, start_edge};
 pub use template::{render, rendered};
 
 /// One who is compared.

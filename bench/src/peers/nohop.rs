@@ -1,7 +1,7 @@
 //! nohop itself, by a static catalog.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -61,11 +61,20 @@ const XDP: &str = "xdp-native";
 
 /// An edge by XDP.
 pub fn start_on_edge_by_xdp(node: &Node, services: &Services) -> Result<Running> {
-    start_on_edge(node, services, true)
+    start_on_edge(node, services, true, "")
 }
 
-/// An edge by TC: veth takes no XDP program where its peer's MTU is more than a page.
+/// An edge by TC: see [`start_edge`].
 pub fn start_on_edge_by_tc(node: &Node, services: &Services) -> Result<Running> {
+    start_edge(node, services, "")
+}
+
+/// An edge by TC: veth takes no XDP program where its peer's MTU is more than a page. `more` is more of its
+/// configuration: TOML with dotted keys, a line each.
+///
+/// # Errors
+/// When it doesn't serve in time.
+pub fn start_edge(node: &Node, services: &Services, more: &str) -> Result<Running> {
     for (host, interfaces) in [
         (node.client_host(), &["eth0", "eth1"][..]),
         (node.hop_host(), &["eth0", "eth1", "eth2"]),
@@ -75,12 +84,16 @@ pub fn start_on_edge_by_tc(node: &Node, services: &Services) -> Result<Running> 
             host.ip(&format!("link set {interface} mtu 9000"))?;
         }
     }
-    start_on_edge(node, services, false)
+    start_on_edge(node, services, false, more)
 }
 
-fn start_on_edge(node: &Node, services: &Services, is_xdp: bool) -> Result<Running> {
-    // Four addresses, so that no contender runs out of ports.
-    let sources: Vec<String> = (1..=4).map(|nth| format!("10.99.9.{nth}")).collect();
+/// The addresses that an edge's backends see: four, so that no contender runs out of ports.
+pub fn edge_sources() -> Vec<Ipv4Addr> {
+    (1..=4).map(|nth| Ipv4Addr::new(10, 99, 9, nth)).collect()
+}
+
+fn start_on_edge(node: &Node, services: &Services, is_xdp: bool, more: &str) -> Result<Running> {
+    let sources: Vec<String> = edge_sources().iter().map(Ipv4Addr::to_string).collect();
     for source in &sources {
         node.hop_host().ip(&format!("addr add {source}/32 dev lo"))?;
     }
@@ -93,7 +106,7 @@ fn start_on_edge(node: &Node, services: &Services, is_xdp: bool) -> Result<Runni
     let config = format!(
         "catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\nvip.public = [\"10.96.0.0/16\"]\n\
          edge.interfaces = [\"eth0\", \"eth1\", \"eth2\"]\nedge.source = {sources:?}\n\
-         edge.vips = {{ {} }}\n",
+         edge.vips = {{ {} }}\n{more}",
         vips.join(", ")
     );
     // Its cgroup is nobody's: what comes from other hosts is what is measured.

@@ -1,6 +1,8 @@
 //! An edge between clients and backends, each in a network namespace of its own: packets a second of one
-//! processor, HTTP, and what is lost when the daemon is killed, restarted or replaced, or SYNs flood it.
+//! processor, HTTP, what is lost when the daemon is killed, restarted or replaced, or SYNs flood it, and what it costs
+//! to show servers their clients' addresses.
 
+mod clients;
 mod flood;
 mod packets;
 mod restarts;
@@ -35,11 +37,13 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let mut progress = Progress::new("edge, HTTP", 4 * able.len() * (n_rounds + 1));
     let how = (n_rounds, rate_seconds);
     http::measure(&mut draft, &able, (Layout::Edge, &[N_CONNECTIONS]), how, &mut progress)?;
+    clients::measure(&mut draft, is_quick)?;
     draft.finish();
     packets::judge(&mut draft);
     judge_http(&mut draft);
     restarts::judge(&mut draft);
     flood::judge(&mut draft);
+    clients::judge(&mut draft);
     Ok(draft)
 }
 
