@@ -647,8 +647,14 @@ pub struct GlobalCounters {
     pub events_lost: u64,
     /// Events of traced connections ([`TraceEvent`](crate::TraceEvent)) for which `TRACE` had no room.
     pub trace_lost: u64,
+    /// Connections from edges of `datapath.client_address_from` that show the client's address.
+    pub client_shown: u64,
+    /// Those that show the edge's, since their SYN had no such option.
+    pub client_no_option: u64,
+    /// Those that show the edge's, since the kernel didn't keep their SYN.
+    pub client_no_syn: u64,
     /// Zero. Room for further counters.
-    pub reserved: [u64; 21],
+    pub reserved: [u64; 18],
 }
 
 /// A field of [`GlobalCounters`].
@@ -677,6 +683,12 @@ pub enum Counter {
     EventsLost = word_of(offset_of!(GlobalCounters, events_lost)),
     /// [`GlobalCounters::trace_lost`]
     TraceLost = word_of(offset_of!(GlobalCounters, trace_lost)),
+    /// [`GlobalCounters::client_shown`]
+    ClientShown = word_of(offset_of!(GlobalCounters, client_shown)),
+    /// [`GlobalCounters::client_no_option`]
+    ClientNoOption = word_of(offset_of!(GlobalCounters, client_no_option)),
+    /// [`GlobalCounters::client_no_syn`]
+    ClientNoSyn = word_of(offset_of!(GlobalCounters, client_no_syn)),
 }
 
 /// The word that begins at an offset.

@@ -611,6 +611,38 @@ pub fn interfaces_change() {
     });
 }
 
+/// A source that the host hasn't got has no new flows; without any of an address family none of its VIPs is served.
+pub fn sources_come_and_go() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let sources = ["10.7.0.77", "10.7.0.1", "fd07::77"].map(|it| it.parse().unwrap()).into();
+        let mut datapath = place.start();
+        datapath.configure_edge(Some(EdgeOptions { sources, ..options() }));
+        let errors = datapath.apply(&table(vec![web()])).unwrap();
+        assert!(errors.is_empty(), "{errors:?}");
+        let status = datapath.edge_status().unwrap();
+        assert_eq!((status.problems.len(), status.forwards), (2, [true, false]), "{status:?}");
+        assert!(status.problems[0].contains("edge.source 10.7.0.77 is no address of this host"));
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let vip = SocketAddr::from((PUBLIC, 80));
+        let ask_all = |network: &Network| {
+            let ask = move || ask(CLIENT.into(), vip, b"?").unwrap();
+            network.client.run(move || (0..4).map(|_| ask()).collect::<Vec<_>>())
+        };
+        let seen = |ip: &str| format!("A {ip} 1");
+        assert_eq!(ask_all(&network), vec![seen("10.7.0.1"); 4]);
+
+        ip("addr add 10.7.0.77/24 dev in");
+        ip("addr add fd07::77/64 dev in nodad");
+        datapath.fix();
+        let status = datapath.edge_status().unwrap();
+        assert_eq!((status.problems.len(), status.forwards), (0, [true; 2]), "{status:?}");
+        let all = ask_all(&network);
+        assert!(all.contains(&seen("10.7.0.77")) && all.contains(&seen("10.7.0.1")), "{all:?}");
+        stop_server(&network.backend, BACKEND.into());
+    });
+}
+
 /// While connections are only counted, and after a daemon of another version has run, which doesn't keep the frontends,
 /// no flow begins; those that there are go on.
 pub fn no_flow_begins() {

@@ -103,9 +103,13 @@ pub fn a_full_table() {
         let (place, network) = (place(), Network::new());
         let vip = SocketAddr::from((PUBLIC, 80));
         let web = public("web", &[(BACKEND, PORT).into()], &[vip]);
-        let datapath = serve_with(&place, vec![web], small());
+        let mut datapath = serve_with(&place, vec![web], small());
+        datapath.fix();
         let mut connections = Connections::new(&network);
         connections.open(&network.client, vip, ROOM);
+        // What was proved stays so: there is no room for another proof.
+        datapath.prove_edge_again();
+        assert_eq!(datapath.edge_status().unwrap().proofs[0], Some(Ok(())));
         let refused = move || TcpStream::connect_timeout(&vip, LONG).map_err(|error| error.kind());
         for _ in 0..3 {
             assert_eq!(network.client.run(refused).unwrap_err(), ErrorKind::ConnectionRefused);

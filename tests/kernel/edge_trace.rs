@@ -11,7 +11,7 @@ use crate::edge::{
     request, serve, start_server, stop_server, web,
 };
 use crate::edge_room::{bound_stream, reset};
-use crate::netns::{inside, ip};
+use crate::netns::inside;
 
 /// The next things that happened to flows, as many as these.
 fn next(events: &mut TraceEvents, n: usize) -> Vec<TracedFlow> {
@@ -167,30 +167,5 @@ pub fn no_route() {
         // A backend on the edge would see the client's address.
         assert_eq!(flows.iter().map(|flow| flow.source.ip()).collect::<Vec<_>>(), [SOURCE]);
         assert_eq!(count(&datapath, "forwarded"), 0);
-    });
-}
-
-/// The daemon's own packets are translated by the programs as they are attached; where they aren't, that is reported.
-pub fn a_proof() {
-    inside(|| {
-        let (place, _network) = (place(), Network::new());
-        let mut datapath = serve(&place, vec![web()]);
-        datapath.fix();
-        let proof = |datapath: &Datapath| datapath.edge_status().unwrap().proof;
-        assert_eq!(proof(&datapath), Some(Ok(())));
-        assert_eq!(flows(&datapath), []);
-        // Two interfaces, two families, two directions.
-        assert_eq!(count(&datapath, "forwarded"), 8, "{:?}", datapath.edge_counts());
-
-        // What was proved stays so for a while. Without a way on the next one fails, and by itself passes again.
-        ip("link set out down");
-        datapath.prove_edge_again();
-        let why = proof(&datapath).unwrap().unwrap_err();
-        assert!(why.contains("by out has failed: a packet to a public VIP isn't sent on"), "{why}");
-        let reason = datapath.unit_status().into_iter().find(|unit| unit.name == "edge").unwrap();
-        assert_eq!(reason.reason.as_deref(), Some(&*why));
-        ip("link set out up");
-        datapath.fix();
-        assert_eq!(proof(&datapath), Some(Ok(())));
     });
 }

@@ -12,6 +12,7 @@ mod disconnect;
 mod edge;
 mod edge_bad_input;
 mod edge_client;
+mod edge_proof;
 mod edge_room;
 mod edge_trace;
 mod edge_xdp;
@@ -102,10 +103,12 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_vlans", edge_bad_input::vlans),
     once("edge_jumbo_frames", edge_bad_input::jumbo_frames),
     once("edge_without_forwarding", edge_bad_input::without_forwarding),
-    since((5, 10), "edge_a_proof", edge_trace::a_proof),
+    since((5, 10), "edge_a_proof", edge_proof::passes_and_fails),
+    once("edge_a_proof_of_a_killed_daemon", edge_proof::of_a_killed_daemon),
     since((5, 10), "edge_no_route", edge_trace::no_route),
     since((5, 10), "edge_flows_outlive_the_daemon", edge::flows_outlive_the_daemon),
     since((5, 10), "edge_clients_are_shown", edge_client::clients_are_shown),
+    since((5, 10), "edge_clients_of_mptcp_are_shown", edge_client::clients_of_mptcp_are_shown),
     // The kernel reports from 6.3 on whether the other end of a veth takes packets from XDP; tcx is of 6.6.
     since((6, 6), "edge_xdp_established_flows", edge_xdp::established_flows),
     since((6, 6), "edge_xdp_checksums_left_to_the_card", edge_xdp::checksums_left_to_the_card),
@@ -115,6 +118,7 @@ const TRIALS: &[KernelTrial] = &[
     since((6, 6), "edge_xdp_sent_back", edge_xdp::sent_back),
     since((5, 10), "edge_an_upgrade", edge_xdp::an_upgrade),
     since((5, 10), "edge_a_silent_neighbour", edge::a_silent_neighbour),
+    once("edge_sources_come_and_go", edge::sources_come_and_go),
     once("edge_a_service_goes", edge::a_service_goes),
     once("edge_no_flow_begins", edge::no_flow_begins),
     once("edge_udp_moves", edge::udp_moves),

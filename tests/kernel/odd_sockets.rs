@@ -67,7 +67,7 @@ pub fn fast_open() {
 }
 
 /// A socket of MPTCP is made of sockets that the kernel makes.
-const NO_MPTCP: &str = "this kernel was built without MPTCP";
+pub const NO_MPTCP: &str = "this kernel was built without MPTCP";
 
 pub fn mptcp() {
     let server = Server::start(b'a');

@@ -145,8 +145,11 @@ fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool>) -> Result<()>
 
 /// The VIPs go from one edge to the other; what was open is reset, and what is new is served.
 fn moves(site: &Site, to: &Edge, flow: &mut Flow, what: &str) -> Result<()> {
+    let start = Instant::now();
     wait_until(what, || to.has_vips())?;
     wait_until(what, || Ok(site.is_served()))?;
+    // For docs/edge.md.
+    println!("{what}: the other edge serves after {:.2} s", start.elapsed().as_secs_f64());
     let Err(error) = flow.goes_on(what) else { bail!("{what}: another edge knows the flow") };
     let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
     let is_reset = matches!(kind, Some(ErrorKind::ConnectionReset | ErrorKind::BrokenPipe));

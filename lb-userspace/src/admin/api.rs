@@ -100,8 +100,14 @@ pub struct EdgeDocument {
     pub capacity: u64,
     /// The public VIPs that are announced.
     pub announced: Vec<IpAddr>,
-    /// Why none is; `null` while they are.
+    /// Why none is, or why some aren't; `null` while all are.
     pub withdrawn: Option<String>,
+    /// The services whose servers are sent the addresses of clients.
+    #[serde(default)]
+    pub client_address: Vec<String>,
+    /// What was decided on packets, by name, since the unit's maps were made.
+    #[serde(default)]
+    pub packets: BTreeMap<String, u64>,
 }
 
 /// An interface of the edge, within [`EdgeDocument`].
@@ -263,6 +269,9 @@ pub struct DatapathStatus {
     pub refused_services: usize,
     /// Events that belong to no service, by name, since the start.
     pub counters: BTreeMap<String, u64>,
+    /// The edges whose clients' addresses servers of this node are shown.
+    #[serde(default)]
+    pub client_address_from: Vec<Ipv4Addr>,
 }
 
 /// Programs, maps and attachments that load, fail and upgrade together, within [`DatapathStatus`].

@@ -85,10 +85,16 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     let bridges = hairpin(Path::new("/sys/class/net"));
     checks.extend(bridges.map(|found| finding("bridges", false, found)));
     checks.push(finding("routes", false, routes(&config)));
+    let host = edge_check::EdgeHost::here(parse_release(&release()));
+    let clients = edge_check::check_clients(
+        &config,
+        &host,
+        daemon.as_ref().ok().map(|status| &status.datapath),
+    );
+    checks.extend(clients.map(|found| finding("addresses of clients", false, found)));
     if config.edge.is_on() {
         let running = daemon.as_ref().ok().and_then(|status| status.edge.as_ref());
-        let files = edge_check::EdgeHost::here(parse_release(&release()));
-        let found = edge_check::check(&config, &files, edge_check::is_own, running);
+        let found = edge_check::check(&config, &host, edge_check::is_own, running);
         checks.extend(found.into_iter().map(|(what, required, it)| finding(&what, required, it)));
     }
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));

@@ -104,6 +104,9 @@ pub fn check(
     for source in &edge.source {
         found.push((format!("edge.source {source}"), true, source_address(*source, &is_own)));
     }
+    if !edge.client_address.is_empty() {
+        found.push(("edge.client_address".to_owned(), false, sent_clients(edge)));
+    }
     for (family, is_used) in families(edge) {
         let is_v4 = family == "ipv4";
         let networks = config.vip.public.iter();
@@ -132,6 +135,66 @@ pub fn check(
 /// Whether an address is this host's. That one can be bound to proves nothing (net.ipv4.ip_nonlocal_bind).
 pub fn is_own(source: IpAddr) -> bool {
     crate::datapath::is_own(&source)
+}
+
+/// What servers' nodes need for the addresses of clients that this edge sends.
+fn sent_clients(edge: &EdgeConfig) -> Result<String, (String, String)> {
+    let sources = edge.source.iter().filter(|source| source.is_ipv4());
+    let sources: Vec<String> = sources.map(|source| format!("\"{source}\"")).collect();
+    if sources.is_empty() {
+        let problem = "edge.source has no IPv4 address, so no SYN has a client's address";
+        return Err((problem.to_owned(), "add one of this host to edge.source".to_owned()));
+    }
+    Ok(format!(
+        "sent with SYNs over IPv4; the nodes of {} need datapath.client_address_from = [{}]",
+        edge.client_address.join(", "),
+        sources.join(", ")
+    ))
+}
+
+/// Checks what a node needs to show the addresses of clients that edges send. `running` is what a running daemon reports.
+pub fn check_clients(
+    config: &Config,
+    host: &EdgeHost,
+    running: Option<&api::DatapathStatus>,
+) -> Option<Result<String, (String, String)>> {
+    let edges = &config.datapath.client_address_from;
+    if edges.is_empty() {
+        return None;
+    }
+    let edges: Vec<String> = edges.iter().map(ToString::to_string).collect();
+    let wrong = |problem: String, fix: &str| Some(Err((problem, fix.to_owned())));
+    // 2: for every connection (Documentation/networking/ip-sysctl.rst).
+    if host.sysctl("net/ipv4/tcp_syncookies").as_deref() == Some("2") {
+        return wrong(
+            "net.ipv4.tcp_syncookies is 2, so the kernel keeps no SYN, and servers see the edges"
+                .to_owned(),
+            "sysctl -w net.ipv4.tcp_syncookies=1, which uses cookies while a backlog overflows",
+        );
+    }
+    let outcomes = running.and_then(|it| it.units.iter().find(|unit| unit.name == "outcomes"));
+    if let Some(unit) = outcomes.filter(|unit| matches!(&*unit.state, "failed" | "off")) {
+        let why = unit.reason.as_deref().unwrap_or(&unit.state);
+        return wrong(
+            format!("servers see the edges: the unit outcomes doesn't run: {why}"),
+            "see `nohop status`",
+        );
+    }
+    let n_kept =
+        |name: &str| running.and_then(|it| it.counters.get(name)).copied().unwrap_or_default();
+    let [n_shown, n_no_syn] = ["client_shown", "client_no_syn"].map(n_kept);
+    if n_no_syn > 0 {
+        return wrong(
+            format!(
+                "{n_no_syn} connections from {} showed the edge, since the kernel hadn't kept their SYN \
+                 ({n_shown} showed the client)",
+                edges.join(", ")
+            ),
+            "restart servers that listen for longer than nohop runs with datapath.client_address_from; \
+             others met a full backlog (SYN cookies)",
+        );
+    }
+    Some(Ok(format!("of connections from {}: {n_shown} shown", edges.join(", "))))
 }
 
 fn families(edge: &EdgeConfig) -> [(&'static str, bool); 2] {
@@ -344,6 +407,7 @@ mod tests {
         config.edge.interfaces = ["eth0", "eth0.7", "eth9"].map(str::to_owned).into();
         config.edge.source = ["10.0.0.2", "10.0.0.3"].map(|it| it.parse().unwrap()).into();
         config.vip.public = vec!["2001:db8::/64".parse().unwrap()];
+        config.edge.client_address = vec!["web".to_owned()];
         let is_own = |address: IpAddr| address.to_string() == "10.0.0.2";
         let findings = |host: &EdgeHost, running: Option<&api::EdgeDocument>| {
             let found = check(&config, host, is_own, running);
@@ -378,6 +442,10 @@ mod tests {
         is_right("edge.source 10.0.0.2", "an address of this host");
         is_wrong("edge.source 10.0.0.3", "replies of backends don't come here");
         is_wrong("edge.source for ipv6", "vip.public has ipv6 networks");
+        is_right(
+            "edge.client_address",
+            r#"of web need datapath.client_address_from = ["10.0.0.2", "#,
+        );
         is_wrong("source ports", "use ports from 15000 on");
 
         // What the kernel reports itself, from 6.3 on, counts more than the list of drivers.
@@ -405,6 +473,8 @@ mod tests {
             capacity: 1,
             announced: Vec::new(),
             withdrawn: None,
+            client_address: Vec::new(),
+            packets: BTreeMap::new(),
         };
         let found = findings(&host, Some(&running));
         assert_eq!(found["edge interface eth0"], Ok("attached, tcx: words of the driver".into()));
@@ -412,6 +482,46 @@ mod tests {
             found["edge interface eth0.7"],
             Err("not attached: words of the driver".to_owned())
         );
+    }
+
+    #[test]
+    fn a_node_that_shows_clients_is_checked() {
+        let root = tempfile::tempdir().unwrap();
+        let host = EdgeHost {
+            sys: root.path().join("sys"),
+            sysctl: root.path().join("sysctl"),
+            devices: Vec::new(),
+            kernel: Some((6, 1)),
+        };
+        let mut config = Config::default();
+        assert_eq!(check_clients(&config, &host, None), None);
+        config.datapath.client_address_from = vec![[10, 0, 0, 2].into()];
+        let unit = |state: &str| api::UnitStatus {
+            name: "outcomes".to_owned(),
+            state: state.to_owned(),
+            reason: None,
+        };
+        let status = |state: &str, n_no_syn| {
+            let counters = [("client_shown", 5), ("client_no_syn", n_no_syn)];
+            let counters = counters.map(|(name, n)| (name.to_owned(), n)).into();
+            api::DatapathStatus { units: vec![unit(state)], counters, ..Default::default() }
+        };
+        for (cookies, status, expected) in [
+            ("1", status("attached", 0), Ok("of connections from 10.0.0.2: 5 shown")),
+            ("1", status("attached", 3), Err("3 connections from 10.0.0.2 showed the edge")),
+            ("1", status("failed", 0), Err("the unit outcomes doesn't run: failed")),
+            ("2", status("attached", 0), Err("tcp_syncookies is 2")),
+        ] {
+            write(root.path(), "sysctl/net/ipv4/tcp_syncookies", cookies);
+            let found = check_clients(&config, &host, Some(&status)).unwrap();
+            match (&found, expected) {
+                (Ok(found), Ok(expected)) => assert!(found.contains(expected), "{found}"),
+                (Err((problem, _)), Err(expected)) => {
+                    assert!(problem.contains(expected), "{problem}")
+                }
+                _ => panic!("{found:?}, {expected:?}"),
+            }
+        }
     }
 
     #[test]

@@ -92,6 +92,11 @@ pub fn status(status: &Status, palette: Palette) -> String {
     lines(&maps, palette)
         .into_iter()
         .for_each(|shown| line(&mut text, format!("          {shown}")));
+    if !status.datapath.client_address_from.is_empty() {
+        let edges = status.datapath.client_address_from.iter().map(ToString::to_string);
+        let edges = edges.collect::<Vec<_>>().join(", ");
+        line(&mut text, format!("          servers see clients' addresses by edges {edges}"));
+    }
     for (name, n) in status.datapath.counters.iter().filter(|(_, n)| **n > 0) {
         line(&mut text, format!("          {name}: {n}"));
     }
@@ -103,7 +108,16 @@ pub fn status(status: &Status, palette: Palette) -> String {
 
 /// The edge's interfaces and flows, and what it announces.
 fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
-    let EdgeDocument { interfaces, proof, flows, capacity, announced, withdrawn } = edge;
+    let EdgeDocument {
+        interfaces,
+        proof,
+        flows,
+        capacity,
+        announced,
+        withdrawn,
+        client_address,
+        packets,
+    } = edge;
     let announced = match (withdrawn, announced.len()) {
         (Some(why), 0) => format!("no public VIP announced: {why}"),
         (Some(why), n) => format!("{n} public addresses announced: {why}"),
@@ -120,8 +134,40 @@ fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
         let message = message.as_ref().map(|text| format!(": {text}")).unwrap_or_default();
         format!("          {name} {mode}{message}")
     }));
+    let n_packets = |name: &str| packets.get(name).copied().unwrap_or_default();
+    let refused = REFUSED_PACKETS.iter().map(|name| (name, n_packets(name)));
+    let refused = refused.filter(|(_, n)| *n > 0).map(|(name, n)| format!("{n} {name}"));
+    let refused = refused.collect::<Vec<_>>().join(", ");
+    if !refused.is_empty() {
+        lines.push(format!("          packets not sent on: {refused}"));
+    }
+    if !client_address.is_empty() {
+        let [n_shown, n_not_shown] = ["client_shown", "client_not_shown"].map(n_packets);
+        let names = client_address.join(", ");
+        lines.push(format!(
+            "          clients' addresses go to servers of {names}: {n_shown} SYNs with, {n_not_shown} without"
+        ));
+    }
     lines
 }
+
+/// What became of packets that an edge didn't send on, see docs/edge.md.
+const REFUSED_PACKETS: [&str; 14] = [
+    "no_route",
+    "no_backend",
+    "no_frontend",
+    "no_port",
+    "table_full",
+    "syn_flood",
+    "unknown_flow",
+    "fragment",
+    "martian",
+    "bad_header",
+    "bad_checksum",
+    "hop_limit",
+    "too_long",
+    "broken",
+];
 
 /// A resolver's state and counters.
 fn upstream_line(upstream: &UpstreamStatus, palette: Palette) -> String {

@@ -65,13 +65,14 @@ impl Announcement {
                 interface.name
             ));
         }
-        let forwards = |address: &IpAddr| edge.forwards[usize::from(address.is_ipv6())];
-        let problem = edge.problems.first();
-        if let Some(problem) = problem.filter(|_| !edge.sources.iter().any(forwards)) {
-            return Announcement::Withdraw(problem.clone());
-        }
-        if let Some(Err(why)) = &edge.proof {
-            return Announcement::Withdraw(why.clone());
+        let is_served = |address: &IpAddr| {
+            let family = usize::from(address.is_ipv6());
+            edge.forwards[family] && !matches!(edge.proofs[family], Some(Err(_)))
+        };
+        let disproof = edge.proof().and_then(Result::err);
+        let problem = edge.problems.first().map(String::as_str).or(disproof);
+        if let Some(problem) = problem.filter(|_| !edge.sources.iter().any(is_served)) {
+            return Announcement::Withdraw(problem.to_owned());
         }
         if drains.is_incomplete() {
             let why = "what is drained isn't read from the state directory yet";
@@ -82,10 +83,10 @@ impl Announcement {
         }
         let public = table.services.values().flat_map(|service| &service.public);
         let addresses = public.map(SocketAddr::ip).filter(|address| has_source(edge, address));
-        let (served, others): (BTreeSet<_>, BTreeSet<_>) = addresses.partition(forwards);
+        let (served, others): (BTreeSet<_>, BTreeSet<_>) = addresses.partition(is_served);
         match problem.filter(|_| !others.is_empty()) {
             None => Announcement::Announce(served),
-            Some(problem) => Announcement::Partly(served, problem.clone()),
+            Some(problem) => Announcement::Partly(served, problem.to_owned()),
         }
     }
 
@@ -96,6 +97,15 @@ impl Announcement {
             Announcement::Partly(_, why)
             | Announcement::Unknown(why)
             | Announcement::Withdraw(why) => Some(why),
+        }
+    }
+
+    /// Why this edge isn't to have traffic; `None` where it is. As long as nothing is known, it keeps what it had: an
+    /// earlier daemon announced what these routes show.
+    pub fn unready(&self, routes: &PublicRoutes) -> Option<&str> {
+        match self {
+            Announcement::Unknown(_) if !routes.announced.is_empty() => None,
+            _ => self.obstacle(),
         }
     }
 }
@@ -205,17 +215,21 @@ pub async fn withdraw() {
     }
 }
 
-/// The public VIPs of the configuration that no service has.
-pub fn vips_of_none(vips: &BTreeMap<String, SocketAddr>, table: &Table) -> Vec<String> {
-    let of_none = vips.iter().filter(|(name, _)| !table.services.contains_key(&***name));
-    let problem = |(name, vip)| {
-        format!(
-            "edge.vips: {vip} is of `{name}`, which is no service here: correct the name, or register \
-             the service"
-        )
-    };
+/// The names in the configuration that are no service's: those of public VIPs, and of `edge.client_address`.
+pub fn names_of_none(
+    vips: &BTreeMap<String, SocketAddr>,
+    edge: Option<&EdgeStatus>,
+    table: &Table,
+) -> Vec<String> {
+    let is_of_none = |name: &str| !table.services.contains_key(name);
+    let fix = "which is no service here: correct the name, or register the service";
+    let vips = vips.iter().filter(|(name, _)| is_of_none(name));
+    let vips = vips.map(|(name, vip)| format!("edge.vips: {vip} is of `{name}`, {fix}"));
+    let shown = edge.iter().flat_map(|edge| &edge.client_address);
+    let shown = shown.filter(|name| is_of_none(name));
+    let shown = shown.map(|name| format!("edge.client_address: it has `{name}`, {fix}"));
     // Before the first table no service is known.
-    if table.is_synced() { of_none.map(problem).collect() } else { Vec::new() }
+    if table.is_synced() { vips.chain(shown).collect() } else { Vec::new() }
 }
 
 /// The public VIPs that this edge doesn't announce because it has no source address of their family.
@@ -236,6 +250,7 @@ pub fn document(
     edge: &EdgeStatus,
     announcement: &Announcement,
     routes: &PublicRoutes,
+    packets: Vec<(&'static str, u64)>,
 ) -> api::EdgeDocument {
     let interface = |one: &EdgeInterface| api::EdgeInterfaceDocument {
         name: one.name.clone(),
@@ -244,14 +259,16 @@ pub fn document(
     };
     api::EdgeDocument {
         interfaces: edge.interfaces.iter().map(interface).collect(),
-        proof: edge.proof.as_ref().map(|proof| match proof {
+        proof: edge.proof().map(|proof| match proof {
             Ok(()) => "passed".to_owned(),
-            Err(why) => why.clone(),
+            Err(why) => why.to_owned(),
         }),
         flows: edge.n_flows.into(),
         capacity: edge.max_flows.into(),
         announced: routes.announced.iter().copied().collect(),
         withdrawn: announcement.obstacle().map(str::to_owned),
+        client_address: edge.client_address.clone(),
+        packets: packets.into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
     }
 }
 
@@ -296,11 +313,12 @@ mod tests {
         EdgeStatus {
             interfaces: vec![interface],
             sources: vec!["10.0.0.2".parse().unwrap()],
+            client_address: Vec::new(),
             n_flows: 0,
             max_flows: 8,
             problems: Vec::new(),
             forwards: [true; 2],
-            proof: None,
+            proofs: Default::default(),
         }
     }
 
@@ -312,7 +330,9 @@ mod tests {
         let problems = vec!["no".to_owned()];
         let no_forwarding = EdgeStatus { problems, forwards: [false, true], ..attached.clone() };
         let no_ipv6 = EdgeStatus { forwards: [true, false], ..no_forwarding.clone() };
-        let disproved = EdgeStatus { proof: Some(Err("why".to_owned())), ..attached.clone() };
+        let failed = || Some(Err("why".to_owned()));
+        let disproved = EdgeStatus { proofs: [failed(), None], ..attached.clone() };
+        let disproved6 = EdgeStatus { proofs: [Some(Ok(())), failed()], ..attached.clone() };
         let (none, mut drained) = (Drains::default(), Drains::default());
         let drain = Drain { since: 0, boottime_ms: 0 };
         drained.add(DrainTarget::Edge, drain).unwrap();
@@ -335,6 +355,7 @@ mod tests {
             (&synced, &disproved, &none, Announcement::Withdraw("why".to_owned())),
             (&synced, &no_forwarding, &none, Announcement::Withdraw("no".to_owned())),
             // VIPs of the other family aren't concerned.
+            (&synced, &disproved6, &none, Announcement::Announce(BTreeSet::new())),
             (&synced, &no_ipv6, &none, Announcement::Announce(BTreeSet::new())),
             (
                 &synced,
@@ -360,6 +381,16 @@ mod tests {
         let expected = "this node is in shadow mode: nohop/off is set".to_owned();
         let announcement = Announcement::of(&synced, &attached, &none, &shadow);
         assert_eq!(announcement, Announcement::Withdraw(expected));
+    }
+
+    #[test]
+    fn a_restart_leaves_an_edge_ready() {
+        let (none, one) = (BTreeSet::new(), BTreeSet::from(["203.0.113.10".parse().unwrap()]));
+        let [none, one] = [none, one].map(|announced| PublicRoutes { announced, problem: None });
+        let unknown = Announcement::Unknown("not yet".to_owned());
+        assert_eq!((unknown.unready(&none), unknown.unready(&one)), (Some("not yet"), None));
+        let withdraw = Announcement::Withdraw("drained".to_owned());
+        assert_eq!(withdraw.unready(&one), Some("drained"));
     }
 
     #[test]
@@ -393,9 +424,18 @@ mod tests {
             forwards: [true, false],
             ..edge.clone()
         };
-        let announcement = Announcement::of(&table, &both, &Drains::default(), &Mode::Translate);
-        let partly = Announcement::Partly(four.clone(), "net.ipv6...".to_owned());
-        assert_eq!((announcement.obstacle(), &announcement), (Some("net.ipv6..."), &partly));
+        let disproved = EdgeStatus {
+            problems: Vec::new(),
+            forwards: [true; 2],
+            proofs: [Some(Ok(())), Some(Err("a proof...".to_owned()))],
+            ..both.clone()
+        };
+        for (edge, why) in [(both, "net.ipv6..."), (disproved, "a proof...")] {
+            let announcement =
+                Announcement::of(&table, &edge, &Drains::default(), &Mode::Translate);
+            let partly = Announcement::Partly(four.clone(), why.to_owned());
+            assert_eq!((announcement.obstacle(), &announcement), (Some(why), &partly));
+        }
         let problem = vips_without_source(&edge, &table).unwrap();
         assert!(
             problem.contains("no IPv6 address, so 1 public VIPs, such as 2001:db8::1"),
@@ -404,12 +444,18 @@ mod tests {
     }
 
     #[test]
-    fn a_vip_of_no_service_is_a_problem() {
+    fn a_name_of_no_service_is_a_problem() {
         let vips = [("web".to_owned(), "203.0.113.10:80".parse().unwrap())].into();
-        assert!(vips_of_none(&vips, &Table::default()).is_empty());
+        let client_address = vec!["api".to_owned()];
+        let edge = EdgeStatus { client_address, ..status(Some(EdgeMode::Tcx)) };
+        assert!(names_of_none(&vips, Some(&edge), &Table::default()).is_empty());
         let synced = Table { generation: 1, ..Table::default() };
-        let problems = vips_of_none(&vips, &synced);
+        let problems = names_of_none(&vips, Some(&edge), &synced);
         assert!(problems[0].starts_with("edge.vips: 203.0.113.10:80 is of `web`"), "{problems:?}");
+        assert!(
+            problems[1].starts_with("edge.client_address: it has `api`, which"),
+            "{problems:?}"
+        );
     }
 
     #[test]

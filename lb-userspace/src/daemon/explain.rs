@@ -344,7 +344,7 @@ fn is_v6(backend: &Backend) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::catalog::InspectError;
     use crate::table::BackendState;
@@ -533,7 +533,7 @@ mod tests {
         }
     }
 
-    fn service(backends: &[&str]) -> Service {
+    pub(in crate::daemon) fn service(backends: &[&str]) -> Service {
         let backend = |address: &&str| {
             let address: SocketAddr = address.parse().unwrap();
             Backend {

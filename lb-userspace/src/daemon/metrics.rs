@@ -18,6 +18,10 @@ use crate::table::vips::PoolUse;
 pub(super) const PROPAGATION_BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
+/// The results of connections from edges, each with its name among the events.
+const CLIENT_ADDRESSES: [(&str, &str); 3] =
+    [("shown", "client_shown"), ("no_option", "client_no_option"), ("no_syn", "client_no_syn")];
+
 /// All values, read at one moment.
 #[derive(Debug)]
 pub struct Readings {
@@ -377,8 +381,15 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     let help =
         "What the programs in the kernel count for no service in particular, as in nohop status.";
     let mut family = text.family("nohop_datapath_events_total", MetricType::Counter, help);
-    for (event, n) in &readings.events {
+    let is_client = |event: &str| CLIENT_ADDRESSES.iter().any(|(_, name)| *name == event);
+    for (event, n) in readings.events.iter().filter(|(event, _)| !is_client(event)) {
         family.sample(&[("event", event)], n);
+    }
+    let help = "Connections from datapath.client_address_from that servers of this node accepted: the \
+                client is shown, or the edge, because the SYN had no such option, or wasn't kept.";
+    let mut family = text.family("nohop_client_addresses_total", MetricType::Counter, help);
+    for (result, name) in CLIENT_ADDRESSES {
+        family.sample(&[("result", result)], event(name));
     }
 }
 
@@ -462,13 +473,20 @@ mod tests {
                 max_fds: Some(1024),
                 ..ProcessStats::default()
             }),
-            events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
+            events: [
+                ("refused_no_frontend", 5),
+                ("udp_no_frontend", 6),
+                ("flows_full", 7),
+                ("client_no_syn", 8),
+            ]
+            .into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
             intercepted: vec![("intercepted", 3), ("no_daemon", 1)],
             edge: Some(EdgeReadings {
                 status: EdgeStatus {
                     sources: Vec::new(),
+                    client_address: Vec::new(),
                     interfaces: vec![
                         EdgeInterface {
                             name: "eth0".into(),
@@ -481,7 +499,7 @@ mod tests {
                     max_flows: 16,
                     problems: Vec::new(),
                     forwards: [true; 2],
-                    proof: Some(Ok(())),
+                    proofs: [Some(Ok(())), None],
                 },
                 announces: true,
                 counts: vec![("forwarded", 9)],
@@ -545,6 +563,8 @@ mod tests {
             (r#"nohop_connects_refused_total{service="web-0",reason="family"}"#, 0.0),
             (r#"nohop_udp_connects_refused_total{service="",reason="no_frontend"}"#, 6.0),
             (r#"nohop_datapath_events_total{event="flows_full"}"#, 7.0),
+            (r#"nohop_client_addresses_total{result="shown"}"#, 0.0),
+            (r#"nohop_client_addresses_total{result="no_syn"}"#, 8.0),
             (r#"nohop_map_entries{map="SLOTS"}"#, 10.0),
             (r#"nohop_map_capacity{map="SLOTS"}"#, 40.0),
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),

@@ -9,6 +9,7 @@ mod condition;
 mod deadline;
 mod drains;
 mod edge;
+mod edge_notes;
 mod ejected;
 mod explain;
 mod holdback;

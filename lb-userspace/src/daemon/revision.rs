@@ -82,7 +82,11 @@ fn lasting(status: api::Status) -> api::Status {
         sources: status.sources.into_iter().map(source).collect(),
         dns,
         datapath,
-        edge: status.edge.map(|edge| api::EdgeDocument { flows: 0, ..edge }),
+        edge: status.edge.map(|edge| api::EdgeDocument {
+            flows: 0,
+            packets: Default::default(),
+            ..edge
+        }),
         ..status
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::condition;
 use super::drains::{self, Change, DrainRequest, DrainsView};
 use super::edge::{self, Announcement};
+use super::edge_notes;
 use super::explain::{self, ExplainTarget};
 use super::metrics::{EdgeReadings, Readings, SourceReadings, exposition};
 use super::process_stats::ProcessStats;
@@ -89,8 +90,8 @@ impl View for DaemonView {
         problems.extend(self.deadline_problem.borrow().clone());
         let routes = self.public_routes.borrow().clone();
         problems.extend(routes.problem.clone());
-        problems.extend(edge::vips_of_none(&self.edge_vips.borrow(), &table));
         let edge = self.datapath.edge_status();
+        problems.extend(edge::names_of_none(&self.edge_vips.borrow(), edge.as_ref(), &table));
         problems.extend(edge.iter().flat_map(|edge| edge.problems.clone()));
         problems.extend(edge.iter().filter_map(|edge| edge::vips_without_source(edge, &table)));
         problems.extend(dropped(logging::n_dropped()));
@@ -153,8 +154,12 @@ impl View for DaemonView {
                 maps: maps.collect(),
                 refused_services: errors.len(),
                 counters,
+                client_address_from: self.config.borrow().datapath.client_address_from.clone(),
             },
-            edge: edge.map(|edge| edge::document(&edge, &self.announcement(&edge), &routes)),
+            edge: edge.map(|edge| {
+                let announcement = self.announcement(&edge);
+                edge::document(&edge, &announcement, &routes, self.datapath.edge_counts())
+            }),
         }
     }
 
@@ -325,7 +330,7 @@ impl View for DaemonView {
             dns_answers: self.dns_answers(),
             intercepted: self.datapath.intercept_counts(),
             edge: self.datapath.edge_status().map(|edge| EdgeReadings {
-                announces: self.announcement(&edge).obstacle().is_none()
+                announces: self.edge_readiness(&edge).is_none()
                     && self.public_routes.borrow().problem.is_none(),
                 status: edge,
                 counts: self.datapath.edge_counts(),
@@ -355,7 +360,7 @@ impl View for DaemonView {
     fn edge_obstacle(&self) -> Option<String> {
         match self.datapath.edge_status() {
             None => Some("this node is no edge".to_owned()),
-            Some(edge) => self.announcement(&edge).obstacle().map(str::to_owned),
+            Some(edge) => self.edge_readiness(&edge),
         }
     }
 
@@ -532,6 +537,12 @@ impl DaemonView {
         Announcement::of(&self.table.borrow(), edge, &self.drains.drains(), &mode)
     }
 
+    /// Why this edge isn't to have traffic; `None` where it is.
+    fn edge_readiness(&self, edge: &EdgeStatus) -> Option<String> {
+        let announcement = self.announcement(edge);
+        announcement.unready(&self.public_routes.borrow()).map(str::to_owned)
+    }
+
     /// The answers to DNS queries by response code, the kernel's included.
     fn dns_answers(&self) -> BTreeMap<String, u64> {
         let mut answers = self.dns_stats.snapshot();
@@ -643,6 +654,7 @@ impl DaemonView {
             let is_routed = service.is_some();
             let mut notes = explain::notes(name, &tag, is_routed, inspected.as_ref());
             notes.extend(self.kernel_names_problem().filter(|_| is_routed));
+            notes.extend(service.into_iter().flat_map(|service| self.edge_notes(service)));
             api::Explanation {
                 name: name.to_owned(),
                 connect: self.connect(name, table, backends),
@@ -654,6 +666,21 @@ impl DaemonView {
                 excluded,
             }
         })
+    }
+
+    /// What an edge does for a service, and what its servers see of clients.
+    fn edge_notes(&self, service: &Service) -> Vec<String> {
+        if service.public.is_empty() {
+            return Vec::new();
+        }
+        let config = self.config.borrow();
+        let notes = edge_notes::clients_on_node(service, &config.datapath.client_address_from);
+        let mut notes: Vec<String> = notes.into_iter().collect();
+        if let Some(edge) = self.datapath.edge_status() {
+            notes.extend(edge_notes::clients_from_edge(service, &edge));
+            notes.extend(edge_notes::without_route(service, edge_notes::has_no_route));
+        }
+        notes
     }
 
     /// Why the kernel doesn't answer names that it should.

@@ -605,7 +605,7 @@ pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
 }
 
 /// The global counters, by their names in `status`.
-pub const COUNTERS: [(&str, Counter); 11] = [
+pub const COUNTERS: [(&str, Counter); 14] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
     ("storage_alloc_failed", Counter::StorageAllocFailed),
     ("inconsistent", Counter::Inconsistent),
@@ -617,6 +617,9 @@ pub const COUNTERS: [(&str, Counter); 11] = [
     ("flows_full", Counter::FlowsFull),
     ("trace_lost", Counter::TraceLost),
     ("events_lost", Counter::EventsLost),
+    ("client_shown", Counter::ClientShown),
+    ("client_no_option", Counter::ClientNoOption),
+    ("client_no_syn", Counter::ClientNoSyn),
 ];
 
 #[cfg(test)]

@@ -154,6 +154,7 @@ fn open(
     for (word, source) in trusted.iter_mut().zip(&options.datapath.client_address_from) {
         *word = u32::from_ne_bytes(source.octets());
     }
+    loader.override_global("HAS_MPTCP", &has_mptcp, true);
     if object == Object::Outcomes {
         loader.override_global("CLIENT_ADDRESS_FROM", &trusted, true);
         loader.override_global("SOCKET_ERROR_OFFSET", &error_offset, true);
@@ -172,7 +173,6 @@ fn open(
     loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
     loader.override_global("IPV6_ONLY_OFFSET", &ipv6_only.offset, true);
     loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
-    loader.override_global("HAS_MPTCP", &has_mptcp, true);
     loader.load(object.bytes()).map_err(DatapathError::Load)
 }
 

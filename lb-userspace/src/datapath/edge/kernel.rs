@@ -352,7 +352,7 @@ impl EdgeMaps {
         .map_err(io_error)
     }
 
-    /// Ends a proof's flow that a daemon has left which was killed meanwhile.
+    /// Ends a proof's flow that a daemon has left which was killed meanwhile, with the claim that it may have had.
     fn end_left(&mut self, (from, to): (SocketAddr, SocketAddr), protocol: u8) {
         let found = match FlowKey::of(from, to, protocol) {
             FlowKey::V4(key) => self.flows.get(&key, 0),
@@ -361,6 +361,7 @@ impl EdgeMaps {
         let Ok(Plain(FlowRef { record, .. })) = found else { return };
         let left = self.records.flow(record);
         if left.is_some_and(|left| left.record.generation == PROOF_GENERATION) {
+            self.records.release(record);
             self.end(record);
         }
     }

@@ -50,7 +50,7 @@ pub use device::{Device, all as interfaces};
 pub use flows::FlowReader;
 use kernel::{EdgeMaps, Heartbeat, RawFlow, now_ms};
 pub use sources::is_own;
-pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus};
+pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus, Proof};
 use xdp::Fast;
 pub use xdp::PIN_PREFIX;
 
@@ -155,8 +155,9 @@ struct LoadedEdge {
     n_flows: u32,
     /// The record at which the sweep goes on, and how many flows it has found before that.
     swept: (u32, u32),
-    /// See [`EdgeStatus::proof`], and when that was found.
-    proof: Option<(Result<(), String>, Instant)>,
+    /// See [`EdgeStatus::proofs`], and when that was found.
+    proofs: [Proof; 2],
+    proved_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -303,7 +304,9 @@ impl Edge {
         };
         let mut wanted: BTreeMap<_, _> =
             self.wanted.iter().map(|(key, name)| (*key, reference(name))).collect();
-        loaded.update_own();
+        if let Some(options) = &self.options {
+            loaded.update_own(options);
+        }
         wanted.extend(self.left.keys().map(|key| (*key, NO_SERVICE)));
         // What no service has of a VIP is dropped: one of any port shows that an address is a VIP.
         let addresses: BTreeSet<IpAddr> = wanted.keys().map(|key| key.address).collect();
@@ -322,7 +325,7 @@ impl Edge {
             tracing::debug!("the maps of the unit {UNIT} can't be pinned again: {error}");
         }
         loaded.attach(options, pins);
-        loaded.update_own();
+        loaded.update_own(options);
         loaded.prove(options);
         loaded.sweep(now_ms(), &self.counters, &self.wanted, &self.ended);
         self.apply(index);
@@ -349,7 +352,7 @@ impl Edge {
     /// Proves again that the programs translate.
     pub fn prove_again(&mut self) {
         if let (Some(Ok(loaded)), Some(options)) = (&mut self.loaded, &self.options) {
-            loaded.proof = None;
+            loaded.proved_at = None;
             loaded.prove(options);
         }
     }
@@ -372,14 +375,25 @@ impl Edge {
     /// How it does; `None` where it isn't configured.
     pub fn status(&self) -> Option<EdgeStatus> {
         let options = self.options.as_ref()?;
-        let (max_flows, sources) = (options.max_flows, options.sources.clone());
+        let status = EdgeStatus {
+            interfaces: Vec::new(),
+            sources: options.sources.clone(),
+            client_address: options.client_address.clone(),
+            n_flows: 0,
+            max_flows: options.max_flows,
+            problems: Vec::new(),
+            forwards: [false; 2],
+            proofs: Default::default(),
+        };
         Some(match self.loaded.as_ref()? {
-            Ok(LoadedEdge { interfaces, problems, forwards, n_flows, proof, .. }) => {
-                let (interfaces, problems) = (interfaces.clone(), problems.clone());
-                let (n_flows, forwards) = (*n_flows, *forwards);
-                let proof = proof.as_ref().map(|(result, _)| result.clone());
-                EdgeStatus { interfaces, sources, n_flows, max_flows, problems, forwards, proof }
-            }
+            Ok(LoadedEdge { interfaces, problems, forwards, n_flows, proofs, .. }) => EdgeStatus {
+                interfaces: interfaces.clone(),
+                n_flows: *n_flows,
+                problems: problems.clone(),
+                forwards: *forwards,
+                proofs: proofs.clone(),
+                ..status
+            },
             Err(reason) => {
                 let interface = |name: &String| EdgeInterface {
                     name: name.clone(),
@@ -387,10 +401,7 @@ impl Edge {
                     message: Some(reason.clone()),
                 };
                 let interfaces = options.interfaces.iter().map(interface).collect();
-                let problems = vec![reason.clone()];
-                let forwards = [false; 2];
-                let (n_flows, proof) = (0, None);
-                EdgeStatus { interfaces, sources, n_flows, max_flows, problems, forwards, proof }
+                EdgeStatus { interfaces, problems: vec![reason.clone()], ..status }
             }
         })
     }
@@ -417,9 +428,10 @@ impl Edge {
 
     /// The unit's state; `None` where it isn't configured.
     pub fn health(&self) -> Option<UnitHealth> {
-        let EdgeStatus { interfaces, problems, proof, .. } = self.status()?;
+        let status = self.status()?;
+        let disproof = status.proof().and_then(Result::err).map(str::to_owned);
+        let EdgeStatus { interfaces, problems, .. } = status;
         let detached = interfaces.into_iter().find(|interface| interface.mode.is_none());
-        let disproof = proof.and_then(Result::err);
         let (state, reason) = match (detached, problems.into_iter().chain(disproof).next()) {
             (Some(EdgeInterface { name, message, .. }), _) => {
                 let why = message.unwrap_or_default();
@@ -535,86 +547,86 @@ impl LoadedEdge {
             forwards: [true; 2],
             n_flows: 0,
             swept: (0, 0),
-            proof: None,
+            proofs: Default::default(),
+            proved_at: None,
         })
     }
 
     /// Proves that the attached programs translate: after some time again, and at once where they didn't.
     fn prove(&mut self, options: &EdgeOptions) {
-        let is_fresh =
-            |(result, at): &(Result<_, _>, Instant)| result.is_ok() && at.elapsed() < PROOF_AGAIN;
-        if self.proof.as_ref().is_some_and(is_fresh) {
+        let mut results = self.proofs.iter().flatten().peekable();
+        let is_proved = results.peek().is_some() && results.all(Result::is_ok);
+        if is_proved && self.proved_at.is_some_and(|at| at.elapsed() < PROOF_AGAIN) {
             return;
         }
-        let former = self.proof.take().map(|(result, _)| result);
-        let result = self.proved(options, former.as_ref());
-        self.proof = result.map(|result| (result, Instant::now()));
-        if let Some((Err(why), _)) = &self.proof
-            && former.is_none_or(|former| former.as_ref() != Err(why))
-        {
-            tracing::error!("edge: {why}");
+        let former = self.proofs.clone();
+        for (idx, proof) in self.proved(options).into_iter().flatten().enumerate() {
+            if let Some(Err(why)) = &proof
+                && former[idx] != proof
+            {
+                tracing::error!("edge: {why}");
+            }
+            self.proofs[idx] = proof;
         }
+        self.proved_at = Some(Instant::now());
     }
 
-    /// `None` where nothing can be proved; `former` where there is no room for it.
-    fn proved(
-        &mut self,
-        options: &EdgeOptions,
-        former: Option<&Result<(), String>>,
-    ) -> Option<Result<(), String>> {
-        let LoadedEdge { ebpf, maps, attached, fast, present, forwards, .. } = self;
+    /// Of IPv4 and of IPv6; `None` where what there is isn't known.
+    fn proved(&mut self, options: &EdgeOptions) -> Option<[Proof; 2]> {
         let devices = device::all().ok()?;
-        let tc: &SchedClassifier = ebpf.program(PROGRAMS[1].0)?.try_into().ok()?;
-        let xdp: Option<&Xdp> =
-            ebpf.program(xdp::PROGRAM).and_then(|program| program.try_into().ok());
         let mut taken = sources::all_own().ok()?;
         // Where a VIP of the interface's own network is announced it is unreachable.
-        taken.extend(present.keys().map(|key| key.address));
-        let mut is_proved = None;
+        taken.extend(self.present.keys().map(|key| key.address));
+        Some([false, true].map(|is_ipv6| self.proved_of(is_ipv6, options, &devices, &taken)))
+    }
+
+    /// Of one address family, by all interfaces; what is known of it where there is no room for a flow.
+    fn proved_of(
+        &mut self,
+        is_ipv6: bool,
+        options: &EdgeOptions,
+        devices: &BTreeMap<u32, Device>,
+        taken: &BTreeSet<IpAddr>,
+    ) -> Proof {
+        let LoadedEdge { ebpf, maps, attached, fast, forwards, proofs, .. } = self;
+        // Of a family that isn't forwarded nothing is announced.
+        if !forwards[usize::from(is_ipv6)] {
+            return None;
+        }
+        let tc: &SchedClassifier = ebpf.program(PROGRAMS[1].0)?.try_into().ok()?;
+        let tc = tc.fd().ok()?.as_fd();
+        let xdp: Option<&Xdp> =
+            ebpf.program(xdp::PROGRAM).and_then(|program| program.try_into().ok());
+        let is_of = |ip: &IpAddr| ip.is_ipv6() == is_ipv6;
+        let source = options.sources.iter().copied().find(is_of)?;
+        let vip = options.networks.iter().map(IpNet::network).find(is_of)?;
+        let mut proof = None;
         for Interface { name, index } in attached.iter().map(|attached| &attached.interface) {
             let networks = sources::of_interface(name).unwrap_or_default();
+            let neighbour =
+                networks.iter().filter(|(ip, _)| is_of(ip)).find_map(|&(ip, prefix)| {
+                    proof::neighbour(ip, prefix, |address| taken.contains(address))
+                });
+            let (Some(neighbour), Some(device)) = (neighbour, devices.get(index)) else { continue };
             let xdp = xdp.filter(|_| fast.is_attached(*index)).and_then(|xdp| xdp.fd().ok());
-            for is_ipv4 in [true, false] {
-                // Of a family that isn't forwarded nothing is announced.
-                if !forwards[usize::from(!is_ipv4)] {
-                    continue;
+            let xdp = xdp.map(|xdp| xdp.as_fd());
+            let input =
+                proof::ProofInput { index: *index, device, tc, xdp, vip, source, neighbour };
+            match proof::prove(maps, &input) {
+                Some(Ok(())) => proof = Some(Ok(())),
+                Some(Err(why)) => {
+                    let family = if is_ipv6 { "IPv6" } else { "IPv4" };
+                    return Some(Err(format!("a proof of {family} by {name} has failed: {why}")));
                 }
-                let is_of = |ip: &IpAddr| ip.is_ipv4() == is_ipv4;
-                let source = options.sources.iter().copied().find(is_of);
-                let vip = options.networks.iter().map(IpNet::network).find(is_of);
-                let neighbour =
-                    networks.iter().filter(|(ip, _)| is_of(ip)).find_map(|&(ip, prefix)| {
-                        proof::neighbour(ip, prefix, |address| taken.contains(address))
-                    });
-                let (Some(source), Some(vip), Some(neighbour), Some(device)) =
-                    (source, vip, neighbour, devices.get(index))
-                else {
-                    continue;
-                };
-                let input = proof::ProofInput {
-                    index: *index,
-                    device,
-                    tc: tc.fd().ok()?.as_fd(),
-                    xdp: xdp.map(|xdp| xdp.as_fd()),
-                    vip,
-                    source,
-                    neighbour,
-                };
-                match proof::prove(maps, &input) {
-                    Some(Err(why)) => {
-                        return Some(Err(format!("a proof by {name} has failed: {why}")));
-                    }
-                    Some(Ok(())) => is_proved = Some(Ok(())),
-                    None => return former.cloned(),
-                }
+                None => return proofs[usize::from(is_ipv6)].clone(),
             }
         }
-        is_proved
+        proof
     }
 
     /// Writes what the programs read.
     fn configure(&mut self, options: &EdgeOptions) {
-        let EdgeOptions { sources, networks, timeouts, .. } = options;
+        let EdgeOptions { networks, timeouts, .. } = options;
         let ms = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(i32::MAX as u32);
         let before = self.maps.settings();
         let mut settings = EdgeSettings {
@@ -632,15 +644,25 @@ impl LoadedEdge {
         for (state, timeout) in longer {
             settings.timeouts_ms[state as usize] = ms(timeout);
         }
-        sources::set(&mut settings, sources, sources::is_own);
         networks::set(&mut settings, networks);
         self.maps.set_settings(&settings);
-        self.update_own();
+        self.update_own(options);
     }
 
-    /// Updates this host's addresses: a backend that has one is here.
-    fn update_own(&mut self) {
-        if let Err(error) = sources::all_own().and_then(|all| self.maps.set_own(all)) {
+    /// Updates this host's addresses: a backend that has one is here, and a source without one gets no new flows.
+    fn update_own(&mut self, options: &EdgeOptions) {
+        let updated = sources::all_own().and_then(|own| {
+            let before = self.maps.settings();
+            let mut settings = before;
+            let is_own = |source: &IpAddr| own.contains(source);
+            let usable: Vec<IpAddr> = options.sources.iter().copied().filter(is_own).collect();
+            sources::set(&mut settings, &usable, is_own);
+            if settings != before {
+                self.maps.set_settings(&settings);
+            }
+            self.maps.set_own(own)
+        });
+        if let Err(error) = updated {
             tracing::warn!("edge: this host's addresses can't be listed: {error}");
         }
     }
@@ -835,6 +857,18 @@ fn has_ethernet(name: &str) -> bool {
 fn problems(options: &EdgeOptions) -> (Vec<String>, [bool; 2]) {
     let family = |is_ipv6| if is_ipv6 { "ipv6" } else { "ipv4" };
     let (mut problems, mut forwards) = (Vec::new(), [true; 2]);
+    // Where they can't be listed, they are as before.
+    let own = sources::all_own().unwrap_or_else(|_| options.sources.iter().copied().collect());
+    let (present, absent): (Vec<&IpAddr>, Vec<&IpAddr>) =
+        options.sources.iter().partition(|source| own.contains(source));
+    for source in absent {
+        let is_last = !present.iter().any(|other| other.is_ipv6() == source.is_ipv6());
+        forwards[usize::from(source.is_ipv6())] &= !is_last;
+        problems.push(format!(
+            "edge.source {source} is no address of this host, so replies of backends to it don't come here: \
+             `ip addr add {source} dev INTERFACE`"
+        ));
+    }
     for is_ipv6 in [false, true] {
         if !options.sources.iter().any(|source| source.is_ipv6() == is_ipv6) {
             continue;

@@ -63,16 +63,15 @@ pub fn prove(maps: &mut EdgeMaps, input: &ProofInput<'_>) -> Option<Result<(), S
         ("the answer to it", (backend, source), (vip, client)),
     ];
     let result = directions.into_iter().try_for_each(|(what, before, after)| {
-        let mut result = run(input, before, after);
-        for _ in 1..N_TRIES {
-            if result.is_err() {
-                result = run(input, before, after);
-            }
-        }
-        result.map_err(|why| format!("{what} {why}"))
+        tried(|| run(input, before, after)).map_err(|why| format!("{what} {why}"))
     });
     maps.end_flow(idx);
     Some(result)
+}
+
+/// The first success, or the last failure.
+fn tried(mut attempt: impl FnMut() -> Result<(), String>) -> Result<(), String> {
+    (1..N_TRIES).fold(attempt(), |result, _| result.or_else(|_| attempt()))
 }
 
 fn run(
@@ -267,6 +266,18 @@ mod tests {
             *packet.last_mut().unwrap() ^= 1;
             let why = is_translated(&packet, (from, to)).unwrap_err();
             assert!(why.contains("checksum"), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_packet_is_tried_again() {
+        for (n_failures, expected) in [(0, Ok(())), (3, Ok(())), (4, Err("the 4th".to_owned()))] {
+            let mut nth = 0;
+            let attempt = || {
+                nth += 1;
+                if nth > n_failures { Ok(()) } else { Err(format!("the {nth}th")) }
+            };
+            assert_eq!(tried(attempt), expected);
         }
     }
 

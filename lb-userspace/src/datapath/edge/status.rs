@@ -13,17 +13,31 @@ pub struct EdgeStatus {
     pub interfaces: Vec<EdgeInterface>,
     /// The configured addresses that backends see: of a family without one there are no flows.
     pub sources: Vec<IpAddr>,
+    /// The configured services whose backends are shown clients' addresses.
+    pub client_address: Vec<String>,
     /// How many flows there are.
     pub n_flows: u32,
     /// How many there is room for.
     pub max_flows: u32,
     /// What keeps it from working, a sentence each.
     pub problems: Vec<String>,
-    /// Whether each interface forwards packets of IPv4, and of IPv6.
+    /// Whether packets of IPv4, and of IPv6, can be sent on: each interface forwards them, and there is a source.
     pub forwards: [bool; 2],
-    /// Whether a packet of the daemon's own was translated by the attached programs, and the answer to it; why it
-    /// wasn't. `None` where that isn't known.
-    pub proof: Option<Result<(), String>>,
+    /// The proof of IPv4, and of IPv6.
+    pub proofs: [Proof; 2],
+}
+
+/// Whether a packet of the daemon's own was translated by the attached programs, and the answer to it; why it
+/// wasn't. `None` where that isn't known.
+pub type Proof = Option<Result<(), String>>;
+
+impl EdgeStatus {
+    /// The proofs of both address families as one: it has failed where one has.
+    pub fn proof(&self) -> Option<Result<(), &str>> {
+        let results =
+            self.proofs.iter().flatten().map(|proof| proof.as_ref().map_err(String::as_str));
+        results.map(|result| result.copied()).reduce(Result::and)
+    }
 }
 
 /// An interface of an edge.
