@@ -29,6 +29,7 @@ mod edge;
 mod edge_bgp;
 mod edge_clients;
 mod edge_failover;
+mod edge_shows_clients;
 mod ejected_is_shown;
 mod explained;
 mod external_detach;
@@ -196,6 +197,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("edge_failover", &["keepalived"], edge_failover::run),
     ("edge_bgp", &["bgpd", "bird", "zebra"], edge_bgp::run),
     ("edge_clients", &["gtlsclient", "gtlsserver", "iperf3", "wrk"], edge_clients::run),
+    ("edge_shows_clients", &["nginx"], edge_shows_clients::run),
     ("drill_by_name", &["drill"], resolvers::drill),
     ("first_minutes", &["tmux"], first_minutes::run),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),

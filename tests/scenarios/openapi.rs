@@ -100,6 +100,13 @@ fn check(document: &Value, method: &str, path: &str, answer: &Answer) -> Result<
     }
 }
 
+/// Fails unless an answer to GET is as the document has it.
+pub fn ensure_documented(path: &str, answer: &Value) -> Result<()> {
+    let document: Value = serde_json::from_str(DOCUMENT)?;
+    let content = &document["paths"][path]["get"]["responses"]["200"]["content"];
+    matches(&document, &content["application/json"]["schema"], answer, "$")
+}
+
 /// Whether a value is as a schema has it (json-schema.org), at a path.
 fn matches(document: &Value, schema: &Value, value: &Value, path: &str) -> Result<()> {
     let keywords = schema.as_object().with_context(|| format!("{path}: no schema"))?;

@@ -1,6 +1,6 @@
 //! Packages that are unpacked and never installed, because Debian makes services of the machine of them
-//! at once: systemd-resolved its resolver, Prometheus a server, Docker a daemon, BIRD and FRR routers,
-//! ngtcp2 a server.
+//! at once: systemd-resolved its resolver, Prometheus, nginx and ngtcp2 servers, Docker a daemon, BIRD and
+//! FRR routers.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,7 +18,7 @@ pub struct Unpacked {
     files: &'static [&'static str],
 }
 
-pub const ALL: [Unpacked; 12] = [
+pub const ALL: [Unpacked; 13] = [
     Unpacked { package: "systemd-resolved", files: &["systemd-resolved"] },
     Unpacked { package: "prometheus", files: &["promtool"] },
     // Whose others are with this one.
@@ -31,6 +31,7 @@ pub const ALL: [Unpacked; 12] = [
     Unpacked { package: "bird2", files: &["bird", "birdc"] },
     Unpacked { package: "frr", files: &["bgpd", "vtysh", "zebra"] },
     Unpacked { package: "keepalived", files: &["keepalived"] },
+    Unpacked { package: "nginx", files: &["nginx"] },
     Unpacked { package: "ngtcp2-client", files: &["gtlsclient"] },
     Unpacked { package: "ngtcp2-server", files: &["gtlsserver"] },
 ];
