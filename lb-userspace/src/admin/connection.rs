@@ -95,11 +95,12 @@ async fn serve<V: View>(
             Ok::<_, Infallible>(response)
         }
     });
+    let stream = MinRate::new(stream, is_endless.clone(), limits.patience);
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
         .max_buf_size(MAX_HEAD)
-        .serve_connection(TokioIo::new(MinRate::new(stream, is_endless.clone())), service)
+        .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(error) = served {
         tracing::debug!(%error, "a connection of the admin interface failed");

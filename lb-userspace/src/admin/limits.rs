@@ -10,6 +10,7 @@ use tokio::task::JoinError;
 use super::bind::Listener;
 use super::documents::Documents;
 use super::origin::TcpAccess;
+use super::slow::Patience;
 use super::stream::Feed;
 
 /// The most connections of each unix socket, and of each TCP address: each has its own, so a client
@@ -37,6 +38,8 @@ pub(super) struct ListenerLimits {
     pub(super) busy: Arc<Semaphore>,
     pub(super) waiting: Arc<Semaphore>,
     pub(super) max_wait: Duration,
+    /// With slow readers.
+    pub(super) patience: Patience,
     /// One for all listeners.
     pub(super) feed: Arc<Feed>,
     pub(super) documents: Documents,
@@ -52,6 +55,7 @@ impl ListenerLimits {
         tcp: &watch::Receiver<TcpAccess>,
         feed: &Arc<Feed>,
         work: &Handle,
+        patience: Patience,
     ) -> ListenerLimits {
         let (kind, max_wait, shared_for) = match listener {
             Listener::Unix(..) => (0, Duration::MAX, Duration::ZERO),
@@ -64,6 +68,7 @@ impl ListenerLimits {
             busy: Arc::new(Semaphore::new(MAX_BUSY)),
             waiting: Arc::new(Semaphore::new(MAX_WAITING[kind])),
             max_wait,
+            patience,
             work: work.clone(),
             feed: feed.clone(),
             documents: Documents::new(MAX_DOCUMENTS[kind], shared_for),

@@ -13,6 +13,7 @@ use super::bind::Listener;
 use super::connection::{HttpPeer, spawn};
 use super::limits::ListenerLimits;
 use super::origin::TcpAccess;
+use super::slow::Patience;
 use super::stream::Feed;
 use super::view::View;
 
@@ -27,10 +28,21 @@ pub async fn serve<V: View>(
     view: Arc<V>,
     work: Handle,
 ) {
+    serve_for(listeners, tcp, view, work, Patience::default()).await;
+}
+
+/// As [`serve`], with another patience with slow readers.
+pub(super) async fn serve_for<V: View>(
+    listeners: Vec<Listener>,
+    tcp: watch::Receiver<TcpAccess>,
+    view: Arc<V>,
+    work: Handle,
+    patience: Patience,
+) {
     let mut accepts = JoinSet::new();
     let feed = Feed::new(work.clone());
     for listener in listeners {
-        let limits = Arc::new(ListenerLimits::of(&listener, &tcp, &feed, &work));
+        let limits = Arc::new(ListenerLimits::of(&listener, &tcp, &feed, &work, patience));
         accepts.spawn(accept(listener, limits, view.clone()));
     }
     // They only end by a panic, and so does this then.

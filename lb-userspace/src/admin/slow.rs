@@ -10,26 +10,34 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-/// The period in which a reader that is behind has to read [`MIN_BYTES`].
-const PERIOD: Duration = Duration::from_secs(10);
-
-/// The bytes that it has to read in each period while there are so many: 6.5 kB a second.
+/// The bytes that a reader that is behind has to read in each period: 6.5 kB a second.
 const MIN_BYTES: usize = 64 << 10;
 
-/// The longest that a response may wait for its reader: the few documents in memory must become free
-/// for others.
-const MAX_TIME: Duration = Duration::from_secs(30);
+/// How long slow readers are waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// The period in which a reader that is behind has to read [`MIN_BYTES`].
+    pub(super) period: Duration,
+    /// The longest that a response may wait for its reader: the few documents in memory must become free
+    /// for others.
+    pub(super) max_time: Duration,
+}
 
-/// A stream that fails once its reader has read less than [`MIN_BYTES`] in a [`PERIOD`] while there is
-/// more to read, or hasn't read a response within [`MAX_TIME`] of its first wait. A client that reads
-/// nothing would otherwise keep its connection and its document for as long as its kernel acknowledges
-/// zero windows. A stream of lines has no end, and few bytes where little happens: its reader only has to
-/// read something in a period.
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience { period: Duration::from_secs(10), max_time: Duration::from_secs(30) }
+    }
+}
+
+/// A stream that fails once its reader has read less than [`MIN_BYTES`] in a period while there is
+/// more to read, or hasn't read a response within its longest time from its first wait. A client that reads
+/// little would otherwise keep its connection and its document for as long as its kernel acknowledges
+/// zero windows. A stream of lines or events has no end, so only its rate is bounded: where little happens,
+/// its reader is never behind for a whole period.
 pub(super) struct MinRate<S> {
     stream: S,
     is_endless: IsEndless,
-    period: Duration,
-    max_time: Duration,
+    patience: Patience,
     /// The end of the present response's time, once a write has waited for the reader.
     deadline: Option<Instant>,
     /// While the reader is behind, or was when this period began.
@@ -52,13 +60,8 @@ struct Behind {
 }
 
 impl<S> MinRate<S> {
-    pub(super) fn new(stream: S, is_endless: IsEndless) -> MinRate<S> {
-        MinRate { is_endless, ..MinRate::within(stream, PERIOD, MAX_TIME) }
-    }
-
-    fn within(stream: S, period: Duration, max_time: Duration) -> MinRate<S> {
-        let is_endless = IsEndless::default();
-        MinRate { stream, is_endless, period, max_time, deadline: None, behind: None }
+    pub(super) fn new(stream: S, is_endless: IsEndless, patience: Patience) -> MinRate<S> {
+        MinRate { stream, is_endless, patience, deadline: None, behind: None }
     }
 
     /// The result of a write, given that of the stream below.
@@ -69,9 +72,8 @@ impl<S> MinRate<S> {
     ) -> Poll<io::Result<usize>> {
         let is_pending = written.is_pending();
         let is_endless = self.is_endless.0.load(Ordering::Relaxed);
-        let min_bytes = if is_endless { 1 } else { MIN_BYTES };
         if is_pending && self.deadline.is_none() && !is_endless {
-            self.deadline = Some(Instant::now() + self.max_time);
+            self.deadline = Some(Instant::now() + self.patience.max_time);
         }
         let deadline = self.deadline;
         let next = |period| {
@@ -79,7 +81,7 @@ impl<S> MinRate<S> {
             deadline.map_or(end, |deadline| deadline.min(end))
         };
         if self.behind.is_none() && is_pending {
-            let until = Box::pin(tokio::time::sleep_until(next(self.period)));
+            let until = Box::pin(tokio::time::sleep_until(next(self.patience.period)));
             self.behind = Some(Behind { until, n_bytes: 0 });
         }
         let Some(behind) = &mut self.behind else { return written };
@@ -92,11 +94,11 @@ impl<S> MinRate<S> {
                 return written;
             }
             let is_over = deadline.is_some_and(|deadline| deadline <= Instant::now());
-            if behind.n_bytes < min_bytes || is_over {
+            if behind.n_bytes < MIN_BYTES || is_over {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             behind.n_bytes = 0;
-            behind.until.as_mut().reset(next(self.period));
+            behind.until.as_mut().reset(next(self.patience.period));
         }
         written
     }
@@ -156,10 +158,14 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(20);
     const LONG: Duration = Duration::from_secs(600);
 
+    fn within<S>(stream: S, period: Duration, max_time: Duration) -> MinRate<S> {
+        MinRate::new(stream, IsEndless::default(), Patience { period, max_time })
+    }
+
     #[tokio::test]
     async fn a_reader_that_takes_nothing_is_left() {
         let (stream, _reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, SHORT, LONG);
+        let mut stream = within(stream, SHORT, LONG);
         stream.write_all(&[0; 1024]).await.unwrap();
         let error = stream.write_all(&[0; 1]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
@@ -167,27 +173,30 @@ mod tests {
 
     #[tokio::test]
     async fn a_reader_that_takes_a_byte_now_and_then_is_left() {
-        let (stream, mut reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, SHORT, LONG);
-        let trickle = async {
-            // It ends with the stream.
-            while reader.read_u8().await.is_ok() {
-                tokio::time::sleep(SHORT / 4).await;
-            }
-        };
-        let write = async {
-            let error = stream.write_all(&vec![0; 1 << 20]).await.unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-            drop(stream);
-        };
-        tokio::join!(trickle, write);
+        for is_endless in [false, true] {
+            let (stream, mut reader) = duplex(1024);
+            let mut stream = within(stream, SHORT, LONG);
+            stream.is_endless.set(is_endless);
+            let trickle = async {
+                // It ends with the stream.
+                while reader.read_u8().await.is_ok() {
+                    tokio::time::sleep(SHORT / 4).await;
+                }
+            };
+            let write = async {
+                let error = stream.write_all(&vec![0; 1 << 20]).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+                drop(stream);
+            };
+            tokio::join!(trickle, write);
+        }
     }
 
     /// It reads more than [`MIN_BYTES`] in the period that the deadline cuts short.
     #[tokio::test]
     async fn a_reader_that_takes_too_long_over_a_response_is_left() {
         let (stream, mut reader) = duplex(64 << 10);
-        let mut stream = MinRate::within(stream, LONG, Duration::from_secs(1));
+        let mut stream = within(stream, LONG, Duration::from_secs(1));
         let read = async {
             let (mut buffer, mut n_read) = (vec![0; 64 << 10], 0);
             while let Ok(n @ 1..) = reader.read(&mut buffer).await {
@@ -207,28 +216,29 @@ mod tests {
         tokio::join!(read, write);
     }
 
-    /// However long it lasts, and however little it reads.
     #[tokio::test]
-    async fn the_reader_of_a_stream_has_to_read_something_now_and_then() {
-        let (stream, mut reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, Duration::from_secs(1), SHORT);
+    async fn a_stream_lasts_for_as_long_as_its_reader_keeps_up() {
+        let (stream, mut reader) = duplex(64 << 10);
+        let mut stream = within(stream, LONG, SHORT);
         stream.is_endless.set(true);
-        let trickle = async {
-            for _ in 0..60 {
-                reader.read_u8().await.unwrap();
-                tokio::time::sleep(SHORT).await;
+        let start = Instant::now();
+        let read = async {
+            let mut buffer = vec![0; 64 << 10];
+            while start.elapsed() < 5 * SHORT {
+                reader.read_exact(&mut buffer).await.unwrap();
             }
         };
-        let (written, ()) = tokio::join!(stream.write_all(&[0; 1024 + 60]), trickle);
-        written.unwrap();
-        let error = stream.write_all(&[0; 1]).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let write = async { while stream.write_all(&[0; 4 << 10]).await.is_ok() {} };
+        tokio::select! {
+            () = read => {}
+            () = write => panic!("it was cut off"),
+        }
     }
 
     #[tokio::test]
     async fn each_response_has_its_own_time() {
         let (stream, mut reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, LONG, LONG);
+        let mut stream = within(stream, LONG, LONG);
         let read = async { while reader.read_u8().await.is_ok() {} };
         let write = async {
             stream.write_all(&[0; 2048]).await.unwrap();
@@ -243,7 +253,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_keeps_up_is_served() {
         let (stream, mut reader) = duplex(64 << 10);
-        let mut stream = MinRate::within(stream, LONG, LONG);
+        let mut stream = within(stream, LONG, LONG);
         let all = vec![7; 4 << 20];
         let (written, read) = tokio::join!(
             async {

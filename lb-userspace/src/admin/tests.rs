@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hyper::body::Bytes;
 use hyper::header::{ALLOW, HeaderValue};
@@ -14,6 +15,8 @@ use tokio::task::JoinSet;
 use super::connection::MAX_HEAD;
 use super::limits::{MAX_CONNECTIONS, MAX_WAITING};
 use super::response::{GENERATION_HEADER, HEADERS, REVISION_HEADER};
+use super::server::serve_for;
+use super::slow::Patience;
 use super::{
     At, Listener, TcpAccess, TraceFilter, TraceRefusal, View, api, bind, client, http, serve,
 };
@@ -21,11 +24,21 @@ use crate::config::AdminAddress;
 use crate::table::{Ports, Protocols};
 
 /// A daemon that knows the service `web` and isn't ready before generation 1.
-struct Fake(watch::Sender<At>);
+struct Fake {
+    at: watch::Sender<At>,
+    /// So many in brief.
+    n_services: usize,
+}
+
+impl Fake {
+    fn new(at: At) -> Fake {
+        Fake { at: watch::Sender::new(at), n_services: 1 }
+    }
+}
 
 impl View for Fake {
     fn status(&self) -> api::Status {
-        let At { generation, revision } = *self.0.borrow();
+        let At { generation, revision } = *self.at.borrow();
         api::Status {
             revision,
             ready: generation > 0,
@@ -77,7 +90,7 @@ impl View for Fake {
     }
 
     fn summaries(&self) -> Vec<api::ServiceSummary> {
-        vec![api::ServiceSummary::example()]
+        vec![api::ServiceSummary::example(); self.n_services]
     }
 
     fn settings(&self) -> Vec<api::SettingStatus> {
@@ -110,7 +123,7 @@ impl View for Fake {
     }
 
     fn at(&self) -> watch::Receiver<At> {
-        self.0.subscribe()
+        self.at.subscribe()
     }
 
     async fn reload(&self) -> api::Reload {
@@ -123,7 +136,7 @@ impl View for Fake {
     }
 
     fn edge_obstacle(&self) -> Option<String> {
-        (self.0.borrow().generation == 0).then(|| "drained".into())
+        (self.at.borrow().generation == 0).then(|| "drained".into())
     }
 
     fn flows(&self, _: bool, limit: usize) -> Option<api::FlowsDocument> {
@@ -174,7 +187,7 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         let listeners = bind(&[AdminAddress::Unix(path.clone())]).unwrap();
-        let view = Arc::new(Fake(watch::Sender::new(at(0, 0))));
+        let view = Arc::new(Fake::new(at(0, 0)));
         let server = tokio::spawn(serve(listeners, access(), Arc::clone(&view), Handle::current()));
         Daemon { path, view, server, _dir: dir }
     }
@@ -230,7 +243,7 @@ async fn each_route_has_its_status() {
 
 #[tokio::test]
 async fn tcp_changes_nothing_and_is_addressed_by_a_known_name() {
-    let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 1)))).await;
+    let (address, _server) = over_tcp(Fake::new(at(1, 1))).await;
     let local = format!("Host: {address}");
     let table = [
         ("GET /v1/status", &*local, 200),
@@ -281,7 +294,7 @@ async fn over_a_connection(address: std::net::SocketAddr, request: &[u8]) -> Str
 
 #[tokio::test]
 async fn a_link_elsewhere_leads_to_the_page_and_to_nothing_else() {
-    let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 0)))).await;
+    let (address, _server) = over_tcp(Fake::new(at(1, 0))).await;
     let link = "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-Dest: document";
     let frame = "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-Dest: iframe";
     for (path, headers, status) in [
@@ -300,7 +313,7 @@ async fn a_link_elsewhere_leads_to_the_page_and_to_nothing_else() {
 
 #[tokio::test]
 async fn floods_of_headers_and_requests_without_an_end_are_cut_off() {
-    let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 0)))).await;
+    let (address, _server) = over_tcp(Fake::new(at(1, 0))).await;
     let start = format!("GET /v1/status HTTP/1.1\r\nHost: {address}\r\n");
     let many = start.clone() + &"X-A: b\r\n".repeat(200) + "\r\n";
     let long = start.clone() + "X-A: " + &"b".repeat(2 * MAX_HEAD);
@@ -320,8 +333,8 @@ async fn floods_of_headers_and_requests_without_an_end_are_cut_off() {
 
 #[tokio::test]
 async fn viewers_of_the_stream_get_everything_first_and_then_what_changes() {
-    let view = Fake(watch::Sender::new(at(1, 0)));
-    let revisions = view.0.clone();
+    let view = Fake::new(at(1, 0));
+    let revisions = view.at.clone();
     let (address, _server) = over_tcp(view).await;
     let request = format!("GET /v1/stream HTTP/1.1\r\nHost: {address}\r\n\r\n");
     let mut viewers = Vec::new();
@@ -340,6 +353,36 @@ async fn viewers_of_the_stream_get_everything_first_and_then_what_changes() {
         read_until(viewer, seen, "\"generation\":2").await;
         assert_eq!(seen.matches("event: services").count(), 1, "nothing has changed: {seen}");
     }
+}
+
+/// It reads a part of what it should, steadily: the kernel has something of it in each period.
+#[tokio::test]
+async fn a_viewer_that_reads_too_slowly_loses_its_place() {
+    use rustix::net::sockopt::set_socket_send_buffer_size;
+    const BUFFER: u32 = 8 << 10;
+    const STEP: Duration = Duration::from_millis(10);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    // Connections inherit it.
+    set_socket_send_buffer_size(&listener, BUFFER as usize).unwrap();
+    let address = listener.local_addr().unwrap();
+    let view = Arc::new(Fake { n_services: 10_000, ..Fake::new(at(1, 0)) });
+    let patience = Patience { period: 10 * STEP, max_time: Duration::from_secs(600) };
+    let listeners = vec![Listener::Tcp(listener)];
+    let mut server = JoinSet::new();
+    server.spawn(serve_for(listeners, access(), view, Handle::current(), patience));
+
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(BUFFER).unwrap();
+    let mut viewer = socket.connect(address).await.unwrap();
+    let request = format!("GET /v1/stream HTTP/1.1\r\nHost: {address}\r\n\r\n");
+    viewer.write_all(request.as_bytes()).await.unwrap();
+    let (mut n_read, mut buffer) = (0, [0; 2 << 10]);
+    while let Ok(n @ 1..) = viewer.read(&mut buffer).await {
+        n_read += n;
+        assert!(n_read < 1 << 20, "it is still served");
+        tokio::time::sleep(STEP).await;
+    }
+    assert!(n_read > 0, "it wasn't served at all");
 }
 
 async fn read_until(stream: &mut tokio::net::TcpStream, seen: &mut String, text: &str) {
@@ -391,14 +434,14 @@ async fn an_answer_waits_for_a_change() {
     };
     // The table has another generation, or something else has changed: both are noticed.
     let waiting = [get("0".into()), get(revision.clone())];
-    while daemon.view.0.receiver_count() < 2 {
+    while daemon.view.at.receiver_count() < 2 {
         tokio::task::yield_now().await;
     }
-    daemon.view.0.send_replace(at(0, 1));
+    daemon.view.at.send_replace(at(0, 1));
     for each in waiting {
         assert_eq!(each.await.unwrap().revision, at(0, 1).revision);
     }
-    daemon.view.0.send_replace(at(1, 2));
+    daemon.view.at.send_replace(at(1, 2));
     // A past revision is answered at once, also one of an earlier daemon.
     let later = at(0, 1 << 40).revision.to_string();
     for after in ["0".into(), revision, "437".into(), later] {
@@ -409,7 +452,7 @@ async fn an_answer_waits_for_a_change() {
 
 #[tokio::test]
 async fn those_that_wait_take_no_place_from_others() {
-    let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 0)))).await;
+    let (address, _server) = over_tcp(Fake::new(at(1, 0))).await;
     let request = "GET /v1/status?after=1&wait=600 HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let (n_waiting, n_refused) = (MAX_WAITING[1], MAX_CONNECTIONS[1] - 1 - MAX_WAITING[1]);
     let mut answers = JoinSet::new();
@@ -446,7 +489,7 @@ async fn tcp_takes_no_connection_from_the_unix_socket() {
         Listener::Tcp(listener) => listener.local_addr().ok(),
         Listener::Unix(..) => None,
     });
-    let view = Arc::new(Fake(watch::Sender::new(at(1, 0))));
+    let view = Arc::new(Fake::new(at(1, 0)));
     let server = tokio::spawn(serve(listeners, access(), view, Handle::current()));
     let mut held = Vec::new();
     for _ in 0..2 * MAX_CONNECTIONS[0] {
