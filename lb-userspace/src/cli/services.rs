@@ -1,6 +1,7 @@
 //! `nohop services`: all of them or some, once or as they change.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::runtime::Runtime;
@@ -12,6 +13,9 @@ use super::process::{ANSWER, LONGEST_WAIT, environment, print, runtime, show_lin
 use crate::admin::api::{BackendStatus, ServiceStatus, Status};
 use crate::admin::client::{self, ClientError};
 use crate::config::AdminAddress;
+
+/// The least time between two readings of all services, however often some change.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// Lists the services, and with `--watch` follows them until the output is closed or no daemon answers.
 pub fn run(arguments: &ServicesArguments, client: &ClientArguments) -> anyhow::Result<()> {
@@ -71,7 +75,7 @@ fn matches(pattern: &str, name: &str) -> bool {
     pattern[at..].iter().all(|character| *character == '*')
 }
 
-/// What is followed of a service: all but its counters.
+/// What is followed of a service: all but its counters and countdowns.
 fn lasting(service: &ServiceStatus) -> ServiceStatus {
     let backend = |backend: &BackendStatus| BackendStatus {
         connects: 0,
@@ -79,6 +83,7 @@ fn lasting(service: &ServiceStatus) -> ServiceStatus {
         failures: 0,
         connect_us: None,
         rtt_us: None,
+        reason: backend.reason.as_deref().map(without_times),
         ..backend.clone()
     };
     ServiceStatus {
@@ -95,6 +100,23 @@ fn lasting(service: &ServiceStatus) -> ServiceStatus {
         backends: service.backends.iter().map(backend).collect(),
         ..service.clone()
     }
+}
+
+/// A reason without the times in it, such as `ejected for 3 s more`.
+fn without_times(reason: &str) -> String {
+    let mut words = reason.split(' ').peekable();
+    let mut lasting = String::with_capacity(reason.len());
+    while let Some(word) = words.next() {
+        let is_number = !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_digit());
+        let unit = words.peek().map(|next| next.trim_end_matches([':', ';', ',', ')']));
+        if is_number && matches!(unit, Some("s" | "ms" | "seconds")) {
+            words.next();
+            continue;
+        }
+        lasting += word;
+        lasting.push(' ');
+    }
+    lasting
 }
 
 /// Prints the services, and again those that changed, each time some do.
@@ -127,6 +149,7 @@ fn watch(
         if is_change && !show_line(json, &change, |change| text(change, palette))? {
             return Ok(());
         }
+        std::thread::sleep(PAUSE);
     }
 }
 
@@ -160,6 +183,19 @@ async fn next(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn countdowns_are_no_change() {
+        let one = "ejected for 4 s more: 1 refused connect";
+        for (other, is_same) in [
+            ("ejected for 3 s more: 1 refused connect", true),
+            ("ejected for 200 ms more: 1 refused connect", true),
+            ("ejected for 4 s more: 2 refused connects", false),
+            ("ejected until the next connection succeeds: 1 refused connect", false),
+        ] {
+            assert_eq!(without_times(one) == without_times(other), is_same, "{other}");
+        }
+    }
 
     #[test]
     fn patterns_match_names() {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
 use super::prober::connect;
@@ -66,6 +66,8 @@ pub struct FollowedEjections {
     pub counters: Counters,
     /// The ejections that probes ended are counted here.
     pub n_returned: Arc<AtomicU64>,
+    /// Notified of each change.
+    pub changed: Arc<Notify>,
 }
 
 /// Probes what is ejected, for as long as the daemon lives.
@@ -95,6 +97,7 @@ pub async fn follow(mut followed: FollowedEjections) {
                     Some(cause) => ejected.add(service, backend, cause, Instant::now()),
                     None => ejected.remove(&backend),
                 }
+                followed.changed.notify_one();
             }
             // Neither aborted nor able to panic.
             Some(Ok((service, backend, is_retry, result))) = probes.join_next() => {
@@ -108,6 +111,9 @@ pub async fn follow(mut followed: FollowedEjections) {
                 // It may wait for a table that is being applied.
                 let found = tokio::task::spawn_blocking(move || scan(&datapath, &counters)).await;
                 for (service, backend, cause) in found.unwrap_or_default() {
+                    if !ejected.has(&backend) {
+                        followed.changed.notify_one();
+                    }
                     ejected.add(service, backend, cause, Instant::now());
                 }
             }
@@ -149,8 +155,9 @@ fn end_probe(
         Some(EventKind::Ejected) => {
             tracing::warn!("{service}: {address} is ejected: it refused a probe after resets");
         }
-        Some(EventKind::Connected) | None => {}
+        Some(EventKind::Connected) | None => return,
     }
+    followed.changed.notify_one();
 }
 
 /// The backends that are to be probed. A pure state machine: times are arguments.
@@ -220,6 +227,12 @@ impl EjectedSet {
         let due = Some(now + pause);
         let entry = Entry { service, backend, pause, due, is_retry: false, returned: None };
         self.by_idx.insert(backend.backend_idx, entry);
+    }
+
+    /// Whether it knows that a backend is ejected.
+    fn has(&self, backend: &BackendRef) -> bool {
+        let known = self.by_idx.get(&backend.backend_idx);
+        known.is_some_and(|known| known.backend == *backend && known.returned.is_none())
     }
 
     /// Removes a backend that isn't ejected any more.

@@ -251,11 +251,13 @@ impl Daemon {
         let (problem, deadline_problem) = watch::channel(None);
         let (routes_out, public_routes) = watch::channel(edge::PublicRoutes::default());
         let n_returned = Arc::new(AtomicU64::new(0));
+        let ejections_changed = Arc::<tokio::sync::Notify>::default();
         let ejected = ejected::FollowedEjections {
             changes,
             datapath: datapath.clone(),
             counters: counters.clone(),
             n_returned: n_returned.clone(),
+            changed: ejections_changed.clone(),
         };
         let (config_out, shown_config) = watch::channel(config.clone());
         let view = Arc::new(DaemonView {
@@ -300,7 +302,8 @@ impl Daemon {
         let mut tasks = Tasks::default();
         let at = pipeline.at().clone();
         let shown = view.clone();
-        let revision = revision::follow(move || shown.status(), sources.views(), at);
+        let revision =
+            revision::follow(move || shown.status(), sources.views(), ejections_changed, at);
         tasks.spawn("the revision of the status", revision);
         let serve = admin::serve(admin_listeners, access, view, Handle::current());
         tasks.spawn_on("the admin interface", serve, &servers);

@@ -1,11 +1,12 @@
 //! The revision of the status: it grows when anything in it changes but ages and counts, whichever
-//! part it comes from, so that `?after=` wakes for all of them.
+//! part it comes from, and with each ejection and return of a backend, which the services show, so that
+//! `?after=` wakes for all of them.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::select_all;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::admin::{At, api};
 use crate::catalog::SourceView;
@@ -13,14 +14,15 @@ use crate::catalog::SourceView;
 /// How often the status is read: most of its parts have no event.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The least time between two reads, however often the source answers.
+/// The least time between two reads, however often sources answer and backends are ejected.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Follows the status for as long as the daemon lives; a change of a source's health wakes it. Ends only
-/// if `status` panics, which ends the daemon.
+/// Follows the status for as long as the daemon lives; a change of a source's health wakes it, and one of
+/// `ejections`. Ends only if `status` panics, which ends the daemon.
 pub async fn follow(
     status: impl Fn() -> api::Status + Send + Sync + 'static,
     mut sources: watch::Receiver<Arc<[SourceView]>>,
+    ejections: Arc<Notify>,
     at: watch::Sender<At>,
 ) {
     let status = Arc::new(status);
@@ -39,13 +41,16 @@ pub async fn follow(
         }
         last = Some(now);
         tokio::time::sleep(PAUSE).await;
-        let changed = async {
-            tokio::select! {
-                _ = sources.changed() => true,
-                _ = select_all(health.iter_mut().map(|health| Box::pin(health.changed()))) => false,
+        let is_other_source = tokio::select! {
+            _ = sources.changed() => true,
+            _ = select_all(health.iter_mut().map(|health| Box::pin(health.changed()))) => false,
+            () = ejections.notified() => {
+                at.send_modify(|at| at.revision += 1);
+                false
             }
+            () = tokio::time::sleep(INTERVAL - PAUSE) => false,
         };
-        if tokio::time::timeout(INTERVAL - PAUSE, changed).await == Ok(true) {
+        if is_other_source {
             health = receivers(&sources.borrow_and_update());
         }
     }
@@ -152,7 +157,7 @@ mod tests {
     #[tokio::test]
     async fn a_panic_ends_it() {
         let (sources, at) = (watch::channel(Arc::default()).1, watch::Sender::new(At::default()));
-        follow(|| panic!("a defect"), sources, at).await;
+        follow(|| panic!("a defect"), sources, Arc::default(), at).await;
     }
 
     #[test]
