@@ -60,6 +60,11 @@ impl Docker {
         Ok(Docker { socket, _process: process, _cgroup: cgroup, directory })
     }
 
+    /// Where it serves its API, as `DOCKER_HOST` has it.
+    pub fn socket(&self) -> &str {
+        &self.socket
+    }
+
     /// Removed with this.
     pub fn directory(&self) -> &TempDir {
         &self.directory

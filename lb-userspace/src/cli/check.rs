@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::edge_check;
+use super::{edge_check, nomad_check};
 use crate::admin::{api, client};
 use crate::catalog::Handle;
 use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
@@ -82,8 +82,16 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         checks.push(finding("dns.intercept", false, interception(&config)));
     }
     checks.push(finding("hooks", true, hooks(&config)));
-    let bridges = hairpin(Path::new("/sys/class/net"));
-    checks.extend(bridges.map(|found| finding("bridges", false, found)));
+    let containers = nomad_check::ContainerHost {
+        root: "/".into(),
+        dns: config.dns.listen.clone(),
+        is_intercepted: config.dns.intercept.is_on(),
+    };
+    let found = nomad_check::networks(&containers).into_iter();
+    checks.extend(found.map(|(what, found)| finding(&what, false, found)));
+    let docker_host = super::process::environment("DOCKER_HOST");
+    let docker = nomad_check::docker(docker_host.as_deref(), |parent| is_served(&config, parent));
+    checks.extend(docker.map(|found| finding("Docker's cgroups", false, found)));
     checks.push(finding("routes", false, routes(&config)));
     let host = edge_check::EdgeHost::here(parse_release(&release()));
     let clients = edge_check::check_clients(
@@ -340,42 +348,10 @@ fn interception(config: &Config) -> CheckResult {
     }
 }
 
-/// Bridges with ports that send nothing back to where it came from. An instance in bridge mode is
-/// registered as HOST:PORT, which the host forwards to the instance's own address. Where the instance
-/// connects to itself that way, the packet would have to leave the bridge by the port that it came in
-/// by: the kernel drops it (`should_deliver`, net/bridge/br_forward.c), and connect() times out.
-///
-/// Only bridges of Nomad and CNI are checked. Docker turns the mode on for its own where it needs it: as long
-/// as it has a docker-proxy, that takes such connections.
-fn hairpin(net: &Path) -> Option<CheckResult> {
-    let mut without = Vec::new();
-    for bridge in std::fs::read_dir(net).into_iter().flatten().flatten() {
-        let name = bridge.file_name().to_string_lossy().into_owned();
-        if !["nomad", "cni"].iter().any(|prefix| name.starts_with(prefix)) {
-            continue;
-        }
-        let ports = std::fs::read_dir(bridge.path().join("brif")).into_iter().flatten().flatten();
-        let n_ports = ports
-            .filter_map(|port| std::fs::read_to_string(port.path().join("hairpin_mode")).ok())
-            .filter(|mode| mode.trim() == "0")
-            .count();
-        if n_ports > 0 {
-            without.push(format!("{name} ({n_ports} of its ports)"));
-        }
-    }
-    if without.is_empty() {
-        return None;
-    }
-    without.sort();
-    Some(wrong(
-        format!(
-            "the bridge {} has no hairpin mode: an allocation in bridge mode that connects to its own \
-             service, and gets itself, times out",
-            without.join(", ")
-        ),
-        "for Nomad's bridge: bridge_network_hairpin_mode = true in the client block of its \
-         configuration, then start the allocations anew; for another CNI network: \"hairpinMode\": true",
-    ))
+/// Whether processes below this directory of the hierarchy's root are in the cgroup that is served.
+fn is_served(config: &Config, directory: &str) -> bool {
+    let Some(scope) = &config.cgroup else { return true };
+    cgroup::find_cgroup2_root().is_none_or(|root| root.join(directory).starts_with(scope))
 }
 
 fn bpffs(dir: &Path) -> CheckResult {
@@ -674,29 +650,6 @@ mod tests {
         assert_eq!(parse_release("6.18.44-fc"), Some((6, 18)));
         assert_eq!(parse_release("5.10.0-28-cloud-amd64"), Some((5, 10)));
         assert_eq!(parse_release("strange"), None);
-    }
-
-    #[test]
-    fn bridges_without_hairpin_mode() {
-        let net = tempfile::tempdir().unwrap();
-        let port = |bridge: &str, port: &str, mode: &str| {
-            let dir = net.path().join(bridge).join("brif").join(port);
-            std::fs::create_dir_all(&dir).unwrap();
-            std::fs::write(dir.join("hairpin_mode"), format!("{mode}\n")).unwrap();
-        };
-        std::fs::create_dir_all(net.path().join("eth0")).unwrap();
-        port("nomad", "veth1", "1");
-        port("docker0", "veth2", "0");
-        port("br0", "eth1", "0");
-        assert_eq!(hairpin(net.path()), None);
-        assert_eq!(hairpin(&net.path().join("none")), None);
-        port("nomad", "veth4", "0");
-        port("nomad", "veth5", "0");
-        port("cni0", "veth6", "0");
-        let (detail, fix) = hairpin(net.path()).unwrap().unwrap_err();
-        assert!(detail.contains("cni0 (1 of its ports), nomad (2 of its ports)"), "{detail}");
-        assert!(detail.contains("its own service"), "{detail}");
-        assert!(fix.contains("bridge_network_hairpin_mode = true"), "{fix}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod flows;
 mod format;
 mod instance;
 mod log;
+mod nomad_check;
 mod package_files;
 mod process;
 mod reload;

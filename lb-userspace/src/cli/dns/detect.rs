@@ -26,14 +26,23 @@ const PROGRAMS: [&str; 4] = ["systemd-resolve", "dnsmasq", "dockerd", "nomad"];
 /// absent.
 pub(super) fn detect(root: &Path) -> HostResolver {
     let resolv_conf = root.join("etc/resolv.conf");
-    let processes = fs::read_dir(root.join("proc")).into_iter().flatten().flatten();
-    let names = processes.filter_map(|entry| fs::read_to_string(entry.path().join("comm")).ok());
-    let programs = names.filter_map(|name| PROGRAMS.into_iter().find(|each| *each == name.trim()));
     HostResolver {
         link: fs::read_link(&resolv_conf).ok(),
         nameservers: nameservers(&resolv_conf),
-        programs: programs.collect(),
+        programs: programs(root).collect(),
     }
+}
+
+/// Whether Nomad runs on the host whose files are below `root`.
+pub fn runs_nomad(root: &Path) -> bool {
+    programs(root).any(|program| program == "nomad")
+}
+
+/// Those of [`PROGRAMS`] that run.
+fn programs(root: &Path) -> impl Iterator<Item = &'static str> {
+    let processes = fs::read_dir(root.join("proc")).into_iter().flatten().flatten();
+    let names = processes.filter_map(|entry| fs::read_to_string(entry.path().join("comm")).ok());
+    names.filter_map(|name| PROGRAMS.into_iter().find(|each| *each == name.trim()))
 }
 
 /// Whether the running kernel has the driver of dummy interfaces, built in or as a module that
