@@ -1,5 +1,7 @@
 //! A service's condition in a word, for the list of all services.
 
+use std::net::SocketAddr;
+
 use crate::admin::api::Condition;
 use crate::table::{BackendState, Service, Watch};
 
@@ -24,40 +26,36 @@ pub fn of(service: &Service, n_ejected: usize, is_stale: bool) -> (Condition, us
     (condition, reached)
 }
 
+/// How many of the backends that connections reach are ejected: a drained one isn't shown as such.
+/// `backends` are those in the kernel, by their indices.
+pub fn n_ejected(
+    service: &Service,
+    backends: &[(SocketAddr, u32)],
+    is_ejected: impl Fn(u32) -> bool,
+) -> usize {
+    let is_reached = |address: SocketAddr| {
+        let mut backends = service.backends.iter();
+        backends.any(|it| it.address == Some(address) && it.state.is_reached())
+    };
+    let ejected = backends.iter().filter(|(_, idx)| is_ejected(*idx));
+    ejected.filter(|(address, _)| is_reached(*address)).count()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::BalanceAlgorithm;
-    use crate::table::{Backend, Excluded, Ports, Protocols};
+    use crate::table::{Backend, Excluded};
 
     fn service(states: &[BackendState], n_excluded: usize) -> Service {
         let backend = |state: &BackendState| Backend {
-            address: None,
-            shown_address: "10.0.0.7:1".into(),
-            node: "n1".into(),
-            id: "web-1".into(),
-            weight: 1,
             state: *state,
-            group: 0,
-            reason: None,
-            host_only: false,
+            ..Backend::example("10.0.0.7:1".parse().unwrap())
         };
         let [address, node, id, reason] = ["10.0.0.8:1", "n2", "web-2", "critical"];
         let [address, node, id, reason] = [address, node, id, reason].map(str::to_owned);
         Service {
-            name: "web".into(),
-            vip: [127, 128, 0, 1].into(),
-            vip6: None,
-            ports: Ports::only([80]),
-            protocols: Protocols::Tcp,
-            algorithm: BalanceAlgorithm::Random,
-            pin: None,
-            public: Vec::new(),
-            backends: states.iter().map(backend).collect(),
             excluded: vec![Excluded { address, node, id, reason }; n_excluded],
-            notes: Vec::new(),
-            watch: Watch::Live,
-            generation: 1,
+            ..Service::example(states.iter().map(backend).collect())
         }
     }
 
@@ -86,5 +84,20 @@ mod tests {
         }
         let cold = Service { watch: Watch::Cold, ..service(&[], 0) };
         assert_eq!(of(&cold, 0, false), (Condition::Cold, 0));
+    }
+
+    #[test]
+    fn a_drained_backend_does_not_count_as_ejected() {
+        use BackendState::{Draining, Healthy};
+        let addresses = ["10.0.0.7:1", "10.0.0.8:1", "10.0.0.9:1"].map(|it| it.parse().unwrap());
+        let backends = addresses.iter().zip([Healthy, Draining, Healthy]);
+        let backends = backends.map(|(it, state)| Backend { state, ..Backend::example(*it) });
+        let service = Service::example(backends.collect());
+        let gone = "10.0.0.6:1".parse().unwrap();
+        let in_kernel = [(addresses[0], 4), (addresses[1], 5), (addresses[2], 6), (gone, 7)];
+        for (ejected, expected) in [(&[4, 5, 7][..], 1), (&[5], 0), (&[4, 5, 6], 2), (&[], 0)] {
+            let n = n_ejected(&service, &in_kernel, |idx| ejected.contains(&idx));
+            assert_eq!(n, expected, "{ejected:?}");
+        }
     }
 }

@@ -303,9 +303,8 @@ pub fn flows(mut all: Vec<EdgeFlow>, by_bytes: bool, limit: usize) -> api::Flows
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::BalanceAlgorithm;
     use crate::datapath::{EdgeFlowState, EdgeInterface, EdgeMode};
-    use crate::table::{Drain, Ports, Protocols, Service};
+    use crate::table::{Drain, Service};
 
     fn status(mode: Option<EdgeMode>) -> EdgeStatus {
         let message = mode.is_none().then(|| "no such interface".to_owned());
@@ -396,21 +395,7 @@ mod tests {
     #[test]
     fn vips_of_a_family_without_a_source_are_not_announced() {
         let public = vec!["203.0.113.10:80".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap()];
-        let web = Service {
-            name: "web".into(),
-            vip: [127, 128, 0, 1].into(),
-            vip6: None,
-            ports: Ports::only([80]),
-            protocols: Protocols::Tcp,
-            algorithm: BalanceAlgorithm::Random,
-            pin: None,
-            public,
-            backends: Vec::new(),
-            excluded: Vec::new(),
-            notes: Vec::new(),
-            watch: Default::default(),
-            generation: 1,
-        };
+        let web = Service { public, ..Service::example(Vec::new()) };
         let services = [("web".into(), Arc::new(web))].into_iter().collect();
         let table = Table { generation: 1, services, ..Table::default() };
         let edge = status(Some(EdgeMode::Tcx));

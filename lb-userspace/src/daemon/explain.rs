@@ -536,33 +536,9 @@ pub(super) mod tests {
     pub(in crate::daemon) fn service(backends: &[&str]) -> Service {
         let backend = |address: &&str| {
             let address: SocketAddr = address.parse().unwrap();
-            Backend {
-                address: Some(address),
-                shown_address: address.to_string(),
-                node: String::new(),
-                id: String::new(),
-                weight: 1,
-                state: BackendState::Healthy,
-                group: 0,
-                reason: None,
-                host_only: address.ip().is_loopback(),
-            }
+            Backend { host_only: address.ip().is_loopback(), ..Backend::example(address) }
         };
-        Service {
-            name: "web".into(),
-            vip: [127, 128, 0, 1].into(),
-            vip6: None,
-            ports: Ports::only([80]),
-            protocols: Protocols::Tcp,
-            algorithm: BalanceAlgorithm::Random,
-            pin: None,
-            public: Vec::new(),
-            backends: backends.iter().map(backend).collect(),
-            excluded: Vec::new(),
-            notes: Vec::new(),
-            watch: Default::default(),
-            generation: 1,
-        }
+        Service::example(backends.iter().map(backend).collect())
     }
 
     #[test]

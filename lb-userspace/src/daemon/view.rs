@@ -558,14 +558,8 @@ impl DaemonView {
         answers
     }
 
-    /// How many of the backends that connections reach are ejected: a drained one isn't shown as such.
     fn n_ejected(&self, service: &Service, backends: &[(SocketAddr, u32)]) -> usize {
-        let is_reached = |address: SocketAddr| {
-            let mut backends = service.backends.iter();
-            backends.any(|it| it.address == Some(address) && it.state.is_reached())
-        };
-        let ejected = backends.iter().filter(|(_, idx)| self.counters.ejected(*idx).is_some());
-        ejected.filter(|(address, _)| is_reached(*address)).count()
+        condition::n_ejected(service, backends, |idx| self.counters.ejected(idx).is_some())
     }
 
     fn service(&self, service: &Service) -> api::ServiceStatus {

@@ -20,7 +20,7 @@ use super::server::ServerOptions;
 use super::{AnswerOrigin, DnsServer, Sockets, Transport, UpstreamState, bind};
 use crate::catalog::UsageSender;
 use crate::config::{Config, DnsConfig, Forward};
-use crate::table::{Ports, Protocols, Service, Table};
+use crate::table::{Service, Table};
 
 mod answers;
 mod live;
@@ -106,21 +106,7 @@ impl Rig {
 
 /// A table with one service.
 fn web(generation: u64) -> Table {
-    let service = Service {
-        name: "web".into(),
-        vip: [127, 128, 0, 1].into(),
-        vip6: None,
-        ports: Ports::only([80]),
-        protocols: Protocols::Tcp,
-        algorithm: Default::default(),
-        pin: None,
-        public: Vec::new(),
-        backends: Vec::new(),
-        excluded: Vec::new(),
-        notes: Vec::new(),
-        watch: Default::default(),
-        generation,
-    };
+    let service = Service { generation, ..Service::example(Vec::new()) };
     let services = [("web".into(), Arc::new(service))].into();
     Table { generation, services, ..Table::default() }
 }

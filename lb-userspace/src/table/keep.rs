@@ -186,22 +186,13 @@ impl Keeps {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
+    use crate::table::{BackendState, Excluded};
 
     const LIMIT: Duration = Duration::from_secs(60);
 
     fn backend(id: &str, state: BackendState) -> Backend {
-        Backend {
-            address: Some(([10, 0, 0, 1], 80).into()),
-            shown_address: "10.0.0.1:80".into(),
-            node: "n1".into(),
-            id: id.into(),
-            weight: 1,
-            state,
-            group: 0,
-            reason: None,
-            host_only: false,
-        }
+        let example = Backend::example(([10, 0, 0, 1], 80).into());
+        Backend { node: "n1".into(), id: id.into(), state, ..example }
     }
 
     /// What serves of a service with these instances that serve, these that are critical, and `other`,
@@ -223,21 +214,8 @@ mod tests {
             id: (*id).into(),
             reason: "check `web` is critical".into(),
         });
-        let mut service = Service {
-            name: "web".into(),
-            vip: [127, 128, 0, 1].into(),
-            vip6: None,
-            ports: Ports::only([80]),
-            protocols: Protocols::Tcp,
-            algorithm: Default::default(),
-            pin: None,
-            public: Vec::new(),
-            backends: serving.iter().map(|id| backend(id, BackendState::Healthy)).collect(),
-            excluded: excluded.collect(),
-            notes: Vec::new(),
-            watch: Watch::Live,
-            generation: 1,
-        };
+        let backends = serving.iter().map(|id| backend(id, BackendState::Healthy)).collect();
+        let mut service = Service { excluded: excluded.collect(), ..Service::example(backends) };
         let warning = critical.iter().map(|id| backend(id, BackendState::Warning));
         let kept = keeps.judge(&mut service, warning, |it| before.contains(&&*it.id));
         service.backends.extend(kept);

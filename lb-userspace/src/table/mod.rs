@@ -7,6 +7,8 @@
 mod build;
 mod drains;
 mod endpoints;
+#[cfg(test)]
+mod example;
 pub mod first_contact;
 mod index;
 mod input;

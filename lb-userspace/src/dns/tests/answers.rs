@@ -17,23 +17,13 @@ use crate::datapath::answered_by_kernel;
 use crate::dns::resolve::Missing::{self, Absent, LookUp, Unknown};
 use crate::dns::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use crate::dns::{DnsServer, Transport, bind, fuzzing};
-use crate::table::{Backend, BackendState, Ports, Protocols, Service, Table, Watch};
+use crate::table::{Backend, Ports, Protocols, Service, Table};
 
 const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
 
 /// A healthy backend.
 fn backend(address: &str) -> Backend {
-    Backend {
-        address: Some(address.parse().unwrap()),
-        shown_address: address.to_owned(),
-        node: String::new(),
-        id: String::new(),
-        weight: 1,
-        state: BackendState::Healthy,
-        group: 0,
-        reason: None,
-        host_only: false,
-    }
+    Backend::example(address.parse().unwrap())
 }
 
 /// The table of answers.txt.
@@ -46,14 +36,8 @@ fn table(generation: u64) -> Table {
             vip6: vip6.map(|vip6| vip6.parse().unwrap()),
             ports,
             protocols,
-            algorithm: Default::default(),
-            pin: None,
-            public: Vec::new(),
-            backends: Vec::new(),
-            excluded: Vec::new(),
-            notes: Vec::new(),
-            watch: Watch::Live,
             generation,
+            ..Service::example(Vec::new())
         };
         (name, Arc::new(service))
     };

@@ -1,7 +1,6 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::table::{Ports, Protocols, Watch};
 
 const S: Duration = Duration::from_secs(1);
 
@@ -10,17 +9,7 @@ type Given = (&'static str, u16, bool);
 
 fn backend((id, port, _): Given) -> Backend {
     let address = SocketAddr::from(([10, 0, 0, 1], port));
-    Backend {
-        address: Some(address),
-        shown_address: address.to_string(),
-        node: "n1".into(),
-        id: id.into(),
-        weight: 1,
-        state: BackendState::Healthy,
-        group: 0,
-        reason: None,
-        host_only: false,
-    }
+    Backend { node: "n1".into(), id: id.into(), ..Backend::example(address) }
 }
 
 /// A service `web` with its tables one after the other, as the builder makes them.
@@ -43,21 +32,7 @@ impl World {
         self.contacts.judge(&"web".into(), &mut backends, &unchecked, self.last.as_ref());
         let serving = backends.iter().filter(|backend| backend.state.is_reached());
         let serving = serving.map(|backend| &*backend.id).collect::<Vec<_>>().join(" ");
-        self.last = Some(Service {
-            name: "web".into(),
-            vip: [127, 128, 0, 1].into(),
-            vip6: None,
-            ports: Ports::only([80]),
-            protocols: Protocols::Tcp,
-            algorithm: Default::default(),
-            pin: None,
-            public: Vec::new(),
-            backends,
-            excluded: Vec::new(),
-            notes: Vec::new(),
-            watch: Watch::Live,
-            generation: 1,
-        });
+        self.last = Some(Service::example(backends));
         serving
     }
 
