@@ -60,6 +60,7 @@ mod openapi;
 mod operators_view;
 mod page;
 mod page_cost;
+mod page_link;
 mod pinned_address;
 mod port_reused;
 mod ports_from_meta;
@@ -220,8 +221,11 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
 
 /// What takes too long for CI, each with the programs that it needs: of `cargo xtask test --full`, which
 /// sets NOHOP_FULL.
-const SCENARIOS_IN_FULL: &[(&str, &[&str], Scenario)] =
-    &[("page", &["chromium"], page::run), ("page_cost", &["bash"], page_cost::run)];
+const SCENARIOS_IN_FULL: &[(&str, &[&str], Scenario)] = &[
+    ("page", &["chromium"], page::run),
+    ("page_cost", &["bash"], page_cost::run),
+    ("page_link", &["chromium", "ss"], page_link::run),
+];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
