@@ -22,8 +22,6 @@ use super::response::add_headers;
 use super::slow::{IsEndless, MinRate};
 use super::view::View;
 
-/// The time limit of a request's head, the pause before it included.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The greatest head of a request, and what is buffered of a response, in bytes; hyper admits 100 headers.
 pub(super) const MAX_HEAD: usize = 64 << 10;
 /// What is logged of a path, in bytes: the rest of the line has to fit.
@@ -98,7 +96,7 @@ async fn serve<V: View>(
     let stream = MinRate::new(stream, is_endless.clone(), limits.patience);
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
+        .header_read_timeout(limits.patience.head)
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service)
         .await;

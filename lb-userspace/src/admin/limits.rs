@@ -38,7 +38,7 @@ pub(super) struct ListenerLimits {
     pub(super) busy: Arc<Semaphore>,
     pub(super) waiting: Arc<Semaphore>,
     pub(super) max_wait: Duration,
-    /// With slow readers.
+    /// With slow clients.
     pub(super) patience: Patience,
     /// One for all listeners.
     pub(super) feed: Arc<Feed>,

@@ -31,7 +31,7 @@ pub async fn serve<V: View>(
     serve_for(listeners, tcp, view, work, Patience::default()).await;
 }
 
-/// As [`serve`], with another patience with slow readers.
+/// As [`serve`], with another patience with slow clients.
 pub(super) async fn serve_for<V: View>(
     listeners: Vec<Listener>,
     tcp: watch::Receiver<TcpAccess>,

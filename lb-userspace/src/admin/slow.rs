@@ -13,9 +13,11 @@ use tokio::time::{Instant, Sleep};
 /// The bytes that a reader that is behind has to read in each period: 6.5 kB a second.
 const MIN_BYTES: usize = 64 << 10;
 
-/// How long slow readers are waited for.
+/// How long slow clients are waited for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Patience {
+    /// The time limit of a request's head, the pause before it included.
+    pub(super) head: Duration,
     /// The period in which a reader that is behind has to read [`MIN_BYTES`].
     pub(super) period: Duration,
     /// The longest that a response may wait for its reader: the few documents in memory must become free
@@ -25,7 +27,8 @@ pub(super) struct Patience {
 
 impl Default for Patience {
     fn default() -> Patience {
-        Patience { period: Duration::from_secs(10), max_time: Duration::from_secs(30) }
+        let seconds = Duration::from_secs;
+        Patience { head: seconds(10), period: seconds(10), max_time: seconds(30) }
     }
 }
 
@@ -159,7 +162,11 @@ mod tests {
     const LONG: Duration = Duration::from_secs(600);
 
     fn within<S>(stream: S, period: Duration, max_time: Duration) -> MinRate<S> {
-        MinRate::new(stream, IsEndless::default(), Patience { period, max_time })
+        MinRate::new(
+            stream,
+            IsEndless::default(),
+            Patience { period, max_time, ..Patience::default() },
+        )
     }
 
     #[tokio::test]

@@ -355,6 +355,36 @@ async fn viewers_of_the_stream_get_everything_first_and_then_what_changes() {
     }
 }
 
+/// Each of its bytes comes in time, and its end never does.
+#[tokio::test]
+async fn a_head_without_an_end_is_cut_off() {
+    const STEP: Duration = Duration::from_millis(10);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let patience = Patience { head: 10 * STEP, ..Patience::default() };
+    let (listeners, view) = (vec![Listener::Tcp(listener)], Arc::new(Fake::new(at(1, 0))));
+    let mut server = JoinSet::new();
+    server.spawn(serve_for(listeners, access(), view, Handle::current(), patience));
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (mut reader, mut writer) = stream.into_split();
+    let trickle = async {
+        writer.write_all(b"GET /v1/status HTTP/1.1\r\nX-A: ").await.unwrap();
+        for _ in 0..500 {
+            if writer.write_all(b"b").await.is_err() {
+                return;
+            }
+            tokio::time::sleep(STEP).await;
+        }
+        panic!("it is still read");
+    };
+    let mut answer = Vec::new();
+    tokio::select! {
+        _ = reader.read_to_end(&mut answer) => {}
+        () = trickle => {}
+    }
+    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"), "{answer:?}");
+}
+
 /// It reads a part of what it should, steadily: the kernel has something of it in each period.
 #[tokio::test]
 async fn a_viewer_that_reads_too_slowly_loses_its_place() {
@@ -366,7 +396,8 @@ async fn a_viewer_that_reads_too_slowly_loses_its_place() {
     set_socket_send_buffer_size(&listener, BUFFER as usize).unwrap();
     let address = listener.local_addr().unwrap();
     let view = Arc::new(Fake { n_services: 10_000, ..Fake::new(at(1, 0)) });
-    let patience = Patience { period: 10 * STEP, max_time: Duration::from_secs(600) };
+    let max_time = Duration::from_secs(600);
+    let patience = Patience { period: 10 * STEP, max_time, ..Patience::default() };
     let listeners = vec![Listener::Tcp(listener)];
     let mut server = JoinSet::new();
     server.spawn(serve_for(listeners, access(), view, Handle::current(), patience));
