@@ -681,6 +681,37 @@ pub struct TraceRecord {
 }
 
 #[cfg(test)]
+impl ServiceStatus {
+    /// Some service without backends, for tests.
+    pub fn example() -> ServiceStatus {
+        ServiceStatus {
+            name: "web".into(),
+            vip: [127, 128, 0, 1].into(),
+            vip6: None,
+            notes: Vec::new(),
+            pin: None,
+            public: Vec::new(),
+            ports: Ports::only([80]),
+            protocol: Protocols::Tcp,
+            algorithm: BalanceAlgorithm::Random,
+            generation: 1,
+            watch: Watch::Live,
+            error: None,
+            connects: 0,
+            refused: 0,
+            failed: 0,
+            syn_retransmits: 0,
+            in_flight: None,
+            refused_family: 0,
+            shadowed: 0,
+            udp_connects: 0,
+            udp_connects_refused: 0,
+            backends: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
 impl ServiceSummary {
     /// Some service, for tests.
     pub fn example() -> ServiceSummary {

@@ -21,7 +21,6 @@ use super::{
     At, Listener, TcpAccess, TraceFilter, TraceRefusal, View, api, bind, client, http, serve,
 };
 use crate::config::AdminAddress;
-use crate::table::{Ports, Protocols};
 
 /// A daemon that knows the service `web` and isn't ready before generation 1.
 struct Fake {
@@ -63,30 +62,7 @@ impl View for Fake {
     }
 
     fn services(&self) -> Vec<api::ServiceStatus> {
-        vec![api::ServiceStatus {
-            name: "web".into(),
-            vip: [127, 128, 0, 1].into(),
-            vip6: None,
-            notes: vec![],
-            pin: None,
-            public: Vec::new(),
-            ports: Ports::only([80]),
-            protocol: Protocols::Tcp,
-            algorithm: crate::config::BalanceAlgorithm::Random,
-            generation: 1,
-            watch: Default::default(),
-            error: None,
-            connects: 0,
-            refused: 0,
-            failed: 0,
-            syn_retransmits: 0,
-            in_flight: Some(0),
-            refused_family: 0,
-            shadowed: 0,
-            udp_connects: 0,
-            udp_connects_refused: 0,
-            backends: vec![],
-        }]
+        vec![api::ServiceStatus::example()]
     }
 
     fn summaries(&self) -> Vec<api::ServiceSummary> {

@@ -401,32 +401,13 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::BalanceAlgorithm;
-    use crate::table::{Ports, Protocols, Watch};
+    use crate::table::{Ports, Protocols};
 
     fn helloworld() -> ServiceStatus {
         ServiceStatus {
             name: "helloworld".into(),
             vip: [127, 186, 3, 9].into(),
-            vip6: None,
-            notes: vec![],
-            pin: None,
-            public: Vec::new(),
-            ports: Ports::only([80]),
-            protocol: Protocols::Tcp,
-            algorithm: BalanceAlgorithm::Random,
-            generation: 1,
-            error: None,
-            watch: Watch::Live,
             connects: 7,
-            refused: 0,
-            failed: 0,
-            syn_retransmits: 0,
-            in_flight: None,
-            refused_family: 0,
-            shadowed: 0,
-            udp_connects: 0,
-            udp_connects_refused: 0,
             backends: vec![BackendStatus {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),
@@ -440,6 +421,7 @@ mod tests {
                 connect_us: None,
                 rtt_us: None,
             }],
+            ..ServiceStatus::example()
         }
     }
 

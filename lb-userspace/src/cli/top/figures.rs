@@ -223,7 +223,6 @@ pub mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::table::{Protocols, Watch};
 
     /// A service with these counters, and as many of each backend.
     pub fn service(name: &str, connects: u64, backends: &[(&str, u64, u64)]) -> ServiceStatus {
@@ -244,26 +243,11 @@ pub mod tests {
         ServiceStatus {
             name: name.into(),
             vip: [127, 186, 3, 9].into(),
-            vip6: None,
-            pin: None,
-            public: Vec::new(),
-            ports: Ports::only([80]),
-            protocol: Protocols::Tcp,
-            algorithm: crate::config::BalanceAlgorithm::Random,
-            generation: 1,
-            watch: Watch::Live,
-            notes: vec![],
-            error: None,
             connects,
-            refused: 0,
             failed: backends.iter().map(|backend| backend.failures).sum(),
-            syn_retransmits: 0,
             in_flight: Some(3 * backends.len() as u64),
-            refused_family: 0,
-            shadowed: 0,
-            udp_connects: 0,
-            udp_connects_refused: 0,
             backends,
+            ..ServiceStatus::example()
         }
     }
 
