@@ -8,12 +8,14 @@ use testbed::nohop::Nohop;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::N_CONNECTIONS;
 use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{self, NOHOP_TC, Protocol, Running, Services, start_backend};
 use crate::progress::Progress;
 use crate::report_builder::{Draft, Limit, Quantity};
+
+/// The connections of HTTP.
+pub const N_CONNECTIONS: usize = 32;
 
 /// As figures name it.
 const SHOWN: &str = "nohop, TC, clients are shown";

@@ -8,15 +8,13 @@ mod packets;
 mod restarts;
 
 use anyhow::Result;
+use clients::N_CONNECTIONS;
 
 use crate::node::Layout;
 use crate::peers::{self, EDGE_PEERS, HAPROXY_TCP, NOHOP_TC, NOHOP_XDP, Protocol};
 use crate::progress::Progress;
 use crate::report_builder::{Draft, Limit};
 use crate::suites::http::{self, Use};
-
-/// The connections of HTTP.
-const N_CONNECTIONS: usize = 32;
 
 /// Runs the suite.
 ///
