@@ -354,7 +354,7 @@ fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) 
         return 0;
     }
     let Some(PortPlace { source: nth_source, port, .. }) =
-        maps::next_port(backend_idx, n_sources, nth, maps::now_ms())
+        maps::next_port(backend_idx, n_sources, nth)
     else {
         return 0;
     };

@@ -349,26 +349,26 @@ fn flow<const N: usize, F: Family<N>>(ends: &[u32; N], protocol: u8) -> Option<F
     let place = cache::place(ends, protocol);
     if let Some(found) = place.and_then(CachePtr::find)
         && let Some(flow) = Flow::at::<N, F>(found, ends)
-        && is_certain(flow.record, protocol)
+        && is_certain(flow.record, protocol, F::IS_IPV6)
     {
         return Some(flow);
     }
     let found = F::find(ends, protocol)?;
     let flow = Flow::at::<N, F>(found, ends)?;
     if let Some(place) = place
-        && is_certain(flow.record, protocol)
+        && is_certain(flow.record, protocol, F::IS_IPV6)
     {
         place.keep(found);
     }
     Some(flow)
 }
 
-/// Whether keys lead to a record, by what it shows: of one that its backend hasn't answered they may not, yet or any
-/// more.
+/// Whether keys of this protocol and family lead to a record, by what it shows: of one that its backend hasn't answered
+/// they may not, yet or any more. A record of one family keeps addresses that an earlier flow of the other one had.
 #[inline(always)]
-fn is_certain(record: RecordPtr, protocol: u8) -> bool {
+fn is_certain(record: RecordPtr, protocol: u8, is_ipv6: bool) -> bool {
     let word = record.word();
-    word.client != 0 && word.backend != 0 && word.protocol == protocol
+    word.client != 0 && word.backend != 0 && word.protocol == protocol && word.is_ipv6() == is_ipv6
 }
 
 /// Whether a flow stays as it is with a packet that neither opens nor closes one, and its backend isn't on this host.

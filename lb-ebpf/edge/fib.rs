@@ -4,7 +4,7 @@ use core::ffi::c_void;
 
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-    BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
+    BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
 
@@ -103,10 +103,18 @@ pub fn ethernet(fib: &Fib) -> [u32; 3] {
     [[g, h, i, j], [k, l, a, b], [c, d, e, f]].map(u32::from_ne_bytes)
 }
 
-/// A hash of the neighbour: of its interface and hardware address, whose first half word is in the upper half of
-/// `fib[14]`.
+/// Where the neighbour's time is; see [`lb_common::neighbour_time`].
 #[inline(always)]
-pub fn neighbour_hash(fib: &Fib) -> u32 {
-    let word = u64::from(fib[15]) << 32 | u64::from(fib[14] >> 16) << 16 | u64::from(fib[2] as u16);
-    (word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32
+pub fn neighbour_time(fib: &Fib) -> u32 {
+    lb_common::neighbour_time(egress(fib), u64::from(fib[15]) << 16 | u64::from(fib[14] >> 16))
+}
+
+/// The next hop that was found, as `bpf_redirect_neigh` takes it (struct bpf_redir_neigh): the family, then the address.
+/// It lies over the end of the source address, which isn't needed any more.
+#[inline(always)]
+pub fn next_hop(fib: &mut Fib) -> *mut bpf_redir_neigh {
+    // The kernel has written the family of the next hop, which may be another one than the packet's.
+    let [family, ..] = fib[0].to_ne_bytes();
+    fib[7] = family.into();
+    (&raw mut fib[7]).cast()
 }

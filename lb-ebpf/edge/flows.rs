@@ -1,8 +1,8 @@
 //! The flows: how one is found, followed and ended.
 
 use lb_common::{
-    Address, EdgeCounter, FlowEnd, FlowKey4, FlowKey6, FlowRef, FlowState, FlowWord, IPPROTO_TCP,
-    Packet, Target,
+    Address, EdgeCounter, FlowEnd, FlowKey4, FlowKey6, FlowRef, FlowState, IPPROTO_TCP, Packet,
+    Target,
 };
 
 use crate::maps::{self, RecordPtr, count};
@@ -190,9 +190,6 @@ pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
         let shown = word.after(packet.tcp_flags, is_back, idle_ms);
         if shown != if is_back { word.backend } else { word.client } {
             record.set_shown(is_back, shown);
-            if !is_back && !word.is_local() && (shown ^ word.client) & FlowWord::ACK != 0 {
-                maps::set_established(record.backend_idx(), record.source_port(), now_ms);
-            }
         }
         if packet.protocol == IPPROTO_TCP && record.word().is_unsettled() {
             outcomes::nohop_edge_settle(idx.into());

@@ -5,7 +5,7 @@
 
 use aya_ebpf::bindings::{
     __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT,
-    TC_ACT_UNSPEC,
+    TC_ACT_UNSPEC, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{
     bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_skb_change_tail,
@@ -132,10 +132,13 @@ extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_leave(ctx: *mut __sk_buff, way: u64) -> u64 {
     let (skb, Some(scratch)) = (Skb(ctx), maps::scratch()) else { return TC_ACT_SHOT as u64 };
-    let fib = &scratch.fib;
+    let fib = &mut scratch.fib;
     if way == UNRESOLVED {
-        // SAFETY: the helper has no preconditions.
-        return unsafe { bpf_redirect_neigh(fib::egress(fib), core::ptr::null_mut(), 0, 0) } as u64;
+        // To the next hop that was found: the kernel might find another one by other rules, or on several ways.
+        let (egress, next_hop) = (fib::egress(fib), fib::next_hop(fib));
+        let len = size_of::<bpf_redir_neigh>() as i32;
+        // SAFETY: the helper takes a structure of that length.
+        return unsafe { bpf_redirect_neigh(egress, next_hop, len, 0) } as u64;
     }
     let addresses = fib::ethernet(fib);
     if !skb.store(0, addresses.as_bytes()) {

@@ -108,7 +108,7 @@ impl HopPtr {
 
 #[inline(always)]
 fn neighbour(fib: &Fib) -> Option<*mut u32> {
-    EDGE_NEIGHBOURS.get_ptr_mut(fib::neighbour_hash(fib) % N_NEIGHBOUR_TIMES)
+    EDGE_NEIGHBOURS.get_ptr_mut(fib::neighbour_time(fib))
 }
 
 /// Whether a packet to this next hop is to leave by the kernel's own output, as one does now and then: that alone

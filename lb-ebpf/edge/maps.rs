@@ -8,11 +8,11 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     ANY_PORT, Address, BackendEntry, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS,
     DEFAULT_MAX_SERVICES, EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter,
-    EdgeCounters, EdgeServiceRef, Event, EventKind, FIRST_EDGE_PORT, FlowAddresses6, FlowEvent,
-    FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6,
-    GlobalCounters, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES,
-    MAX_OWN_ADDRESSES, N_EDGE_ACCOUNTS, N_FLOW_STATES, N_PORT_BLOCKS, OptionWalk, PORTS_PER_BLOCK,
-    Packet, PortCursor, PortPlace, ServiceRef, ServiceStats, Target, Window, has_rested,
+    EdgeCounters, EdgeServiceRef, Event, EventKind, FlowAddresses6, FlowEvent, FlowKey4, FlowKey6,
+    FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6, GlobalCounters, IPPROTO_ICMPV6,
+    IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, MAX_OWN_ADDRESSES, N_EDGE_ACCOUNTS,
+    N_FLOW_STATES, OptionWalk, Packet, PortCursor, PortPlace, ServiceRef, ServiceStats, Target,
+    Window,
 };
 
 use crate::flows::Side;
@@ -278,48 +278,20 @@ pub fn n_sources(is_ipv6: bool) -> u32 {
     }
 }
 
-/// The place of the source address and port that a flow to a backend tries, the nth of them; `None` while the
-/// next block of ports rests. Two processors that get the same one find that by its key.
+/// The place of the source address and port that a flow to a backend tries, the nth of them. Two processors that get the
+/// same one find that by its key.
 #[inline(always)]
-pub fn next_port(backend_idx: u32, n_sources: u32, nth: u32, now_ms: u32) -> Option<PortPlace> {
+pub fn next_port(backend_idx: u32, n_sources: u32, nth: u32) -> Option<PortPlace> {
     let cursor = EDGE_PORTS.get_ptr_mut(backend_idx)?;
     // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because other processors
     // write it.
-    let last = unsafe { (&raw const (*cursor).last).read_volatile() };
-    let before = PortPlace::of(last, n_sources);
-    let next = PortPlace::of(before.place + 1 + PortPlace::step(nth), n_sources);
-    if next.block != before.block {
-        // SAFETY: as above.
-        let established_ms = unsafe { established_ms(cursor, next.block).read_volatile() };
-        if !has_rested(established_ms, now_ms) {
-            return None;
-        }
+    unsafe {
+        let last = &raw mut (*cursor).last;
+        let before = PortPlace::of(last.read_volatile(), n_sources);
+        let next = PortPlace::of(before.place + 1 + PortPlace::step(nth), n_sources);
+        last.write_volatile(next.place);
+        Some(next)
     }
-    // SAFETY: as above.
-    unsafe { (&raw mut (*cursor).last).write_volatile(next.place) };
-    Some(next)
-}
-
-/// A connection to a backend was established from this port of a source address.
-#[inline(always)]
-pub fn set_established(backend_idx: u32, port: u16, now_ms: u32) {
-    let block = u32::from(port).wrapping_sub(FIRST_EDGE_PORT) / PORTS_PER_BLOCK;
-    if block as usize >= N_PORT_BLOCKS {
-        return;
-    }
-    let Some(cursor) = EDGE_PORTS.get_ptr_mut(backend_idx) else { return };
-    // SAFETY: as in `next_port`.
-    unsafe { established_ms(cursor, block).write_volatile(if now_ms == 0 { 1 } else { now_ms }) };
-}
-
-/// Where the time of a block is.
-///
-/// # Safety
-/// The pointer is to an element of `EDGE_PORTS`.
-#[inline(always)]
-unsafe fn established_ms(cursor: *mut PortCursor, block: u32) -> *mut u32 {
-    // SAFETY: the field has as many words, but for the last one, which is `last`. The mask is for the verifier.
-    unsafe { (&raw mut (*cursor).established_ms).cast::<u32>().add(black_box(block) as usize & 15) }
 }
 
 /// An account of first packets, by a hash.

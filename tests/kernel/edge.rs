@@ -149,20 +149,7 @@ pub fn start_server(container: &Container, address: IpAddr, letter: char) {
 pub fn start_server_here(address: IpAddr, letter: char) {
     let listener = TcpListener::bind((address, PORT)).unwrap();
     let socket = UdpSocket::bind((address, PORT)).unwrap();
-    std::thread::spawn(move || {
-        loop {
-            let (mut stream, peer) = listener.accept().unwrap();
-            let mut request = Vec::new();
-            stream.read_to_end(&mut request).unwrap();
-            if request.is_empty() {
-                break;
-            }
-            let answer = format!("{letter} {} {}", peer.ip(), request.len());
-            stream.write_all(answer.as_bytes()).unwrap();
-            stream.write_all(&request).unwrap();
-        }
-    });
-    std::thread::spawn(move || {
+    let of_datagrams = std::thread::spawn(move || {
         let mut message = [0; 2_048];
         loop {
             let (len, peer) = socket.recv_from(&mut message).unwrap();
@@ -173,18 +160,50 @@ pub fn start_server_here(address: IpAddr, letter: char) {
             socket.send_to(answer.as_bytes(), peer).unwrap();
         }
     });
+    std::thread::spawn(move || {
+        loop {
+            let (mut stream, peer) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            stream.read_to_end(&mut request).unwrap();
+            if request.is_empty() {
+                of_datagrams.join().unwrap();
+                drop(listener);
+                // What `end_server` waits for.
+                drop(stream);
+                break;
+            }
+            let answer = format!("{letter} {} {}", peer.ip(), request.len());
+            stream.write_all(answer.as_bytes()).unwrap();
+            stream.write_all(&request).unwrap();
+        }
+    });
 }
 
-/// Ends the server's threads.
+/// Ends the server's threads, soon.
 pub fn stop_server(container: &Container, address: IpAddr) {
     container.run(move || stop_server_here(address));
 }
 
 /// The same in this thread's network namespace.
 pub fn stop_server_here(address: IpAddr) {
-    drop(TcpStream::connect((address, PORT)).unwrap());
+    drop(ask_to_stop(address));
+}
+
+fn ask_to_stop(address: IpAddr) -> TcpStream {
     let socket = UdpSocket::bind((address, 0)).unwrap();
     socket.send_to(b"", (address, PORT)).unwrap();
+    let stream = TcpStream::connect((address, PORT)).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    stream
+}
+
+/// Ends a server that no connection is open to; then its ports are free.
+pub fn end_server(container: &Container, address: IpAddr) {
+    container.run(move || {
+        let mut stream = ask_to_stop(address);
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    });
 }
 
 /// Sends a request and reads the answer.

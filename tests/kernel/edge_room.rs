@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, Map, MapData};
 use lb_common::{
-    FlowKey4, FlowRecord, FlowRef, FlowWord, IPPROTO_UDP, N_PORT_BLOCKS, PORTS_PER_BLOCK,
-    PortCursor,
+    FlowKey4, FlowRecord, FlowRef, FlowWord, IPPROTO_TCP, IPPROTO_UDP, N_EDGE_PORTS, PortCursor,
+    PortPlace,
 };
 use lb_userspace::datapath::{Datapath, EdgeFlowState, EdgeOptions, EdgeTimeouts};
 use rustix::io::Errno;
@@ -298,48 +298,39 @@ pub fn a_flood() {
     });
 }
 
-/// Ports rest after connections that were established, not after SYNs that nothing came of: a flood of them would
-/// use up all ports for a minute.
-pub fn a_flood_uses_up_no_ports() {
+/// A record of one address family keeps the addresses that an earlier flow of the other one had, to which the cache may
+/// still lead.
+pub fn a_record_of_another_family() {
     inside(|| {
         let (place, network) = (place(), Network::new());
         let vip = SocketAddr::from((PUBLIC, 80));
-        let other = SocketAddr::from(([203, 0, 113, 11], 80));
-        let services = vec![
-            public("web", &[(BACKEND, PORT).into()], &[vip]),
-            public("silent", &[(SILENT, PORT).into()], &[other]),
-        ];
-        let datapath = serve(&place, services);
-        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_PORTS")).unwrap();
-        let mut ports: Array<_, [u8; 64]> = Map::Array(pin).try_into().unwrap();
-        let indices = ["web", "silent"].map(|name| datapath.indices(name).unwrap().backends);
-        let [web, silent] =
-            [(&indices[0], BACKEND), (&indices[1], SILENT)].map(|(of, ip)| of[&(ip, PORT).into()]);
-        let cursor = |ports: &Array<MapData, [u8; 64]>, idx| -> PortCursor {
-            zerocopy::transmute!(ports.get(&idx, 0).unwrap())
-        };
-        // The first of these ends a block.
-        let last = PORTS_PER_BLOCK - 2;
-        for idx in [web, silent] {
-            let octets: [u8; 64] = zerocopy::transmute!(PortCursor { last, ..cursor(&ports, idx) });
-            ports.set(idx, octets, 0).unwrap();
-        }
-        drop(network.client.run(move || begin(3, other)));
-        let after = cursor(&ports, silent);
-        assert_eq!((after.last, after.established_ms), (last + 3, [0; N_PORT_BLOCKS]));
+        let _datapath = serve(&place, vec![public("web", &[(BACKEND, PORT).into()], &[vip])]);
         let mut connections = Connections::new(&network);
-        connections.open(&network.client, vip, 3);
-        connections.all_go_on();
-        let after = cursor(&ports, web);
-        assert_eq!(
-            (after.last, after.established_ms.iter().filter(|ms| **ms != 0).count()),
-            (last + 3, 2)
-        );
+        connections.open(&network.client, vip, 1);
+        // The first of these is cached.
+        (0..2).for_each(|_| connections.all_go_on());
+        let map = |name: &str| MapData::from_pin(place.pin("v3/maps").join(name)).unwrap();
+        let mut records: Array<_, [u64; 8]> = Map::Array(map("EDGE_RECORDS")).try_into().unwrap();
+        let mut keys: HashMap<_, [u64; 2], u64> =
+            Map::HashMap(map("EDGE_FLOWS")).try_into().unwrap();
+        let entries: Vec<([u64; 2], u64)> = keys.iter().map(Result::unwrap).collect();
+        assert_eq!(entries.len(), 2);
+        let FlowRef { record: idx, .. } = zerocopy::transmute!(entries[0].1);
+        let mut record: FlowRecord = zerocopy::transmute!(records.get(&idx, 0).unwrap());
+        record.word.flags |= FlowWord::IPV6;
+        let record: [u64; 8] = zerocopy::transmute!(record);
+        records.set(idx, record, 0).unwrap();
+        entries.iter().for_each(|(key, _)| keys.remove(key).unwrap());
+        let (stream, _) = &mut connections.pairs[0];
+        stream.write_all(b"on").unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
     });
 }
 
-/// Where all ports are in use, or not to be used again yet, new flows are refused.
+/// A port that is in use is passed over. Where all that are tried are, new flows are refused.
 pub fn ports_run_out() {
+    const N_TRIES: u32 = 16;
     inside(|| {
         let (place, network) = (place(), Network::new());
         let vip = SocketAddr::from((PUBLIC, 80));
@@ -351,26 +342,34 @@ pub fn ports_run_out() {
         let expected = Ok(format!("A {SOURCE} 1"));
         assert_eq!(answer(&network), expected);
         let idx = datapath.indices("web").unwrap().backends[&(BACKEND, PORT).into()];
-        let now_ms =
-            (rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec * 1_000) as u32;
-        // One port is left of the last block, and the others have been used just now.
-        let n_ports = N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK;
-        let mut cursor =
-            PortCursor { established_ms: [now_ms.max(1); N_PORT_BLOCKS], last: n_ports - 2 };
-        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_PORTS")).unwrap();
-        let mut ports: Array<_, [u8; 64]> = Map::Array(pin).try_into().unwrap();
-        let mut set = |cursor: &PortCursor| {
-            let octets: [u8; 64] = zerocopy::transmute!(*cursor);
+        let map = |name: &str| MapData::from_pin(place.pin("v3/maps").join(name)).unwrap();
+        let mut ports: Array<_, [u8; 64]> = Map::Array(map("EDGE_PORTS")).try_into().unwrap();
+        let mut keys: HashMap<_, [u64; 2], u64> =
+            Map::HashMap(map("EDGE_FLOWS")).try_into().unwrap();
+        // From the last port but one on.
+        let last = N_EDGE_PORTS - 2;
+        let mut search_again = || {
+            let octets: [u8; 64] = zerocopy::transmute!(PortCursor { last, ..Default::default() });
             ports.set(idx, octets, 0).unwrap();
         };
-        set(&cursor);
-        assert_eq!(answer(&network), expected);
+        let mut place = last;
+        let taken: Vec<[u64; 2]> = (0..N_TRIES)
+            .map(|nth| {
+                let next = PortPlace::of(place + 1 + PortPlace::step(nth), 1);
+                place = next.place;
+                let (from, to) = ((BACKEND.octets(), PORT), (SOURCE.octets(), next.port));
+                zerocopy::transmute!(FlowKey4::of(from, to, IPPROTO_TCP))
+            })
+            .collect();
+        let of_others: u64 = zerocopy::transmute!(FlowRef { record: 1_000, is_back: 1 });
+        taken.iter().for_each(|key| keys.insert(key, of_others, 0).unwrap());
+        search_again();
         assert_eq!(answer(&network), Err(ErrorKind::ConnectionRefused));
         assert_eq!(count(&datapath, "no_port"), 1);
-        // A port that a flow has is passed over.
-        (cursor.established_ms[0], cursor.last) = (0, n_ports - 2);
-        set(&cursor);
+        keys.remove(&taken[N_TRIES as usize - 1]).unwrap();
+        search_again();
         assert_eq!(answer(&network), expected);
+        assert_eq!(count(&datapath, "no_port"), 1);
         stop_server(&network.backend, BACKEND.into());
     });
 }

@@ -14,8 +14,8 @@ use lb_common::{EdgeInterface, N_EDGE_INTERFACES};
 use lb_userspace::datapath::{Datapath, EdgeMode};
 
 use crate::edge::{
-    BACKEND, CLIENT, LONG, Network, PUBLIC, SOURCE, apply, ask, count, options, place, public,
-    request, serve, start_server, stop_server, web,
+    BACKEND, CLIENT, LONG, Network, PUBLIC, SOURCE, apply, ask, count, end_server, options, place,
+    public, request, serve, start_server, stop_server, web,
 };
 use crate::netns::{inside, ip};
 use crate::pins::bpftool;
@@ -90,7 +90,7 @@ fn exchange(network: &Network) {
             [1usize, 1_001].map(ask)
         });
         assert_eq!(answers, [1, 1_001].map(|len| format!("A {source} {len}")));
-        stop_server(&network.backend, backend);
+        end_server(&network.backend, backend);
     }
 }
 

@@ -130,7 +130,7 @@ const TRIALS: &[KernelTrial] = &[
     once("edge_a_sweep_in_parts", edge_room::a_sweep_in_parts),
     once("edge_room_elsewhere", edge_room::room_elsewhere),
     once("edge_a_flood", edge_room::a_flood),
-    once("edge_a_flood_uses_up_no_ports", edge_room::a_flood_uses_up_no_ports),
+    once("edge_a_record_of_another_family", edge_room::a_record_of_another_family),
     once("edge_ports_run_out", edge_room::ports_run_out),
     once("edge_a_backend_is_silent", edge_room::a_backend_is_silent),
     since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),
@@ -188,7 +188,8 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "names_in_one_bucket", names_changes::in_one_bucket),
     once("names_behind_firewalls", names_firewall::what_a_client_sees),
     since((5, 10), "names_by_other_layouts", names_versions::of_other_layouts),
-    since((5, 10), "names_with_other_formats", names_versions::with_other_formats),
+    // Before, one filter holds the program of every version.
+    since((6, 6), "names_with_other_formats", names_versions::with_other_formats),
     since((5, 10), "names_after_one_without_the_unit", names_versions::after_one_without_the_unit),
     once("names_where_the_program_is_refused", names_refused::the_program_is_refused),
     since((5, 10), "names_reach_containers", names::reach_containers),

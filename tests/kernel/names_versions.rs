@@ -92,7 +92,8 @@ pub fn of_other_layouts() {
 }
 
 /// A later version of this layout has left maps with longer values, which its program uses: they are made again, and
-/// that program answers until then, by what it has.
+/// that program answers until then, by what it has. Before tcx (6.6) this daemon's program takes its place at once, and
+/// passes what isn't in its table yet.
 pub fn with_other_formats() {
     const KINDS: [(&str, &str); 3] = [
         ("NAMES_CONTROL", "type array key 4 value 160 flags 1024"),

@@ -19,7 +19,7 @@ pub struct CacheLine {
     pub entries: [u64; N_CACHED],
 }
 
-/// How many lines there are for so many flows: each flow has two entries, and half of them stay free.
+/// How many lines there are for so many flows: each flow has two entries, and half of them are of no open flow.
 pub const fn n_cache_lines(n_flows: u32) -> u32 {
     let n_lines = n_flows.div_ceil(N_CACHED as u32 / 4);
     if n_lines == 0 { 1 } else { n_lines }

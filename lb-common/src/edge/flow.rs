@@ -129,7 +129,7 @@ pub struct FlowRecord {
     pub backend_port: u16,
     /// That of the source address.
     pub source_port: u16,
-    /// The client; of IPv6 zero, as the next three.
+    /// The client; of an IPv6 flow it says nothing, as the next three.
     pub client: [u8; 4],
     /// What it sends to.
     pub vip: [u8; 4],
@@ -393,26 +393,18 @@ pub const EDGE_HEARTBEAT_NS: u64 = 5_000_000_000;
 /// The first port of source addresses. Ordinary sockets get theirs from 32,768 on
 /// (net.ipv4.ip_local_port_range).
 pub const FIRST_EDGE_PORT: u32 = 1_024;
-/// The ports of source addresses are used in so many blocks.
-pub const N_PORT_BLOCKS: usize = 15;
-/// How many ports a block has.
-pub const PORTS_PER_BLOCK: u32 = 2_116;
-/// For how long a block of ports isn't used again by flows to the same backend, in milliseconds: the backend's
-/// TIME_WAIT.
-pub const PORTS_REST_MS: u32 = 60_000;
+/// How many ports of each source address are used.
+pub const N_EDGE_PORTS: u32 = 31_740;
 
 /// The value of `EDGE_PORTS`, by a backend's index: which source address and port the next flow to it gets.
 ///
-/// All ports of all source addresses come one after the other, so that each is used again as late as can be, and
-/// not within [`PORTS_REST_MS`] after a connection was established from one of its block. What was never established,
-/// such as a flood of SYNs, leaves no TIME_WAIT. A flow that ends keeps its port in its own record for a while; one
-/// whose record was taken from it early, doesn't.
+/// All ports of all source addresses come one after the other, so that each is used again as late as can be. A flow
+/// that ends keeps its port in its own record for a while; one whose record was taken from it early, doesn't.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct PortCursor {
-    /// When a connection was last established from each block, by the low 32 bits of CLOCK_MONOTONIC in
-    /// milliseconds; 0 for never.
-    pub established_ms: [u32; N_PORT_BLOCKS],
+    /// Room, so that each has a cache line of its own.
+    pub unused: [u32; 15],
     /// The place of the last one that a flow got, or tried to.
     pub last: u32,
 }
@@ -422,8 +414,6 @@ pub struct PortCursor {
 pub struct PortPlace {
     /// Its number.
     pub place: u32,
-    /// The block, below [`N_PORT_BLOCKS`].
-    pub block: u32,
     /// The number of the source address.
     pub source: u32,
     /// The port.
@@ -437,14 +427,9 @@ impl PortPlace {
     pub fn of(place: u32, n_sources: u32) -> PortPlace {
         // The compiler sees no division by zero.
         let n_sources = n_sources.clamp(1, MAX_EDGE_SOURCES as u32);
-        let place = place % (n_sources * N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK);
+        let place = place % (n_sources * N_EDGE_PORTS);
         let nth = place / n_sources;
-        PortPlace {
-            place,
-            block: nth / PORTS_PER_BLOCK,
-            source: place % n_sources,
-            port: (FIRST_EDGE_PORT + nth) as u16,
-        }
+        PortPlace { place, source: place % n_sources, port: (FIRST_EDGE_PORT + nth) as u16 }
     }
 
     /// How far from the first place of a search the nth one is: further each time, because the flows that
@@ -453,13 +438,6 @@ impl PortPlace {
     pub fn step(nth: u32) -> u32 {
         if nth == 0 { 0 } else { (1 << nth) - 1 }
     }
-}
-
-/// Whether a block of ports may be used again from which a connection was last established then.
-#[inline(always)]
-pub fn has_rested(established_ms: u32, now_ms: u32) -> bool {
-    // Times wrap after 49 days.
-    established_ms == 0 || now_ms.wrapping_sub(established_ms) >= PORTS_REST_MS
 }
 
 /// Whether a time, by the low 32 bits of milliseconds, is that long ago.

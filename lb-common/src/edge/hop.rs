@@ -28,6 +28,16 @@ pub const HOP_JIFFIES: u64 = 64;
 /// the low 32 bits of CLOCK_MONOTONIC in milliseconds.
 pub const N_NEIGHBOUR_TIMES: u32 = 4_096;
 
+/// Where the time of a neighbour is, below [`N_NEIGHBOUR_TIMES`]: the one behind this interface with this hardware
+/// address, of 48 bits in any order. Two neighbours may share a time.
+#[inline(always)]
+pub const fn neighbour_time(interface: u32, hardware_address: u64) -> u32 {
+    // Multiplicative hashing (Knuth, The Art of Computer Programming, 6.4) with SplitMix64's increment: the upper
+    // bits of the product depend on all of the word.
+    let word = hardware_address << 16 | interface as u64 & 0xffff;
+    (word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - N_NEIGHBOUR_TIMES.ilog2())) as u32
+}
+
 /// How often one does, in milliseconds: as long as the kernel waits before it verifies a neighbour
 /// (`net.ipv4.neigh.default.delay_first_probe_time`).
 pub const NEIGHBOUR_MS: u32 = 5_000;
@@ -97,7 +107,29 @@ const _: () = assert!(size_of::<FlowHops>() == 64 && size_of::<EdgeInterface>() 
 
 #[cfg(test)]
 mod tests {
+    use std::vec::Vec;
+
     use super::*;
+
+    /// Those of one vendor or bridge differ in their last octets alone.
+    #[test]
+    fn neighbours_have_times_of_their_own() {
+        let time = |address: [u8; 6], is_swapped: bool| {
+            let [a, b, c, d, e, f] = address;
+            let octets =
+                if is_swapped { [f, e, d, c, b, a, 0, 0] } else { [a, b, c, d, e, f, 0, 0] };
+            neighbour_time(3, u64::from_le_bytes(octets))
+        };
+        for is_swapped in [false, true] {
+            let of_last = |last| time([0x02, 0x42, 0x0a, 7, 0, last], is_swapped);
+            let mut times: Vec<_> = (0..=255).map(of_last).collect();
+            assert!(times.iter().all(|time| *time < N_NEIGHBOUR_TIMES));
+            times.sort_unstable();
+            times.dedup();
+            assert!(times.len() > 200, "{}", times.len());
+        }
+        assert_ne!(neighbour_time(3, 0), neighbour_time(4, 0));
+    }
 
     #[test]
     fn neighbours_are_verified_now_and_then() {

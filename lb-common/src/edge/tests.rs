@@ -467,12 +467,12 @@ fn packets_of_both_sides_at_once_lose_nothing() {
 
 #[test]
 fn ports_come_one_after_the_other() {
-    let n_ports = N_PORT_BLOCKS as u32 * PORTS_PER_BLOCK;
+    let n_ports = N_EDGE_PORTS;
     for n_sources in 1..=4 {
         let mut all: Vec<_> = (0..n_ports * n_sources)
             .map(|place| {
                 let at = PortPlace::of(place, n_sources);
-                assert!(at.place == place && at.block < N_PORT_BLOCKS as u32);
+                assert_eq!(at.place, place);
                 (at.source, at.port)
             })
             .collect();
@@ -485,8 +485,6 @@ fn ports_come_one_after_the_other() {
         assert_eq!(all.len() as u32, n_ports * n_sources);
     }
     assert_eq!([0, 1, 2, 3].map(PortPlace::step), [0, 1, 3, 7]);
-    assert!(has_rested(0, 5) && has_rested(1, 60_001) && !has_rested(1, 60_000));
-    assert!(!has_rested(u32::MAX - 9, 20_000) && has_rested(u32::MAX - 9, 59_990));
 }
 
 #[test]

@@ -153,7 +153,7 @@ pub const KEYS: &[Key] = keys! {
         "services whose instances are shown clients' addresses, by TCP and IPv4, where their nodes have datapath.client_address_from"
     restart("open flows are in maps of that size")
     "edge.max_flows" config.edge.max_flows: |value| value.integer(1_024..=16_777_216);
-        "flows that this edge has room for, at some 290 bytes each, and twice that with IPv6"
+        "flows that this edge has room for, at some 320 bytes each, and 590 with IPv6"
     restart("the edge's programs have them from the start")
     "edge.timeouts" config.edge.timeouts: edge::timeouts;
         "after how long without a packet flows end, up to 7d: established, half_closed, closed, udp"

@@ -25,7 +25,7 @@ use crate::table::Table;
 const REPORT_FOR: Duration = Duration::from_secs(60);
 
 /// For how long one check ends flows of an edge at most.
-const SWEEP_FOR: Duration = Duration::from_secs(1);
+const SWEEP_FOR: Duration = Duration::from_millis(200);
 
 /// How many failed services of one table the log names.
 const MAX_NAMED: usize = 10;
