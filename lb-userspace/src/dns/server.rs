@@ -135,7 +135,7 @@ impl DnsServer {
         let ServerOptions { resolv_conf, limits, tcp_idle_timeout } = options;
         let own = sockets.addresses().to_vec();
         let own_with_tls = [&own, sockets.tls_addresses()].concat();
-        let grace = if sockets.were_passed { GRACE } else { Duration::ZERO };
+        let grace = if sockets.n_passed > 0 { GRACE } else { Duration::ZERO };
         let (registry, alarm) = (UpstreamRegistry::default(), WorkerWakers::default());
         let upstreams = Upstreams::new(config, &own, resolv_conf.clone(), registry.clone());
         let forwarder = Forwarder::new(upstreams, limits);
@@ -194,7 +194,7 @@ impl DnsServer {
             ended,
         };
         for (idx, socket) in sockets.udp.into_iter().enumerate() {
-            let thread = server.serve_udp(socket, sockets.were_passed, idx);
+            let thread = server.serve_udp(socket, idx < sockets.n_passed, idx);
             let thread = thread.map_err(DnsError::Start)?;
             server.threads.push(thread);
         }

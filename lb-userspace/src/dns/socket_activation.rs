@@ -80,7 +80,7 @@ fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, Activatio
         }
     }
     let udp = share(udp, &udp_addresses)?;
-    Ok(Sockets { udp, tcp, addresses, were_passed: true, ..Sockets::default() })
+    Ok(Sockets { n_passed: udp.len(), udp, tcp, addresses, ..Sockets::default() })
 }
 
 /// Where systemd passed one socket of an address, several threads read it; several of them, which
@@ -136,6 +136,6 @@ mod tests {
         );
         let sockets = pair(vec![udp_socket], vec![tcp_socket]).unwrap();
         assert_eq!(sockets.addresses(), [address]);
-        assert_eq!(sockets.udp.len(), n_sockets());
+        assert_eq!((sockets.udp.len(), sockets.n_passed), (n_sockets(), n_sockets()));
     }
 }

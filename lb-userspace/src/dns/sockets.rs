@@ -40,7 +40,7 @@ impl fmt::Display for Transport {
 /// Bound sockets that aren't served yet.
 #[derive(Debug, Default)]
 pub struct Sockets {
-    /// At least one for each address.
+    /// At least one for each address; first those that were passed.
     pub(super) udp: Vec<UdpSocket>,
     pub(super) tcp: Vec<TcpListener>,
     pub(super) addresses: Vec<SocketAddr>,
@@ -48,8 +48,8 @@ pub struct Sockets {
     pub(super) tls: Vec<TcpListener>,
     pub(super) tls_config: Option<Arc<ServerConfig>>,
     pub(super) tls_addresses: Vec<SocketAddr>,
-    /// Whether they outlive this process, so that questions may have waited in them.
-    pub(super) were_passed: bool,
+    /// How many of `udp` were passed: they outlive this process, so questions may have waited in them.
+    pub(super) n_passed: usize,
 }
 
 impl Sockets {

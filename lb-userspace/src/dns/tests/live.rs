@@ -120,7 +120,7 @@ async fn questions_that_passed_sockets_kept_wait_for_the_zone() {
         ..Config::default().dns
     };
     let mut sockets = bind(&config).await.unwrap();
-    sockets.were_passed = true;
+    sockets.n_passed = sockets.udp.len();
     let address = sockets.addresses()[0];
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     client.connect(address).await.unwrap();
@@ -151,7 +151,7 @@ async fn more_than_can_wait_for_the_zone_stay_in_the_socket() {
         ..Config::default().dns
     };
     let mut sockets = bind(&config).await.unwrap();
-    sockets.were_passed = true;
+    sockets.n_passed = sockets.udp.len();
     for socket in &sockets.udp {
         rustix::net::sockopt::set_socket_recv_buffer_size(socket, 1 << 20).unwrap();
     }

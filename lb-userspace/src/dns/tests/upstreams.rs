@@ -373,13 +373,17 @@ async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
     assert_eq!(origin, AnswerOrigin::Nowhere("none of 1 resolvers answered".to_owned()));
 }
 
-/// A socket that ends with the server is read to the end, or what is sent while another query waits is lost.
+/// A socket that ends with the server is read to the end, or what is sent while another query waits is lost; also
+/// where others were passed.
 #[tokio::test]
 async fn what_is_sent_while_a_stop_waits_is_answered() {
     let mut silent = FakeUpstream::silent().await;
     let mut sockets = any_sockets().await;
     // One of several would end before the one that waits.
     sockets.udp.truncate(1);
+    let passed = any_sockets().await.udp;
+    sockets.n_passed = passed.len();
+    sockets.udp.splice(..0, passed);
     let rig = serve(sockets, &[silent.address], patient().limits);
     let waiting = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let asked = query("example.com.", RecordType::A).to_vec().unwrap();
@@ -399,4 +403,28 @@ async fn what_is_sent_while_a_stop_waits_is_answered() {
         assert_eq!(Message::from_vec(&buffer[..len]).unwrap().answers.len(), 1);
     }
     stopped.await.unwrap();
+}
+
+/// Passed sockets are read for a while before they are left to the next server: what reads a query that was on its way
+/// at the stop answers it.
+#[tokio::test]
+async fn what_is_on_its_way_at_a_stop_is_answered() {
+    let mut sockets = any_sockets().await;
+    sockets.n_passed = sockets.udp.len();
+    let rig = serve(sockets, &[], tolerant());
+    let is_closing = rig.server.closing.subscribe();
+    let Rig { server, address, table: _table, attached: _attached, .. } = rig;
+    let stopped = tokio::spawn(server.stop());
+    tokio::task::yield_now().await;
+    // The stop has begun, and goes on once this thread, the runtime's only one, waits for nothing else.
+    let client = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_read_timeout(Some(LONG)).unwrap();
+    client.connect(address).unwrap();
+    client.send(&query("web.service.", RecordType::A).to_vec().unwrap()).unwrap();
+    assert!(!*is_closing.borrow());
+    let mut buffer = [0; 512];
+    let len = client.recv(&mut buffer).unwrap();
+    assert_eq!(Message::from_vec(&buffer[..len]).unwrap().answers.len(), 1);
+    stopped.await.unwrap();
+    assert!(*is_closing.borrow());
 }
