@@ -188,6 +188,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "names_in_one_bucket", names_changes::in_one_bucket),
     once("names_behind_firewalls", names_firewall::what_a_client_sees),
     since((5, 10), "names_by_other_layouts", names_versions::of_other_layouts),
+    since((5, 10), "names_of_another_layout_end", names_versions::of_another_layout_end),
     since((5, 10), "names_with_other_formats", names_versions::with_other_formats),
     since((5, 10), "names_after_one_without_the_unit", names_versions::after_one_without_the_unit),
     once("names_where_the_program_is_refused", names_refused::the_program_is_refused),

@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use aya::maps::{Array, Map, MapData};
 use lb_common::{Control, LAYOUT};
-use lb_userspace::datapath::{Datapath, UnitState};
+use lb_userspace::datapath::{Datapath, NamesSettings, UnitState};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::fixture::{End, OTHER_VIP, Place, VIP, is_emulated, service, unit};
 use crate::names::{A, PORT, ask, names, serve, settings};
@@ -56,7 +57,8 @@ fn answers(datapath: &Datapath, more: &dyn Fn()) {
     assert!(datapath.names_counters().answered > before, "an earlier program answers");
 }
 
-/// Daemons of several layouts and sizes take each other's place, back and forth.
+/// Daemons of several layouts and sizes take each other's place, back and forth. Before Linux 6.6 the program is a filter,
+/// which stays by itself and is the same for all layouts: there this doesn't prove that another layout's links are kept.
 pub fn of_other_layouts() {
     inside(|| {
         let mut place = Place::new();
@@ -88,6 +90,59 @@ pub fn of_other_layouts() {
         });
         running.unwrap().detach();
         assert_eq!(ask(server(), "web.service", A, false), "ConnectionRefused");
+    });
+}
+
+/// A daemon of another layout has gone.
+fn after_another_layout() -> Place {
+    let mut place = Place::new();
+    place.options.layout = 9;
+    drop(serve(&place));
+    place.options.layout = LAYOUT;
+    place
+}
+
+/// Another layout's program doesn't outlive a change of the layout in which something fails, nor its hooks.
+pub fn of_another_layout_end() {
+    inside(|| {
+        let web = || ask(server(), "web.service", A, false);
+        {
+            let place = after_another_layout();
+            let mut datapath = place.start();
+            datapath.apply(&names()).unwrap();
+            assert_eq!(web(), VIP.to_string());
+            datapath.configure_names(NamesSettings { domain: "a".repeat(70), ..settings(PORT) });
+            assert_eq!(web(), "ConnectionRefused", "it is left to the daemon");
+            datapath.detach();
+        }
+        {
+            let place = after_another_layout();
+            for pin in std::fs::read_dir(place.pin("v9/links")).unwrap() {
+                let pin = pin.unwrap();
+                if !pin.file_name().to_string_lossy().starts_with("nohop_names_") {
+                    std::fs::remove_file(pin.path()).unwrap();
+                }
+            }
+            assert_eq!(web(), VIP.to_string());
+            let mut datapath = place.start();
+            assert!(datapath.are_hooks_ours() && !datapath.is_adopted());
+            assert_eq!(web(), "ConnectionRefused", "there is no table yet");
+            datapath.detach();
+        }
+        let place = after_another_layout();
+        // A directory that can't be removed, before anything else is.
+        let busy = place.pin("v9/busy");
+        std::fs::create_dir(&busy).unwrap();
+        mount("tmpfs", &busy, "tmpfs", MountFlags::empty(), None).unwrap();
+        let mut datapath = place.start();
+        let error = datapath.apply(&names()).unwrap_err().to_string();
+        assert!(error.contains("v9"), "{error}");
+        datapath.apply(&names()).unwrap();
+        datapath.configure_names(settings(PORT));
+        answers(&datapath, &|| assert_eq!(web(), VIP.to_string()));
+        assert!(!place.pin("v9/links/nohop_names_1").exists(), "it was detached");
+        unmount(&busy, UnmountFlags::empty()).unwrap();
+        datapath.detach();
     });
 }
 

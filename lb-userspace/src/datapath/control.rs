@@ -22,7 +22,7 @@ use super::features::{Features, Limit};
 use super::in_flight::{Recount, Recounter};
 use super::intercept::{Intercept, InterceptSettings};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
-use super::links::{self, Attachment, ServedCgroup, Switched, Units};
+use super::links::{self, Attachment, ServedCgroup, Units};
 use super::names::{Names, NamesProber, NamesSettings, ProbedAnswer};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
 use super::reconcile::{BackendIndices, Indices, Pressure, ReconcileError, Reconciler};
@@ -160,9 +160,10 @@ impl Datapath {
     /// # Errors
     /// When the kernel refuses a required unit.
     pub(super) fn switch(&mut self) -> Result<(), DatapathError> {
-        let Switched { is_after_gap, of_names } = self.units.switch(&self.pins)?;
+        let mut of_names = Vec::new();
+        let switched = self.units.switch(&self.pins, &mut of_names);
         self.names.take_place_of(of_names);
-        self.follow_outcomes(is_after_gap);
+        self.follow_outcomes(switched?);
         Ok(())
     }
 

@@ -74,16 +74,6 @@ pub fn find_attached(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
     attached(&pins::links_in(bpffs).unwrap_or_default(), &cgroup)
 }
 
-/// What became of the hooks when they were made to run a daemon's programs.
-#[derive(Debug)]
-pub struct Switched {
-    /// Whether hooks of any unit were made, which missed what happened before.
-    pub is_after_gap: bool,
-    /// Links of the unit `names` of other layouts, whose pins are gone: they end with their descriptors, and until
-    /// then they answer.
-    pub of_names: Vec<PinnedLink>,
-}
-
 /// Whether a link of this layout is that of a unit which replaces its own.
 fn is_replaced_later(pinned: &PinnedLink, pins: &Pins) -> bool {
     let name = pinned.name.to_string_lossy();
@@ -237,11 +227,19 @@ impl Units {
     }
 
     /// Makes the hooks run these programs: an earlier daemon's links get them in place, so that no
-    /// connection is missed; others are made. Then nothing but these is left pinned.
+    /// connection is missed; others are made. Then nothing but these is left pinned. Returns whether hooks of any unit
+    /// were made, which missed what happened before.
+    ///
+    /// Links of the unit `names` of other layouts, which answer until they are ended, go to `of_names`, also where
+    /// there is an error.
     ///
     /// # Errors
     /// When the kernel refuses a required unit; the next call continues where this one stopped.
-    pub fn switch(&mut self, pins: &Pins) -> Result<Switched, DatapathError> {
+    pub fn switch(
+        &mut self,
+        pins: &Pins,
+        of_names: &mut Vec<PinnedLink>,
+    ) -> Result<bool, DatapathError> {
         let cgroup = ServedCgroup::open(&self.scope)?;
         let mut earlier = pins.all_links()?;
         let before = attached(&earlier, &cgroup);
@@ -256,7 +254,7 @@ impl Units {
         earlier.retain(|pinned| !is_replaced_later(pinned, pins));
         let is_of_names =
             |pinned: &mut PinnedLink| pinned.name.to_string_lossy().starts_with(names::PIN_PREFIX);
-        let of_names = earlier.extract_if(.., is_of_names).collect();
+        of_names.extend(earlier.extract_if(.., is_of_names));
         // The rest, such as links to another cgroup, ends here.
         sort_for_detaching(&mut earlier);
         let attached = self.units.iter().filter(|unit| !unit.links.is_empty());
@@ -274,7 +272,7 @@ impl Units {
             }
         }
         pins.remove_other_layouts()?;
-        Ok(Switched { is_after_gap, of_names })
+        Ok(is_after_gap)
     }
 
     /// Checks every link; attaches and pins again what isn't attached or pinned any more. A unit

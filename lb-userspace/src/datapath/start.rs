@@ -156,6 +156,10 @@ impl Datapath {
             let switched = datapath.switch();
             // The maps may be read on, and another process get our number.
             switched.inspect_err(|_| datapath.keep())?;
+            if !is_adopted {
+                // Until there is a table, what they answer leads nowhere.
+                datapath.names.end_earlier(&datapath.pins);
+            }
         }
         Ok(datapath)
     }

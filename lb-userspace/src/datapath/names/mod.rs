@@ -103,11 +103,11 @@ struct LoadedNames {
     probe_record: u32,
     probe_state: ProbeState,
     attached: Vec<(Interface, Attached)>,
-    /// Another layout's, until this program is attached.
+    /// Another layout's, until this program is attached, or can't be.
     former: Vec<PinnedLink>,
     /// What tells our filters from those of others.
     handle: FilterHandle,
-    /// Whether what an earlier daemon attached to other interfaces is detached.
+    /// Whether what earlier daemons attached is detached, except what is replaced.
     is_tidy: bool,
     /// The pins of the maps.
     pinned: PinnedMaps,
@@ -163,6 +163,13 @@ impl Names {
         }
     }
 
+    /// Ends what earlier daemons attached, of any layout.
+    pub fn end_earlier(&mut self, pins: &Pins) {
+        if let Ok(loaded) = &mut self.loaded {
+            loaded.end_earlier(pins);
+        }
+    }
+
     /// Has another layout's program answer until this one is attached.
     pub fn take_place_of(&mut self, former: Vec<PinnedLink>) {
         match &mut self.loaded {
@@ -190,6 +197,9 @@ impl Names {
             if configured.is_some() && loaded.settings.is_none() {
                 // Former settings must not go on.
                 loaded.control.update(|control| control.mode = NamesMode::Off as u32);
+                if !loaded.is_tidy {
+                    loaded.end_earlier(pins);
+                }
             }
             loaded.set_problem(configured);
         }
@@ -506,6 +516,12 @@ impl LoadedNames {
         problem.map_or(Ok(()), Err)
     }
 
+    fn end_earlier(&mut self, pins: &Pins) {
+        end_former(std::mem::take(&mut self.former));
+        end_earlier(pins);
+        self.is_tidy = true;
+    }
+
     fn set_incomplete(&mut self, incomplete: Option<String>) {
         if let Some(reason) = incomplete.as_ref().filter(|_| incomplete != self.incomplete) {
             tracing::warn!("not all names are answered by the kernel: {reason}");
@@ -598,7 +614,8 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
 /// Ends what a daemon of another layout attached.
 fn end_former(former: Vec<PinnedLink>) {
     for PinnedLink { path, link, .. } in former {
-        if let Err(error) = link.detach() {
+        let detached = link.detach();
+        if let Err(error) = unpin(&path).map_err(io::Error::other).and(detached) {
             tracing::debug!("{} couldn't be detached: {error}", path.display());
         }
     }
