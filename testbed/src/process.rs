@@ -162,7 +162,12 @@ impl Process {
 
     /// How many lines of its output so far contain this text.
     pub fn n_lines_with(&self, text: &str) -> usize {
-        self.output.lock().lines.iter().filter(|line| line.contains(text)).count()
+        self.lines_with(text).len()
+    }
+
+    /// The lines of its output so far that contain this text.
+    pub fn lines_with(&self, text: &str) -> Vec<String> {
+        self.output.lock().lines.iter().filter(|line| line.contains(text)).cloned().collect()
     }
 
     /// Ends the process at once, as a crash would.

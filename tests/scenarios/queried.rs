@@ -64,10 +64,16 @@ pub fn run() -> Result<()> {
         nohop.process.wait_for_line(&[line])?;
     }
 
-    // A minute's answers of the kernel, or the last ones: A, AAAA, A.
+    // The kernel's answers of each minute, and the last ones: A, AAAA, A.
     ensure!(nohop.terminate()?.success());
-    let line = "answered by the kernel name=helloworld.service. queries=3";
-    nohop.process.wait_for_line(&[line]).map(drop)
+    nohop.process.wait_for_line(&["stopping: "])?;
+    let start = "answered by the kernel name=helloworld.service. queries=";
+    let mut n_queries = 0;
+    for line in nohop.process.lines_with(start) {
+        n_queries += line.split(start).last().context("queries")?.trim().parse::<u32>()?;
+    }
+    ensure!(n_queries == 3, "{n_queries} queries");
+    Ok(())
 }
 
 fn query(nohop: &Nohop, words: &str) -> Result<Value> {

@@ -650,9 +650,11 @@ impl Daemon {
     /// Reports to discovery which services were connected to lately, also by an address that an
     /// application has remembered for days.
     fn report_usage(&self) {
-        for name in self.datapath.active_since_last() {
-            self.sources.demand().used(&name);
-        }
+        let (datapath, demand) = (self.datapath.clone(), self.sources.demand().clone());
+        // It may log a thousand lines.
+        tokio::task::spawn_blocking(move || {
+            datapath.active_since_last().iter().for_each(|name| demand.used(name));
+        });
     }
 
     /// Has the kernel leave to the DNS server what only that answers, once it has a table. Returns whether it
@@ -705,7 +707,7 @@ impl Daemon {
     async fn stop(mut self) {
         self.notify.stopping();
         // Which logs what the kernel answered, where queries are logged.
-        self.datapath.active_since_last();
+        tokio::task::block_in_place(|| self.datapath.active_since_last());
         // Before the DNS server stops reading, so that nothing is sent to it any more that it would leave unread.
         self.datapath.set_names_ready(false);
         self.datapath.stop_interception();

@@ -48,6 +48,8 @@ const UNIT: &str = "names";
 /// Values of `NAMES_LISTEN`: a socket of the daemon's has the address, or one of the unspecified address.
 const BOUND: u32 = ListenKey::BOUND;
 const SHARED: u32 = ListenKey::SHARED;
+/// The most names that are logged one by one at a time.
+const MAX_LOGGED: usize = 1_000;
 /// What pins of its links begin with.
 pub const PIN_PREFIX: &str = "nohop_names_";
 
@@ -536,16 +538,23 @@ impl LoadedNames {
         self.problem = problem;
     }
 
-    /// Logs that the kernel answered so many queries about a name, if queries are logged.
-    fn log(&self, name: &str, queries: u64) {
-        if let Some(settings) = self.settings.as_ref().filter(|settings| settings.is_logged) {
+    /// Logs how many queries about each name the kernel answered, if queries are logged.
+    fn log(&self, answered: Vec<(Arc<str>, u64)>) {
+        let Some(settings) = self.settings.as_ref().filter(|settings| settings.is_logged) else {
+            return;
+        };
+        let (logged, rest) = most_asked(answered);
+        for (name, queries) in logged {
             let name = format_args!("{name}.{}.", settings.domain);
             tracing::info!(target: "nohop::query", %name, queries, "answered by the kernel");
+        }
+        if let Some((names, queries)) = rest {
+            tracing::info!(target: "nohop::query", names, queries, "answered by the kernel");
         }
     }
 
     fn active_since_last(&mut self) -> Vec<Arc<str>> {
-        let mut active = Vec::new();
+        let mut answered = Vec::new();
         let last = std::mem::take(&mut self.last_queries);
         for (name, record) in self.table.records() {
             let queries = self.table.maps().queries(record);
@@ -553,15 +562,27 @@ impl LoadedNames {
                 // One that is new, or came again, is counted from 0.
                 let before = last.get(name).copied().filter(|before| *before <= queries);
                 if before != Some(queries) {
-                    active.push(name.clone());
-                    self.log(name, queries - before.unwrap_or(0));
+                    answered.push((name.clone(), queries - before.unwrap_or(0)));
                 }
                 self.last_queries.insert(name.clone(), queries);
             }
         }
+        let mut active: Vec<_> = answered.iter().map(|(name, _)| name.clone()).collect();
         active.sort_unstable();
+        self.log(answered);
         active
     }
+}
+
+/// The names with most queries, as many as are logged one by one, the first of them first; and how many others there
+/// are, with all their queries.
+fn most_asked(mut answered: Vec<(Arc<str>, u64)>) -> (Vec<(Arc<str>, u64)>, Option<(usize, u64)>) {
+    answered.sort_unstable_by(|(name, queries), (other, of_other)| {
+        of_other.cmp(queries).then_with(|| name.cmp(other))
+    });
+    let rest = answered.split_off(answered.len().min(MAX_LOGGED));
+    let n_queries = rest.iter().map(|(_, queries)| queries).sum();
+    (answered, (!rest.is_empty()).then_some((rest.len(), n_queries)))
 }
 
 /// The addresses and networks that the maps have room for, and what is left out: the daemon answers that.
@@ -730,6 +751,16 @@ mod tests {
     fn net(n: u32) -> IpNet {
         let address = std::net::Ipv4Addr::from(0x0a00_0000 + n * 256);
         IpNet::new(address.into(), 24).unwrap()
+    }
+
+    #[test]
+    fn the_names_that_are_asked_for_most_are_logged() {
+        let of = |n: usize| (0..n).map(|n| (format!("n{n}").into(), n as u64 + 1)).collect();
+        let (logged, rest) = most_asked(of(MAX_LOGGED));
+        assert_eq!((logged.len(), rest), (MAX_LOGGED, None));
+        let (logged, rest) = most_asked(of(MAX_LOGGED + 2));
+        assert_eq!((logged.len(), rest), (MAX_LOGGED, Some((2, 1 + 2))));
+        assert_eq!(logged[0], ("n1001".into(), 1_002));
     }
 
     #[test]
