@@ -80,6 +80,9 @@ pub struct NamesSettings {
     pub is_logged: bool,
 }
 
+/// Names, and the number of queries about each that the kernel answered.
+type Answered = Vec<(Arc<str>, u64)>;
+
 /// The unit, as far as this kernel has it.
 #[derive(Debug)]
 pub struct Names {
@@ -539,7 +542,7 @@ impl LoadedNames {
     }
 
     /// Logs how many queries about each name the kernel answered, if queries are logged.
-    fn log(&self, answered: Vec<(Arc<str>, u64)>) {
+    fn log(&self, answered: Answered) {
         let Some(settings) = self.settings.as_ref().filter(|settings| settings.is_logged) else {
             return;
         };
@@ -576,7 +579,7 @@ impl LoadedNames {
 
 /// The names with most queries, as many as are logged one by one, the first of them first; and how many others there
 /// are, with all their queries.
-fn most_asked(mut answered: Vec<(Arc<str>, u64)>) -> (Vec<(Arc<str>, u64)>, Option<(usize, u64)>) {
+fn most_asked(mut answered: Answered) -> (Answered, Option<(usize, u64)>) {
     answered.sort_unstable_by(|(name, queries), (other, of_other)| {
         of_other.cmp(queries).then_with(|| name.cmp(other))
     });
