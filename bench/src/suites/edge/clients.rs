@@ -44,7 +44,7 @@ impl Site {
         }
         let files = TempDir::new("catalog")?;
         let catalog = files.path().join("none.toml");
-        std::fs::write(&catalog, "")?;
+        std::fs::write(&catalog, "service = []\n")?;
         let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\n{on_node}");
         // Before servers listen.
         let nohop = Nohop::start(node.backend_host(), &node.backend, &config)?;
