@@ -355,7 +355,7 @@ fn interface_index(device: &str) -> u32 {
     unsafe { libc::if_nametoindex(name.as_ptr()) }
 }
 
-/// The next hop is looked up again where it isn't known any more, and found anew.
+/// The next hop is looked up again where it isn't known any more, and found.
 pub fn no_neighbour() {
     inside(|| {
         let (place, network) = (place(), network(true));

@@ -1,4 +1,4 @@
-//! The page and its connection to the daemon: one that is silent is shown as lost, and a page that nobody
+//! The page and its connection to the daemon: one that is silent is shown as lost, and a page that no one
 //! sees asks for nothing.
 
 use std::time::Instant;
@@ -53,7 +53,7 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// Has the page believe that its tab is in the background: without a window there is none.
+/// Makes the page think that its tab is in the background: without a window there is none.
 fn hide(browser: &mut Chromium, is_hidden: bool) -> Result<()> {
     browser.evaluate(&format!(
         "Object.defineProperty(document, 'hidden', {{ value: {is_hidden}, configurable: true }}); \

@@ -304,7 +304,7 @@ mod tests {
     }
 
     /// A link as the kernel tells it.
-    fn told(index: u32, name: &str, kind: InfoKind, lower: u32) -> Link {
+    fn reported(index: u32, name: &str, kind: InfoKind, lower: u32) -> Link {
         let mut message = LinkMessage::default();
         message.header.index = index;
         message.attributes = vec![
@@ -328,8 +328,8 @@ mod tests {
         let port = |link: Link, bridge: u32| Link { controller: Some(bridge), ..link };
         let (v4, v6) = ("172.17.0.0/16".parse().unwrap(), "fd17::/64".parse().unwrap());
         let addresses = [v4, v6].map(|network| Address { interface: "br0".into(), network });
-        let bridge = || told(3, "br0", InfoKind::Bridge, 0);
-        let inner = || port(told(4, "veth1", InfoKind::Veth, 2), 3);
+        let bridge = || reported(3, "br0", InfoKind::Bridge, 0);
+        let inner = || port(reported(4, "veth1", InfoKind::Veth, 2), 3);
         let via =
             |address: &str| RouteAttribute::Gateway(address.parse::<IpAddr>().unwrap().into());
         let oif = RouteAttribute::Oif;
@@ -346,7 +346,7 @@ mod tests {
             ("its own network", vec![inner()], vec![route(unicast, 16, vec![oif(3)])], true),
             (
                 "the default route elsewhere",
-                vec![inner(), told(2, "eth0", InfoKind::Other("virtio".into()), 0)],
+                vec![inner(), reported(2, "eth0", InfoKind::Other("virtio".into()), 0)],
                 vec![route(unicast, 0, vec![oif(2), via("10.0.0.254")])],
                 true,
             ),
@@ -401,25 +401,25 @@ mod tests {
             ),
             (
                 "a VLAN on the bridge",
-                vec![inner(), told(9, "br0.7", InfoKind::Vlan, 3)],
+                vec![inner(), reported(9, "br0.7", InfoKind::Vlan, 3)],
                 vec![route(unicast, 0, vec![oif(9), via("172.17.0.1")])],
                 false,
             ),
             (
                 "a veth whose other end has the bridge's number",
-                vec![inner(), told(9, "uplink", InfoKind::Veth, 3)],
+                vec![inner(), reported(9, "uplink", InfoKind::Veth, 3)],
                 vec![route(unicast, 0, vec![oif(9), via("10.0.0.1")])],
                 true,
             ),
             (
                 "a container's uplink without any route",
-                vec![port(told(2, "eth0", InfoKind::Veth, 7), 3)],
+                vec![port(reported(2, "eth0", InfoKind::Veth, 7), 3)],
                 vec![],
                 false,
             ),
             (
                 "a VXLAN among the ports",
-                vec![port(told(2, "v0", InfoKind::Vxlan, 0), 3)],
+                vec![port(reported(2, "v0", InfoKind::Vxlan, 0), 3)],
                 vec![],
                 false,
             ),

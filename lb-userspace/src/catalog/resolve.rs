@@ -52,7 +52,7 @@ impl Resolver {
         let (kernel, changes) = match Bridges::listen() {
             Ok((kernel, changes)) => (Some(kernel), changes.boxed()),
             Err(error) => {
-                tracing::warn!("this host's bridges can't be told from others' ({error})");
+                tracing::warn!("this host's bridges can't be distinguished from others' ({error})");
                 (None, futures_util::stream::pending().boxed())
             }
         };

@@ -102,7 +102,7 @@ impl SocketTerminator {
         }
         shared.is_running = true;
         let this = self.clone();
-        let thread = std::thread::Builder::new().name("forsaken".to_owned());
+        let thread = std::thread::Builder::new().name("terminator".to_owned());
         if let Err(error) = thread.spawn(move || this.work()) {
             tracing::error!("can't start a thread to disconnect UDP sockets: {error}");
             shared.is_running = false;

@@ -20,7 +20,7 @@ const N_FLOWS: u32 = 1_000;
 /// Before an event, after it, and until the last packet has arrived.
 const AROUND: Duration = Duration::from_millis(300);
 
-/// What happens to the daemon. Its successor loads its programs anew and puts them in the places of those that are
+/// What happens to the daemon. Its successor loads its programs again and puts them in the places of those that are
 /// attached, as an upgrade's does.
 #[derive(Clone, Copy)]
 enum Event {

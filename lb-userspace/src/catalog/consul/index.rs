@@ -141,7 +141,7 @@ mod tests {
                 ],
             ),
             (
-                "backwards is confirmed, and then believed",
+                "backwards is confirmed, and then applied",
                 &[
                     (Answer(Some(7)), Some(Apply), Blocking(7)),
                     (Answer(Some(3)), Some(Confirm), Consistent),

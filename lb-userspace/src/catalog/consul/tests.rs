@@ -665,10 +665,10 @@ async fn a_lookup_of_a_name_that_goes_is_answered_and_so_is_the_next() {
     let mut asked = fake.state.subscribe();
     asked.wait_for(|state| state.asked.contains_key(&service("web"))).await.unwrap();
     fake.set_names(11, &["db"]);
-    let told = tokio::time::timeout(LIMIT, waits).await.expect("an answer").unwrap();
-    assert_eq!(told, Lookup::Absent);
+    let lookup = tokio::time::timeout(LIMIT, waits).await.expect("an answer").unwrap();
+    assert_eq!(lookup, Lookup::Absent);
     fake.break_path(&service("web"), None);
-    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists, "it is looked up anew");
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists, "it is looked up again");
 }
 
 #[tokio::test]
