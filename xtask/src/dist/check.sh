@@ -33,7 +33,8 @@ grep -q 'has mistakes' /again || fail "no word of the mistake: $(cat /again)"
 grep -q '^\[plane\]$' /etc/nohop/nohop.toml || fail "a file with mistakes was changed"
 
 for file in /usr/lib/systemd/system/nohop.service /usr/lib/systemd/system/nohop.socket \
-    /usr/share/bash-completion/completions/nohop /usr/share/nohop/prometheus/nohop.rules.yml \
+    /usr/share/bash-completion/completions/nohop /usr/share/zsh/vendor-completions/_nohop \
+    /usr/share/fish/vendor_completions.d/nohop.fish /usr/share/nohop/prometheus/nohop.rules.yml \
     /usr/share/nohop/grafana/nohop.json; do
     [ -f $file ] || fail "$file isn't there"
 done

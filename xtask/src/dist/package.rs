@@ -40,7 +40,7 @@ fn in_contrib(name: &str) -> PathBuf {
     repository::root().join("contrib").join(name)
 }
 
-/// The tree of files that packages install.
+/// The tree of files that packages install: usr/, and what lies elsewhere in each format beside it (nfpm.yaml).
 pub fn stage(
     architecture: Architecture,
     binary: &Path,
@@ -58,7 +58,7 @@ pub fn stage(
     }
     for (from, to) in [
         ("nohop.bash", "usr/share/bash-completion/completions/nohop"),
-        ("_nohop", "usr/share/zsh/vendor-completions/_nohop"),
+        ("_nohop", "zsh/_nohop"),
         ("nohop.fish", "usr/share/fish/vendor_completions.d/nohop.fish"),
     ] {
         place_copy(&root, to, &written.join("completions").join(from), 0o644)?;

@@ -88,6 +88,14 @@ check "nohop is ready after a cold boot" starts
 check "curl by name" is_answered
 is_serving() { [ "$(show nohop.service ActiveState) $(show nohop.socket ActiveState)" = "active active" ]; }
 check "service and socket are active" is_serving
+# RestartSteps and RestartMaxDelaySec are of systemd 254.
+accepted() {
+    local complaints
+    complaints=$(journalctl -b -q --no-pager -o cat _PID=1 | grep 'nohop\.\(service\|socket\)' |
+        grep ' failed\|, ignoring' | grep -v "'Restart\(Steps\|MaxDelaySec\)'")
+    [ -z "$complaints" ] || { echo "$complaints"; return 1; }
+}
+check "systemd accepts each setting of the units" accepted
 
 # The stand-ins of Nomad and Docker are what starts at boot without knowing of nohop.
 is_ordered() {
