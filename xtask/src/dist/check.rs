@@ -141,20 +141,43 @@ fn static_binary(out: &Path) -> Result<()> {
     ensure!(is_anywhere, "it can't be loaded anywhere, or by an interpreter alone:\n{headers}");
     let printed = process::output(Command::new("chroot").arg(&root).args(["/nohop", "version"]))?;
     ensure!(printed.contains(&version), "it printed {printed:?}");
-    // musl's resolver reads /etc/hosts and /etc/resolv.conf of the root, and nothing of nsswitch.conf: the
-    // name of an agent is found, and nobody listens there.
+    resolves_as_musl(&root)
+}
+
+/// What docs/operations.md has of musl's resolver. Nobody listens where the names of agents lead.
+fn resolves_as_musl(root: &Path) -> Result<()> {
+    setup::dist::provide_dnsmasq()?;
     fs::create_dir_all(root.join("etc"))?;
-    fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n127.0.0.9 agent.test\n")?;
-    let mut check = Command::new("unshare");
-    let up =
-        "ip link set lo up && exec chroot \"$0\" /nohop check --consul-addr http://agent.test:8500";
-    check.args(["--net", "sh", "-c", up]).arg(&root);
-    let output = check.output().context("can't run unshare")?;
-    let printed = String::from_utf8_lossy(&output.stdout);
-    let expected = "can't reach Consul at agent.test:8500 (Connection refused";
-    ensure!(printed.contains(expected), "{expected:?} isn't in:\n{printed}");
+    fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n127.0.0.9 agent.hosts\n")?;
+    // With glibc no name server would be asked,
+    fs::write(root.join("etc/nsswitch.conf"), "hosts: files\n")?;
+    // or the silent one alone for 30 s.
+    let servers = "nameserver 10.9.9.53\nnameserver 127.0.0.1\noptions timeout:30\n";
+    fs::write(root.join("etc/resolv.conf"), servers)?;
+    for name in ["agent.hosts", "agent.dns"] {
+        let mut check = Command::new("unshare");
+        check.args(["--net", "--pid", "--fork", "--kill-child", "sh", "-c", CHECK_BY_NAME]);
+        let output = check.arg(root).arg(name).output().context("can't run unshare")?;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let expected = format!("can't reach Consul at {name}:8500 (Connection refused");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(printed.contains(&expected), "{expected:?} isn't in:\n{printed}\n{errors}");
+    }
     Ok(())
 }
+
+/// `nohop check` in the root $0 of an agent whose name is $1, with a name server that is silent and one that isn't.
+const CHECK_BY_NAME: &str = r#"set -e
+ip link set lo up
+ip link add silent type veth peer name peer
+ip address add 10.9.9.1/24 dev silent
+ip link set silent up
+ip link set peer up
+ip neighbour add 10.9.9.53 lladdr 02:00:00:00:00:53 dev silent
+dnsmasq --conf-file=/dev/null --no-resolv --no-hosts --user=root --pid-file= \
+    --bind-interfaces --listen-address=127.0.0.1 --address=/agent.dns/127.0.0.9
+exec chroot "$0" /nohop check --consul-addr "http://$1:8500"
+"#;
 
 /// A Debian of its own in which the packages are installed.
 fn in_a_root(out: &Path) -> Result<()> {
@@ -190,6 +213,8 @@ fn rpm_in_a_root(out: &Path) -> Result<()> {
     ensure!(printed.contains(enable), "it doesn't print how to start it: {printed}");
     rpm(&["--verify", "--nodeps"], name)?;
     ensure!(config.is_file(), "there is no configuration file");
+    let completions = root.join("usr/share/zsh/site-functions/_nohop");
+    ensure!(completions.is_file(), "zsh has no completions");
     fs::write(&config, "[plane]\nmax_services = 5000\n")?;
     rpm(&["--upgrade", "--force", "--nodeps"], &package)?;
     let migrated = fs::read_to_string(&config)?;

@@ -56,6 +56,14 @@ pub fn provide_minisign() -> Result<()> {
     system::provide_program("minisign", "minisign")
 }
 
+/// A name server.
+///
+/// # Errors
+/// When it can't be had, with the way to get it.
+pub fn provide_dnsmasq() -> Result<()> {
+    system::provide_program("dnsmasq", "dnsmasq-base")
+}
+
 /// What makes a Debian of its own in a folder.
 ///
 /// # Errors
