@@ -2,10 +2,11 @@
 //! configuration.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
+use std::{fs, io};
 
 use anyhow::Context as _;
+use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
 
 use super::args::CompletionShell;
@@ -39,15 +40,31 @@ pub fn write(dir: &Path) -> anyhow::Result<()> {
         write(&format!("completions/{name}"), completion::script(shell).as_bytes())?;
     }
     write("man/nohop.toml.5", &configuration()?)?;
-    clap_mangen::generate_to(completion::visible().disable_help_subcommand(true), dir.join("man"))
+    let mut nohop = completion::visible().disable_help_subcommand(true);
+    nohop.build();
+    write_manual(&nohop, &dir.join("man"))
         .with_context(|| format!("can't write the manual pages to {}", dir.display()))
+}
+
+/// What the pages' footers have.
+const VERSION: &str = concat!("nohop ", env!("CARGO_PKG_VERSION"));
+
+/// In place of a page's date. An empty one is left out of the title line, and the version takes its place.
+const NO_DATE: &str = " ";
+
+/// The pages of a command and of those below it.
+fn write_manual(command: &clap::Command, dir: &Path) -> io::Result<()> {
+    for below in command.get_subcommands().filter(|command| !command.is_hide_set()) {
+        write_manual(below, dir)?;
+    }
+    let page = Man::new(command.clone()).date(NO_DATE).source(VERSION).manual("nohop");
+    page.generate_to(dir).map(drop)
 }
 
 /// nohop.toml(5).
 fn configuration() -> anyhow::Result<Vec<u8>> {
-    let version = concat!("nohop ", env!("CARGO_PKG_VERSION"));
     let mut page = Roff::new();
-    page.control("TH", ["nohop.toml", "5", "", version, "nohop"]);
+    page.control("TH", ["nohop.toml", "5", NO_DATE, VERSION, "nohop"]);
     page.control("SH", ["NAME"]);
     page.text([roman("nohop.toml - the configuration of nohop")]);
     page.control("SH", ["DESCRIPTION"]);
@@ -108,6 +125,12 @@ mod tests {
             assert!(names.iter().any(|it| it == name), "{name} isn't among {names:?}");
         }
         assert!(!names.iter().any(|name| name.contains("probe") || name.contains("package")));
+        for name in names {
+            let page = fs::read_to_string(dir.path().join("man").join(&name)).unwrap();
+            let title = page.lines().find(|line| line.starts_with(".TH ")).unwrap();
+            let expected = concat!(" \" \" \"nohop ", env!("CARGO_PKG_VERSION"), "\" nohop");
+            assert!(title.ends_with(expected), "{name}: {title}");
+        }
     }
 
     #[test]
