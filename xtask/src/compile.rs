@@ -117,20 +117,20 @@ pub fn kernel_tests() -> Result<KernelTests> {
     })
 }
 
-/// Builds the daemon, as tests run it.
+/// Builds a program of a package, as tests run it.
 ///
 /// # Errors
 /// When the build fails.
-pub fn nohop() -> Result<PathBuf> {
+pub fn program(package: &str, name: &str) -> Result<PathBuf> {
     let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--package", "lb-userspace", "--bin", "nohop"]);
-    let mut nohop = None;
+    cargo.args(["build", "--package", package, "--bin", name]);
+    let mut program = None;
     messages(cargo, |message| {
-        if message["target"]["name"] == "nohop" {
-            nohop = message["executable"].as_str().map(PathBuf::from).or(nohop.take());
+        if message["target"]["name"] == name {
+            program = message["executable"].as_str().map(PathBuf::from).or(program.take());
         }
     })?;
-    nohop.context("cargo reported no binary nohop")
+    program.with_context(|| format!("cargo reported no binary {name}"))
 }
 
 /// Runs a build, and gives each message of cargo's to `read`.

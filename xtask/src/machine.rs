@@ -129,12 +129,9 @@ fn initrd(kernel: &Kernel, deb: Option<&Path>, folder: &Path) -> Result<PathBuf>
     fs::create_dir_all(&image)?;
     let tar = setup::machine::provide()?;
     process::output(Command::new("tar").arg("-xf").arg(tar).arg("-C").arg(&image))?;
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--package", "testbed-load"]).current_dir(repository::root());
-    process::stream(&mut cargo)?;
     let programs = image.join("usr/local/bin");
-    let built = compile::nohop()?;
-    strip(&built.with_file_name("nohop-load"), &programs.join("nohop-load"))?;
+    let load = compile::program("testbed-load", "nohop-load")?;
+    strip(&load, &programs.join("nohop-load"))?;
     let consul = repository::root().join(".tools/consul");
     fs::copy(&consul, programs.join("consul")).context("setup links .tools/consul")?;
     let packages = image.join("packages");
@@ -149,7 +146,7 @@ fn initrd(kernel: &Kernel, deb: Option<&Path>, folder: &Path) -> Result<PathBuf>
             deb.to_owned()
         }
         None => {
-            strip(&built, &nohop)?;
+            strip(&compile::program("lb-userspace", "nohop")?, &nohop)?;
             dist::package_of(&nohop, version, &folder.join("new"))?
         }
     };
