@@ -15,7 +15,7 @@ use lb_bench::markdown::{self, Links};
 use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
 use lb_bench::report::{Goal, Report};
-use lb_bench::suites::{SUITES, Suite, check};
+use lb_bench::suites::{PARTS, SUITES, Suite, check};
 use lb_bench::{output, random, simulate};
 use testbed::{cleanup, cmd, process};
 
@@ -30,7 +30,7 @@ struct Arguments {
     #[command(subcommand)]
     task: Option<Task>,
     /// What to measure: check, http, throughput, connect, udp, change, scale, dns, failure, edge; all
-    /// of them where none is named
+    /// of them where none is named; of edge also a part alone: edge-flood, edge-clients
     #[arg(value_parser = suite)]
     suites: Vec<Suite>,
     /// Fewer and shorter rounds, fewer conditions
@@ -56,9 +56,9 @@ enum Task {
 }
 
 fn suite(name: &str) -> Result<Suite, String> {
-    let names = || SUITES.map(|suite| suite.name).join(", ");
-    let found = SUITES.into_iter().find(|suite| suite.name == name);
-    found.ok_or_else(|| format!("no such suite; there are {}", names()))
+    let mut all = SUITES.into_iter().chain(PARTS);
+    let names = all.clone().map(|suite| suite.name).collect::<Vec<_>>().join(", ");
+    all.find(|suite| suite.name == name).ok_or_else(|| format!("no such suite; there are {names}"))
 }
 
 fn main() -> ExitCode {

@@ -53,6 +53,10 @@ pub enum Suite {
     Failure,
     /// An edge: packets a second of one processor, HTTP, restarts and floods
     Edge,
+    /// Of that floods alone
+    EdgeFlood,
+    /// Of that the cost of showing servers their clients' addresses alone
+    EdgeClients,
     /// nohop alone: where the nanoseconds of a connection and a datagram go
     Cost,
     /// nohop alone: how long a table takes into the kernel, and how much memory it has there
@@ -83,7 +87,8 @@ pub fn run(suites: &[Suite], quick: bool, force: bool, seed: Option<u64>) -> Res
     arguments.extend(force.then(|| "--force".to_owned()));
     arguments.extend(seed.map(|seed| format!("--seed={seed}")));
     let mut harness = Command::new(compile::harness()?);
-    if compared.is_empty() || compared.contains(&Suite::Edge) {
+    let sends = |suite: &Suite| matches!(suite, Suite::Edge | Suite::EdgeFlood);
+    if compared.is_empty() || compared.iter().any(sends) {
         harness.env("NOHOP_TRAFFIC", compile::bench_object("nohop-traffic")?);
     }
     become_harness(harness, &arguments)

@@ -48,3 +48,13 @@ pub const SUITES: [Suite; 10] = [
         run: edge::run,
     },
 ];
+
+/// Parts of them, which run where they are named.
+pub const PARTS: [Suite; 2] = [
+    Suite {
+        name: "edge-flood",
+        programs: &["chrt", "ethtool", "haproxy", "nft", "nginx"],
+        run: edge::run_flood,
+    },
+    Suite { name: "edge-clients", programs: &["nginx", "wrk"], run: edge::run_clients },
+];

@@ -47,6 +47,34 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     Ok(draft)
 }
 
+/// The part about floods alone.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_flood(is_quick: bool) -> Result<Draft> {
+    crate::traffic::object()?;
+    let mut draft = Draft::new("an edge: floods", if is_quick { 1 } else { 3 });
+    (_, draft.contenders) = peers::able_of(&EDGE_PEERS, Protocol::Udp);
+    let sites = packets::start(&mut draft);
+    flood::measure(&mut draft, &sites, is_quick);
+    draft.finish();
+    flood::judge(&mut draft);
+    Ok(draft)
+}
+
+/// The part about clients' addresses alone.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_clients(is_quick: bool) -> Result<Draft> {
+    let mut draft = Draft::new("an edge: clients' addresses", if is_quick { 2 } else { 7 });
+    (_, draft.contenders) = peers::able_of(&EDGE_PEERS[1..2], Protocol::Http);
+    clients::measure(&mut draft, is_quick)?;
+    draft.finish();
+    clients::judge(&mut draft);
+    Ok(draft)
+}
+
 fn judge_http(draft: &mut Draft) {
     for (uses, goal) in [(Use::Kept, 1.7), (Use::OneRequest, 3.0)] {
         let condition = uses.condition(Layout::Edge, N_CONNECTIONS);

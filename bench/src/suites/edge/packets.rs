@@ -82,6 +82,20 @@ impl Site {
     }
 }
 
+/// Starts those who can balance datagrams.
+pub fn start(draft: &mut Draft) -> Vec<Site> {
+    let (able, _) = peers::able_of(&EDGE_PEERS, Protocol::Udp);
+    let mut sites = Vec::new();
+    for peer in able {
+        let started = Site::start(peer).and_then(|site| check(draft, site));
+        match started {
+            Ok(site) => sites.push(site),
+            Err(error) => draft.is_absent(peer.name, &error),
+        }
+    }
+    sites
+}
+
 /// Starts those who can balance datagrams, and measures them. Returns them, at work.
 pub fn measure(draft: &mut Draft, is_quick: bool) -> Result<Vec<Site>> {
     let (n_rounds, all_flows, length) = match is_quick {
@@ -92,14 +106,7 @@ pub fn measure(draft: &mut Draft, is_quick: bool) -> Result<Vec<Site>> {
     let n_steps = all_flows.len() * able.len() * (n_rounds + 1);
     let mut progress = Progress::new("edge, packets", n_steps);
     progress.preparing("edges");
-    let mut sites = Vec::new();
-    for peer in able {
-        let started = Site::start(peer).and_then(|site| check(draft, site));
-        match started {
-            Ok(site) => sites.push(site),
-            Err(error) => draft.is_absent(peer.name, &error),
-        }
-    }
+    let mut sites = start(draft);
     for &n_flows in all_flows {
         let condition = format!("{n_flows} flows of datagrams");
         for round in 0..=n_rounds {
