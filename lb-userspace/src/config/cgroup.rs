@@ -116,24 +116,36 @@ pub struct Mount {
 /// The mounts of cgroup2, those that are likeliest meant first.
 pub fn mounts() -> Vec<Mount> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut mounts = parse(&text);
-    // Something else may be mounted over it.
-    mounts.retain(|mount| is_cgroup2(&mount.point).unwrap_or(false));
-    mounts
+    visible(parse(&text), mount_id)
 }
 
-/// The mounts of cgroup2 by the text of /proc/self/mountinfo (proc_pid_mountinfo(5)).
-fn parse(mountinfo: &str) -> Vec<Mount> {
+/// Those that their path leads to: another one may be mounted over it, of cgroup2 too.
+fn visible(mounts: Vec<(u64, Mount)>, id_at: impl Fn(&Path) -> Option<u64>) -> Vec<Mount> {
+    let mounts = mounts.into_iter().filter(|(id, mount)| id_at(&mount.point) == Some(*id));
+    mounts.map(|(_, mount)| mount).collect()
+}
+
+/// The id of the mount that a path leads to, which /proc/self/mountinfo has too.
+fn mount_id(path: &Path) -> Option<u64> {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    // Minimum kernel: 5.8.
+    statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok().map(|found| found.stx_mnt_id)
+}
+
+/// The mounts of cgroup2 with their ids, by the text of /proc/self/mountinfo
+/// (proc_pid_mountinfo(5)), those that are likeliest meant first.
+fn parse(mountinfo: &str) -> Vec<(u64, Mount)> {
     let mount = |line: &str| {
         let (mount, fs) = line.split_once(" - ")?;
         (fs.split(' ').next()? == "cgroup2").then_some(())?;
+        let id = mount.split(' ').next()?.parse().ok()?;
         let mut fields = mount.split(' ').skip(3).map(|field| unescape(field.as_bytes()));
         let root = PathBuf::from(OsString::from_vec(fields.next()?));
         let point = PathBuf::from(OsString::from_vec(fields.next()?));
-        Some(Mount { point, root })
+        Some((id, Mount { point, root }))
     };
-    let mut mounts: Vec<Mount> = mountinfo.lines().filter_map(mount).collect();
-    let rank = |mount: &Mount| {
+    let mut mounts: Vec<(u64, Mount)> = mountinfo.lines().filter_map(mount).collect();
+    let rank = |(_, mount): &(u64, Mount)| {
         let place = CONVENTIONAL.iter().position(|place| mount.point == Path::new(place));
         (mount.root != Path::new("/"), place.unwrap_or(CONVENTIONAL.len()))
     };
@@ -198,9 +210,11 @@ pub fn inspect(scope: &Path) -> Result<Option<String>, ScopeError> {
     let missing = |source| ScopeError::Missing { scope: scope.into(), source };
     let magic = rustix::fs::statfs(scope).map_err(|errno| missing(errno.into()))?.f_type;
     let magic = u64::try_from(magic).unwrap_or_default();
-    let inode = std::fs::metadata(scope).map_err(missing)?.st_ino();
-    if magic != CGROUP2_SUPER_MAGIC {
+    let metadata = std::fs::metadata(scope).map_err(missing)?;
+    let inode = metadata.st_ino();
+    if magic != CGROUP2_SUPER_MAGIC || !metadata.is_dir() {
         let found = match magic {
+            _ if !metadata.is_dir() => "a file",
             CGROUP_SUPER_MAGIC => "a cgroup v1 directory",
             _ => "a directory of another file system",
         };
@@ -331,10 +345,33 @@ mod tests {
         ];
         for (lines, expected) in table {
             let text: String = lines.iter().map(|(root, at, fs)| line(root, at, fs)).collect();
-            let points: Vec<PathBuf> = parse(&text).into_iter().map(|mount| mount.point).collect();
+            let points: Vec<PathBuf> =
+                parse(&text).into_iter().map(|(_, mount)| mount.point).collect();
             assert_eq!(points, expected.iter().map(PathBuf::from).collect::<Vec<_>>(), "{text}");
         }
         assert_eq!(parse("no line\n41 31 0:38 - cgroup2\n"), []);
+    }
+
+    /// A part of the hierarchy, or another file system, may be mounted over all of it.
+    #[test]
+    fn a_mount_that_is_mounted_over_is_none() {
+        let text = "41 31 0:38 / /cg rw - cgroup2 none rw\n\
+                    99 41 0:38 /x.slice /cg rw - cgroup2 none rw\n\
+                    42 31 0:38 / /b rw - cgroup2 none rw\n\
+                    43 31 0:38 / /c rw - cgroup2 none rw\n";
+        let id_at = |path: &Path| match path.to_str() {
+            Some("/cg") => Some(99),
+            Some("/b") => Some(42),
+            Some("/c") => Some(7),
+            _ => None,
+        };
+        let mount = |root: &str, point: &str| Mount { point: point.into(), root: root.into() };
+        assert_eq!(visible(parse(text), id_at), [mount("/", "/b"), mount("/x.slice", "/cg")]);
+        // As the kernel numbers them.
+        let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let id = text.lines().rfind(|line| line.split(' ').nth(4) == Some("/proc"));
+        let id = id.and_then(|line| line.split(' ').next()?.parse().ok());
+        assert_eq!(mount_id(Path::new("/proc/self/status")), id);
     }
 
     #[test]
@@ -392,9 +429,11 @@ mod tests {
     fn what_is_no_cgroup_is_refused_by_its_name() {
         assert!(!is_cgroup2(Path::new("/proc")).unwrap());
         assert!(is_cgroup2(Path::new("/nowhere/at/all")).is_err());
-        for (scope, expected) in
-            [("/proc", "another file system"), ("/nowhere/at/all", "with --cgroup")]
-        {
+        for (scope, expected) in [
+            ("/proc", "another file system"),
+            ("/proc/self/status", "is a file"),
+            ("/nowhere/at/all", "with --cgroup"),
+        ] {
             let error = inspect(Path::new(scope)).unwrap_err().to_string();
             assert!(error.contains(scope) && error.contains(expected), "{error}");
         }
