@@ -1,8 +1,8 @@
 //! Files that must survive a crash and a power cut, replaced as a whole.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -11,7 +11,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// in a row.
 ///
 /// The contents are written to `.NAME.tmp` next to it first. The name is always the same, so a process that
-/// dies in between leaves one file, which the next call replaces.
+/// dies in between leaves one file, which the next call replaces. A link of that name is removed, and
+/// never written to: in a directory of others it may lead to any file.
 ///
 /// # Errors
 /// When any step fails, or another call for this path is still under way, as on a disk that stalls.
@@ -23,7 +24,7 @@ pub fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
         _ => Path::new("."),
     };
     let _turn = Turn::take(path)?;
-    fs::create_dir_all(directory)?;
+    make_directory(directory)?;
     let temporary = temporary(path);
     let written = write(&temporary, parts).and_then(|()| fs::rename(&temporary, path));
     if let Err(error) = written {
@@ -33,6 +34,60 @@ pub fn replace(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
     }
     // A rename is durable once its directory is (fsync(2)).
     File::open(directory)?.sync_all()
+}
+
+/// Reads a file whole, but no device, which may have no end.
+///
+/// # Errors
+/// When it isn't there, is a device or can't be read.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    if file.metadata()?.file_type().is_char_device() {
+        return Err(io::Error::other("it is a device, and no file"));
+    }
+    let mut contents = Vec::new();
+    file.read_to_end(&mut contents)?;
+    Ok(contents)
+}
+
+/// Why others could change what is in a directory, which is trusted, and the fix; `None` where they can't. It
+/// may not exist yet: then the directories above it decide.
+pub fn exposure(directory: &Path) -> Option<String> {
+    const STICKY: u32 = 0o1000;
+    let own = rustix::process::geteuid().as_raw();
+    let resolved = fs::canonicalize(directory);
+    let directory = resolved.as_deref().unwrap_or(directory);
+    directory.ancestors().find_map(|path| {
+        let found = fs::metadata(path).ok()?;
+        let mode = found.mode() & 0o7777;
+        // Above, names of ours can't be taken where only their owners may rename them.
+        let is_open = mode & 0o022 != 0 && (path == directory || mode & STICKY == 0);
+        let path = path.display();
+        if ![0, own].contains(&found.uid()) {
+            let uid = found.uid();
+            return Some(format!(
+                "{path} is another user's (uid {uid}), who could change where services lead; make it \
+                 root's: chown root {path}"
+            ));
+        }
+        is_open.then(|| {
+            format!(
+                "others may write to {path} (mode {mode:o}), and could change where services lead; \
+                 close it: chmod go-w {path}"
+            )
+        })
+    })
+}
+
+/// Makes a directory where it is missing. What has its name and is none is named: mkdir(2) reports only that
+/// something is there.
+fn make_directory(path: &Path) -> io::Result<()> {
+    fs::create_dir_all(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            io::Error::other(format!("{} isn't a directory", path.display()))
+        }
+        _ => error,
+    })
 }
 
 /// The paths that are being written.
@@ -63,12 +118,29 @@ fn under_way() -> MutexGuard<'static, Vec<PathBuf>> {
 }
 
 fn write(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    let mut file = match open_own(path) {
+        // Removing it needs no rights in what it leads to.
+        Err(_) if fs::symlink_metadata(path).is_ok() => {
+            fs::remove_file(path)?;
+            open_own(path)?
+        }
+        file => file?,
+    };
+    file.set_len(0)?;
     // Of a file that was left behind.
     file.set_permissions(Permissions::from_mode(0o600))?;
     parts.iter().try_for_each(|part| file.write_all(part))?;
     file.sync_all()
+}
+
+/// Opens a file, or makes it, unless it has other names or another owner: then it isn't one of ours.
+fn open_own(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW;
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).mode(0o600).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    let is_own = found.uid() == rustix::process::geteuid().as_raw() && found.nlink() == 1;
+    if is_own { Ok(file) } else { Err(io::Error::other("it is another's file")) }
 }
 
 fn temporary(path: &Path) -> PathBuf {
@@ -80,6 +152,8 @@ fn temporary(path: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     fn names(directory: &Path) -> Vec<String> {
@@ -112,6 +186,70 @@ mod tests {
         let below = dir.path().join("file/state.json");
         fs::write(dir.path().join("file"), "").unwrap();
         replace(&below, &[b"new"]).unwrap_err();
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_first_file_leads_nowhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, theirs) = (dir.path().join("state.json"), dir.path().join("theirs"));
+        fs::write(&theirs, "precious").unwrap();
+        let links: [fn(&Path, &Path) -> io::Result<()>; 2] =
+            [|to, at| symlink(to, at), |to, at| fs::hard_link(to, at)];
+        for link in links {
+            link(&theirs, &temporary(&path)).unwrap();
+            replace(&path, &[b"ours"]).unwrap();
+            assert_eq!(fs::read(&theirs).unwrap(), b"precious");
+            assert!(fs::symlink_metadata(&path).unwrap().is_file());
+            assert_eq!(read(&path).unwrap(), b"ours");
+        }
+    }
+
+    #[test]
+    fn no_device_is_read_and_what_is_no_directory_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let endless = dir.path().join("state.json");
+        symlink("/dev/zero", &endless).unwrap();
+        assert!(read(&endless).unwrap_err().to_string().contains("device"));
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = replace(&file.join("state.json"), &[b"new"]).unwrap_err().to_string();
+        assert!(error.contains("file isn't a directory"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_that_others_can_change_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let above = dir.path().join("above");
+        let state = above.join("state");
+        fs::create_dir_all(&state).unwrap();
+        let set = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+        for (above_mode, mode, expected) in [
+            (0o755, 0o755, None),
+            (0o755, 0o700, None),
+            (0o1777, 0o700, None),
+            (0o755, 0o777, Some("state (mode 777)")),
+            (0o755, 0o1777, Some("state (mode 1777)")),
+            (0o755, 0o770, Some("state (mode 770)")),
+            (0o777, 0o700, Some("above (mode 777)")),
+        ] {
+            set(&above, above_mode).unwrap();
+            set(&state, mode).unwrap();
+            let link = dir.path().join("link");
+            let _ = fs::remove_file(&link);
+            symlink(&state, &link).unwrap();
+            for path in [&state, &link] {
+                let found = exposure(path);
+                let part = expected.unwrap_or_default();
+                let is_right = match &found {
+                    Some(found) => expected.is_some() && found.contains(part),
+                    None => expected.is_none(),
+                };
+                assert!(is_right, "{above_mode:o} {mode:o}: {found:?}");
+            }
+        }
+        // One that isn't there yet.
+        set(&above, 0o777).unwrap();
+        assert!(exposure(&above.join("new/state")).unwrap().contains("chmod go-w"));
     }
 
     #[test]

@@ -140,7 +140,7 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
 /// Reads what an earlier daemon wrote during this boot, as far as it isn't older than `max_age`. A file
 /// that can't be parsed is set aside as `catalog.corrupt`; no error is fatal.
 pub fn read(path: &Path, max_age: Duration) -> Option<SavedCatalog> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match durable::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => {

@@ -15,6 +15,7 @@ use crate::datapath::{
     intercept_problems, is_bpffs, look_at_pins, nearest_directory, route,
 };
 use crate::dns;
+use crate::durable;
 
 /// The whole report.
 #[derive(Debug, Serialize, Deserialize)]
@@ -116,6 +117,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         checks.push(finding("balance.drain_deadline", false, drain_deadline()));
     }
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
+    checks.push(finding("owner of the state directory", false, exposure(&config.state_dir)));
     for &address in &config.dns.listen {
         let try_bind = || dns::try_bind(address, &config.dns.listen);
         let found = dns_port(address, try_bind, daemon.as_ref().ok());
@@ -476,12 +478,28 @@ fn named(capabilities: &[(&'static str, bool)]) -> Vec<&'static str> {
 fn state_dir(path: &Path) -> CheckResult {
     // The daemon creates a missing directory, so its nearest ancestor is checked.
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    // A link that leads nowhere is in the way as well.
+    let in_the_way = path.ancestors().find(|path| path.symlink_metadata().is_ok());
+    if let Some(it) = in_the_way.filter(|path| !path.is_dir()) {
+        return wrong(
+            format!("{} isn't a directory", it.display()),
+            "move it away, or name another with --state-dir",
+        );
+    }
     match rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
         Ok(()) => Ok(path.display().to_string()),
         Err(errno) => wrong(
             format!("can't write to {}: {errno}", existing.display()),
             "run as root, or name another with --state-dir",
         ),
+    }
+}
+
+/// Others could change where services lead, where they may write to the state directory.
+fn exposure(path: &Path) -> CheckResult {
+    match durable::exposure(path) {
+        None => Ok("closed to others".to_owned()),
+        Some(problem) => in_two(&problem),
     }
 }
 
@@ -716,6 +734,22 @@ mod tests {
         let (detail, fix) = memory_of_maps(bpffs.path(), Charge::None).unwrap_err();
         assert!(detail.contains("an earlier start"), "{detail}");
         assert!(fix.contains("nohop unload"), "{fix}");
+    }
+
+    #[test]
+    fn what_is_in_the_place_of_the_state_directory_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        std::fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("nowhere"), &link).unwrap();
+        for path in [&file, &link, &file.join("below")] {
+            let (detail, fix) = state_dir(path).unwrap_err();
+            assert!(
+                detail.ends_with(" isn't a directory") && fix.contains("--state-dir"),
+                "{detail}"
+            );
+        }
+        assert!(state_dir(&dir.path().join("new/state")).is_ok());
     }
 
     #[test]

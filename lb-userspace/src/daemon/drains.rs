@@ -243,7 +243,7 @@ fn parse(text: &[u8]) -> Result<File, FileError> {
 
 /// The file that an earlier daemon left; `None` where there is none.
 fn read(path: &Path) -> Result<Option<File>, FileError> {
-    match std::fs::read(path) {
+    match durable::read(path) {
         Ok(text) => parse(&text).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(FileError::Read(error)),
@@ -489,6 +489,11 @@ impl DrainBook {
             // The client may have gone.
             let _ = client.send(result);
         });
+    }
+
+    /// Why what is drained isn't on disk.
+    pub fn failure(&self) -> String {
+        self.recorder.failure()
     }
 
     /// Waits until what is drained is on disk.

@@ -180,7 +180,9 @@ impl Daemon {
         let listen_tls = dns_sockets.tls_addresses().to_vec();
 
         let vips = recorder::load(&config.state_dir, (&config.vip).into());
-        let (mut vips, drains) = tokio::join!(vips, DrainBook::open(&config.state_dir));
+        let exposed = recorder::exposure(&config.state_dir);
+        let (mut vips, drains, exposed) =
+            tokio::join!(vips, DrainBook::open(&config.state_dir), exposed);
         let drains = drains.context("can't start a thread")?;
         let recorder = Recorder::start(&config.state_dir).context("can't start a thread")?;
         for pool in config.vip.pools() {
@@ -287,6 +289,7 @@ impl Daemon {
             drain_requests: drain_requests_out,
             tracer: tracer.clone(),
             deadline_problem,
+            exposed,
             public_routes,
             edge_vips,
             n_returned,
@@ -716,9 +719,16 @@ impl Daemon {
         // Clients get what is answered meanwhile.
         let (vips, drains, ..) = tokio::join!(vips, drains, self.sources.stop(), self.dns.stop());
         self.tasks.running.abort_all();
-        let vips = vips.map(|flushed| flushed.map_err(|_| "their recorder has ended"));
+        let vips = match vips {
+            Ok(flushed) => flushed.map_err(|_| "their recorder has ended".to_owned()),
+            Err(_) => Err(self.pipeline.recorder().failure()),
+        };
+        let drains = match drains {
+            Ok(flushed) => flushed.map_err(str::to_owned),
+            Err(_) => Err(self.drains.failure()),
+        };
         for (what, flushed) in [("VIPs", vips), ("drains", drains)] {
-            if let Err(problem) = flushed.unwrap_or(Err("the disk doesn't answer")) {
+            if let Err(problem) = flushed {
                 tracing::warn!("stopping before the {what} are recorded: {problem}");
             }
         }

@@ -27,6 +27,8 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// A write that has taken this long is a problem.
 const STALLED: Duration = Duration::from_secs(5);
 
+const DISK_HANGS: &str = "the disk doesn't answer";
+
 /// The contents of a file: complete, so that a later version replaces those before.
 pub trait Snapshot: Send + 'static {
     /// What is at risk while it can't be written, as a part of a sentence.
@@ -143,6 +145,12 @@ impl<S: Snapshot> Recorder<S> {
         self.recorded.clone()
     }
 
+    /// Why the last write didn't succeed, or isn't done.
+    pub fn failure(&self) -> String {
+        let failure = self.recorded.borrow().failure.clone();
+        failure.unwrap_or_else(|| DISK_HANGS.to_owned())
+    }
+
     /// The problem of the file: the last write failed, one takes too long, or the thread has ended.
     pub fn problem(&self) -> Option<String> {
         if self.recorded.has_changed().is_err() {
@@ -155,7 +163,7 @@ impl<S: Snapshot> Recorder<S> {
         }
         let stalled_for = self.inbox.lock().writing_since.map(|since| since.elapsed());
         let what = match stalled_for.filter(|&time| time >= STALLED) {
-            Some(_) => format!("can't write {}: the disk doesn't answer", self.path.display()),
+            Some(_) => format!("can't write {}: {DISK_HANGS}", self.path.display()),
             None => self.recorded.borrow().failure.clone()?,
         };
         Some(format!(
@@ -233,6 +241,16 @@ fn work<S: Snapshot>(
     }
 }
 
+/// Why others could change what is in the state directory; `None` where they can't, or the disk doesn't
+/// answer.
+pub async fn exposure(state_dir: &Path) -> Option<String> {
+    let state_dir = state_dir.to_owned();
+    let looking = tokio::task::spawn_blocking(move || durable::exposure(&state_dir));
+    let found = tokio::time::timeout(READ_TIMEOUT, looking).await;
+    let problem = found.ok()?.ok()?;
+    problem.inspect(|problem| tracing::warn!("{problem}"))
+}
+
 /// The VIPs that an earlier run recorded in `state_dir`. Where they can't be read, or the disk doesn't
 /// answer, the daemon starts all the same: the kernel's maps know the addresses that are in use, and
 /// names that need one find most again by their hash.
@@ -244,7 +262,7 @@ pub async fn load(state_dir: &Path, pools: Pools) -> Vips {
         Ok(Ok(Ok(vips))) => return vips,
         Ok(Ok(Err(error))) => error.to_string(),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => "the disk doesn't answer".to_owned(),
+        Err(_) => DISK_HANGS.to_owned(),
     };
     let path = path.display();
     tracing::error!(
@@ -256,7 +274,7 @@ pub async fn load(state_dir: &Path, pools: Pools) -> Vips {
 /// Reads the file. A missing one is fine; one that can't be parsed is set aside under another name.
 /// The version is 0 where the file has everything, else 1.
 fn read(path: &Path, pools: Pools) -> io::Result<Vips> {
-    let text = match std::fs::read(path) {
+    let text = match durable::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Ok(Vips::unrecorded(pools));
         }

@@ -2,7 +2,7 @@
 //! would without nohop.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -29,7 +29,7 @@ impl OffFile {
     /// When there is no thread to be had.
     pub async fn watch(config: &Config) -> io::Result<OffFile> {
         let path = path(config);
-        OffFile::watch_with(LOOK, FIRST_LOOK, move || path.try_exists().ok()).await
+        OffFile::watch_with(LOOK, FIRST_LOOK, move || is_there(&path)).await
     }
 
     async fn watch_with(
@@ -65,6 +65,15 @@ impl OffFile {
     /// Whether it is there.
     pub fn is_there(&self) -> bool {
         self.0.borrow().unwrap_or(false)
+    }
+}
+
+/// Whether a file is there; `None` where the disk fails.
+fn is_there(path: &Path) -> Option<bool> {
+    match path.try_exists() {
+        // In the directory's place is something else, which has no files.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => Some(false),
+        found => found.ok(),
     }
 }
 

@@ -62,6 +62,8 @@ pub struct DaemonView {
     pub(super) reloads: mpsc::Sender<Request>,
     pub(super) drains: DrainsView,
     pub(super) deadline_problem: watch::Receiver<Option<String>>,
+    /// That others may change what is in the state directory, since the start.
+    pub(super) exposed: Option<String>,
     pub(super) public_routes: watch::Receiver<edge::PublicRoutes>,
     pub(super) edge_vips: watch::Receiver<BTreeMap<String, SocketAddr>>,
     /// Ejections that probes ended.
@@ -87,6 +89,7 @@ impl View for DaemonView {
         problems.extend(self.debug_client.problems());
         problems.extend(self.recorder.problem());
         problems.extend(self.drains.problems());
+        problems.extend(self.exposed.clone());
         problems.extend(self.deadline_problem.borrow().clone());
         let routes = self.public_routes.borrow().clone();
         problems.extend(routes.problem.clone());

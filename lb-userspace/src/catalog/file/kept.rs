@@ -51,7 +51,7 @@ impl Kept {
 
     /// The text, where there is one of this catalog.
     pub fn read(&self) -> Option<String> {
-        let text = std::fs::read_to_string(&self.path).ok()?;
+        let text = String::from_utf8(durable::read(&self.path).ok()?).ok()?;
         text.strip_prefix(&self.head).map(str::to_owned)
     }
 
