@@ -197,6 +197,8 @@ async fn no_failure_removes_anything_and_each_is_reported_until_it_ends() {
         (Fault::Cut, "cut short"),
         (Fault::Body("{}x"), "another shape"),
         (Fault::Body("17"), "another shape"),
+        (Fault::Body("\n<!DOCTYPE html><title>nginx</title>"), "isn't Consul's agent"),
+        (Fault::Status(504, "<html>"), "a proxy before Consul gets no answer from it (504"),
         (Fault::Close, "lost"),
     ];
     let (fake, mut handle, first) = synced().await;

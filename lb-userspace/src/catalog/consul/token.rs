@@ -35,12 +35,17 @@ impl TokenWatch {
     }
 }
 
+/// The token in a file's text, which may begin with a byte order mark.
+pub fn of_text(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text).trim()
+}
+
 async fn watch_file(path: PathBuf, every: Duration, changed: watch::Sender<()>) {
     let mut last: Option<String> = None;
     loop {
         // A file that can't be read, or is being written, is for the questions to complain of.
         let text = tokio::fs::read_to_string(&path).await.unwrap_or_default();
-        let token = text.trim();
+        let token = of_text(&text);
         let is_other = !token.is_empty() && last.as_deref() != Some(token);
         if is_other && last.replace(token.into()).is_some() {
             tracing::info!("{} holds another token: asking Consul again", path.display());

@@ -144,6 +144,24 @@ pub enum QueryError {
         /// Where in the document, and what is there.
         source: serde_path_to_error::Error<serde_json::Error>,
     },
+    /// The body is a page for people.
+    #[error(
+        "what answers at {address} sends a page (HTML), so it isn't Consul's agent: write the address of \
+         the agent itself as consul.address or CONSUL_HTTP_ADDR"
+    )]
+    Page {
+        /// Where Consul should be.
+        address: String,
+    },
+    /// 502 or 504, which Consul itself never answers.
+    #[error(
+        "a proxy before Consul gets no answer from it ({code}): look at the proxy's log and the agent's, or \
+         write the address of the agent itself as consul.address or CONSUL_HTTP_ADDR"
+    )]
+    Gateway {
+        /// The status.
+        code: StatusCode,
+    },
     /// The token file can't be read.
     #[error("can't read the Consul token from {path} ({source}): fix consul.token_file")]
     TokenFile {
@@ -152,9 +170,16 @@ pub enum QueryError {
         /// The error of the system.
         source: io::Error,
     },
-    /// The token is empty or has bytes that no header may have.
-    #[error("the Consul token is empty or holds bytes that a token can't")]
-    BadToken,
+    /// No token can be this.
+    #[error(
+        "the Consul token {what}: write the token itself, its SecretID, and nothing else {place}"
+    )]
+    BadToken {
+        /// What is wrong with it.
+        what: &'static str,
+        /// Where it comes from.
+        place: String,
+    },
     /// The address or the path makes no HTTP request.
     #[error("consul.address `{address}` is no address of HTTP ({})", root_cause(.source))]
     BadRequest {
@@ -179,8 +204,9 @@ pub enum Busy {
     /// By closing a connection before it answered.
     #[error(
         "the connection to Consul at {address} was lost before an answer ({}); where that goes on, \
-         raise the agent's limits.http_max_conns_per_client",
-        root_cause(.source)
+         raise the agent's limits.http_max_conns_per_client{}",
+        root_cause(.source),
+        if .address.starts_with("https://") { "" } else { ", or write https:// if it speaks TLS there" }
     )]
     Reset {
         /// Where Consul is.
@@ -205,12 +231,14 @@ impl QueryError {
             QueryError::Busy { busy: Busy::Status { code, .. } }
             | QueryError::Status { code, .. } => Some(code.as_str()),
             QueryError::NoLeader | QueryError::Stale { .. } => Some("200"),
-            QueryError::Cut { .. } | QueryError::TooLarge { .. } | QueryError::Shape { .. } => {
-                Some("malformed")
-            }
+            QueryError::Gateway { code } => Some(code.as_str()),
+            QueryError::Cut { .. }
+            | QueryError::TooLarge { .. }
+            | QueryError::Shape { .. }
+            | QueryError::Page { .. } => Some("malformed"),
             QueryError::TlsFile { .. }
             | QueryError::TokenFile { .. }
-            | QueryError::BadToken
+            | QueryError::BadToken { .. }
             | QueryError::BadRequest { .. } => None,
         }
     }
@@ -220,7 +248,7 @@ impl QueryError {
     /// it doesn't accept a certificate.
     pub fn of_failed(address: String, source: reqwest::Error) -> QueryError {
         if let Some(error) = find::<rustls::Error>(&source) {
-            return QueryError::Tls { address, fix: fix(error), source: error.clone().into() };
+            return QueryError::Tls { address, fix: fix(error), source: plain(error).into() };
         }
         if source.is_builder() {
             return QueryError::BadRequest { address, source };
@@ -264,6 +292,16 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn
     })
 }
 
+/// The error without the time, which would differ each time, and with it the revision of the status.
+fn plain(error: &rustls::Error) -> rustls::Error {
+    use rustls::{CertificateError as Cause, Error as Tls};
+    match error {
+        Tls::InvalidCertificate(Cause::ExpiredContext { .. }) => Cause::Expired.into(),
+        Tls::InvalidCertificate(Cause::NotValidYetContext { .. }) => Cause::NotValidYet.into(),
+        error => error.clone(),
+    }
+}
+
 const ANY_FILE: &str = "see consul.ca_file, consul.tls_server_name, consul.cert_file and \
                         consul.key_file";
 
@@ -284,6 +322,10 @@ fn fix(error: &rustls::Error) -> &'static str {
             Cause::NotValidYet | Cause::NotValidYetContext { .. } => {
                 "the agent's certificate isn't valid yet: set this host's clock, or the one of the \
                  host that made it"
+            }
+            Cause::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+                "the agent's certificate names no host (subjectAltName): make one that does, as `consul \
+                 tls cert create` would"
             }
             Cause::NotValidForName | Cause::NotValidForNameContext { .. } => {
                 "the agent's certificate is for another name: set consul.tls_server_name or \

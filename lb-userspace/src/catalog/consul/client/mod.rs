@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
 use super::index::ReadMode;
+use super::token;
 use crate::catalog::publisher::Publisher;
 use crate::config::{BasicAuth, ConsulAddress, ConsulConfig, Token};
 pub use error::QueryError;
@@ -149,7 +150,7 @@ impl Client {
         self.stats.note(&request.path, is_filtered, Instant::now());
         let index = response::index(&headers);
         let n_bytes = body.len();
-        let body = response::parse(&body)?;
+        let body = response::parse(&body, &self.address)?;
         Ok((status, ApiResponse { index, body, n_bytes, is_filtered, peer }))
     }
 
@@ -192,19 +193,27 @@ impl Client {
 
     /// The token; a file is read again for each request, so that a rotated token takes effect at once.
     async fn token(&self) -> Result<Option<HeaderValue>, QueryError> {
-        let token = match &self.token {
+        let (token, place) = match &self.token {
             None => return Ok(None),
-            Some(Token::Literal(token)) => token.clone(),
-            Some(Token::File(path)) => tokio::fs::read_to_string(path)
-                .await
-                .map_err(|source| QueryError::TokenFile { path: path.clone(), source })?,
+            Some(Token::Literal(token)) => (token.clone(), "as the token".to_owned()),
+            Some(Token::File(path)) => {
+                let text = tokio::fs::read_to_string(path).await;
+                let text =
+                    text.map_err(|source| QueryError::TokenFile { path: path.clone(), source })?;
+                (text, format!("to {}", path.display()))
+            }
         };
-        // An empty file is one that is being written; asking without a token could get less.
-        let token = token.trim();
-        let mut value = HeaderValue::from_str(token).map_err(|_| QueryError::BadToken)?;
-        if token.is_empty() {
-            return Err(QueryError::BadToken);
-        }
+        let token = token::of_text(&token);
+        let is_token = !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic());
+        let value = is_token.then(|| HeaderValue::from_str(token).ok()).flatten();
+        let Some(mut value) = value else {
+            let what = match token {
+                // Such a file is being written; asking without a token could get less.
+                "" => "is empty",
+                _ => "has a blank, a line break or another character that no token has",
+            };
+            return Err(QueryError::BadToken { what, place });
+        };
         value.set_sensitive(true);
         Ok(Some(value))
     }

@@ -46,8 +46,12 @@ pub async fn read(mut response: Response, large: &Semaphore) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
-/// Parses the body.
-pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, QueryError> {
+/// Parses the body of what answered at `address`.
+pub fn parse<T: DeserializeOwned>(body: &[u8], address: &ConsulAddress) -> Result<T, QueryError> {
+    // No JSON begins so.
+    if body.trim_ascii_start().starts_with(b"<") {
+        return Err(QueryError::Page { address: address.to_string() });
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     let shape = |source| QueryError::Shape { source };
     let parsed = serde_path_to_error::deserialize(&mut json).map_err(shape)?;
@@ -84,6 +88,7 @@ pub fn check_status(
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
             QueryError::Busy { busy: Busy::Status { code, message } }
         }
+        StatusCode::BAD_GATEWAY | StatusCode::GATEWAY_TIMEOUT => QueryError::Gateway { code },
         code if code.is_redirection() && to.is_some() => QueryError::Redirected {
             address: address.to_string(),
             to: to.unwrap_or_default().chars().take(200).collect(),

@@ -156,17 +156,44 @@ async fn an_absent_key_is_null() {
     assert_eq!(output.stats().requests()["404"], 1);
 }
 
+/// What can't be a token isn't sent: the answer would be that it isn't known.
 #[tokio::test]
-async fn an_empty_token_file_sends_nothing() {
+async fn a_token_file_has_a_token_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");
-    std::fs::write(&path, " \n").unwrap();
+    let (empty, other) = ("token is empty", "has a blank, a line break or another character");
+    for (text, expected) in [
+        (&b" \n"[..], Some(empty)),
+        (b"\xef\xbb\xbf\r\n", Some(empty)),
+        (b"one\ntwo\n", Some(other)),
+        (b"# the token\none\n", Some(other)),
+        ("\u{feff}\u{feff}one".as_bytes(), Some(other)),
+        (b"one\0", Some(other)),
+        (b"\xff\xfeo\0", Some("can't read the Consul token")),
+        (b"\xef\xbb\xbfone\r\n", None),
+        (b" one \n", None),
+    ] {
+        std::fs::write(&path, text).unwrap();
+        let fake = Fake::start().await;
+        let token = Some(Token::File(path.clone()));
+        let (client, output) = client(ConsulConfig { token, ..config(fake.address) });
+        let answer = client.get::<Value>(&request(NAMES), LIMIT).await;
+        assert_eq!(output.stats().requests().is_empty(), expected.is_some(), "{text:?}");
+        match (answer, expected) {
+            (Err(error), Some(expected)) => {
+                let error = error.to_string();
+                assert!(error.contains(expected), "{error}");
+                assert!(error.contains(path.to_str().unwrap()), "{error}");
+            }
+            (answer, expected) => assert!(answer.is_ok() && expected.is_none(), "{answer:?}"),
+        }
+    }
+    // In the value of CONSUL_HTTP_TOKEN as well.
     let fake = Fake::start().await;
-    let token = Some(Token::File(path));
-    let (client, output) = client(ConsulConfig { token, ..config(fake.address) });
-    let answer = client.get::<Value>(&request(NAMES), LIMIT).await;
-    assert!(matches!(answer, Err(QueryError::BadToken)), "{answer:?}");
-    assert!(output.stats().requests().is_empty());
+    let token = Some(Token::Literal("one two".into()));
+    let (client, _) = client(ConsulConfig { token, ..config(fake.address) });
+    let error = client.get::<Value>(&request(NAMES), LIMIT).await.unwrap_err().to_string();
+    assert!(error.contains(other), "{error}");
 }
 
 #[tokio::test]
@@ -361,11 +388,13 @@ async fn a_certificate_that_is_itself_in_ca_file_is_accepted_by_its_name_and_tim
         (true, "127.0.0.1", past, true, Some("has expired")),
         (false, "127.0.0.1", past, true, Some("has expired")),
         (true, "127.0.0.1", future, true, Some("isn't valid yet")),
+        (false, "", now, true, Some("names no host (subjectAltName)")),
     ];
     let authority = Authority::new();
     for (is_ca, name, (from, until), is_listed, problem) in cases {
         let what = format!("CA:{is_ca} {name} {from} {until} {is_listed}");
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let names = Some(name.to_owned()).filter(|name| !name.is_empty());
+        let mut params = CertificateParams::new(names.into_iter().collect::<Vec<_>>()).unwrap();
         let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
         params.is_ca = if is_ca { unconstrained } else { IsCa::ExplicitNoCa };
         (params.not_before, params.not_after) = (from, until);
@@ -377,6 +406,8 @@ async fn a_certificate_that_is_itself_in_ca_file_is_accepted_by_its_name_and_tim
         let listed = authority.path(if is_listed { "self.pem" } else { "ca.pem" });
         let tls = TlsConfig { ca_file: Some(listed), ..TlsConfig::default() };
         let answer = ask(&client(server.config(tls)).0).await;
+        // The same each time.
+        assert!(!answer.as_ref().is_err_and(|error| error.contains("seconds")), "{answer:?}");
         match problem {
             None => assert_eq!(answer, Ok(()), "{what}"),
             Some(problem) => {
