@@ -81,6 +81,9 @@ pub struct AgentSelf {
     config: AgentConfig,
     #[serde(default)]
     member: Option<Member>,
+    /// The agent's settings, without a promise of their form.
+    #[serde(default)]
+    debug_config: serde_json::Value,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -108,8 +111,16 @@ impl AgentSelf {
     /// The node that this host is. The agent runs on this host where it was asked over a unix socket or
     /// at an address of this host (`peer`), and where its own address is one of this host: behind a
     /// tunnel, a proxy or a container's published port is another network namespace with another
-    /// loopback. Behind NAT the agent may run on this host all the same.
-    pub fn node(self, peer: Option<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Node {
+    /// loopback. Behind NAT the agent may run on this host all the same, unless it listens at an address
+    /// that this host has neither itself nor on a bridge, in a container.
+    pub fn node(
+        self,
+        peer: Option<IpAddr>,
+        is_own: impl Fn(IpAddr) -> bool,
+        is_on_bridge: impl FnOnce(IpAddr) -> bool,
+    ) -> Node {
+        let bind = self.debug_config["BindAddr"].as_str().and_then(parse_ip);
+        let bind = bind.filter(|bind| !bind.is_unspecified());
         let AgentConfig { node_name, node_id, datacenter, partition } = self.config;
         if let Some(peer) = peer.filter(|peer| !is_own(*peer)) {
             let why = format!("{peer}, where it is asked, is another host's");
@@ -121,8 +132,18 @@ impl AgentSelf {
         let address = self.member.and_then(|member| parse_ip(&member.addr?));
         let address = address.filter(|address| !address.is_unspecified());
         if let Some(address) = address.filter(|address| !is_own(*address)) {
-            let why = format!("its advertise_addr, {address}, is none of this host's addresses");
-            return Node::Elsewhere { why, may_be_here: Some(named) };
+            let is_elsewhere = bind.filter(|bind| !is_own(*bind) && !is_on_bridge(*bind));
+            let (why, may_be_here) = match is_elsewhere {
+                None => (format!("its advertise_addr, {address}, is none"), Some(named)),
+                Some(bind) if bind == address => (format!("its address, {address}, is none"), None),
+                Some(bind) => (
+                    format!(
+                        "neither its advertise_addr, {address}, nor its bind_addr, {bind}, is one"
+                    ),
+                    None,
+                ),
+            };
+            return Node::Elsewhere { why: format!("{why} of this host's addresses"), may_be_here };
         }
         Node::Named(named)
     }
@@ -160,7 +181,8 @@ mod tests {
                 .unwrap_or_default();
             let json = format!(r#"{{"Config":{{"NodeName":"n1","NodeID":"9d75"}}{member}}}"#);
             let agent: AgentSelf = serde_json::from_str(&json).unwrap();
-            let got = agent.node(peer.map(|peer| peer.parse().unwrap()), is_own);
+            let is_on_bridge = |_| panic!("no bind_addr is known");
+            let got = agent.node(peer.map(|peer| peer.parse().unwrap()), is_own, is_on_bridge);
             let expected =
                 Agent { name: "n1".into(), node_identity: NodeIdentity::new("9d75", "", "") };
             match is_here {
@@ -174,6 +196,36 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+    /// Behind a proxy the agent may be anywhere, and its instances on bridges as well: an address that
+    /// it listens at, and this host lacks, distinguishes that from NAT.
+    #[test]
+    fn an_agent_that_listens_elsewhere_is_not_behind_nat() {
+        let is = |known: &'static str| move |address: IpAddr| address.to_string() == known;
+        for (bind, may_be_here, expected) in [
+            ("", true, "its advertise_addr, 192.0.2.7, is none of"),
+            ("0.0.0.0", true, "its advertise_addr, 192.0.2.7, is none of"),
+            ("::", true, "its advertise_addr, 192.0.2.7, is none of"),
+            ("10.0.0.1", true, "its advertise_addr, 192.0.2.7, is none of"),
+            ("172.17.0.2", true, "its advertise_addr, 192.0.2.7, is none of"),
+            (
+                "10.0.0.2",
+                false,
+                "neither its advertise_addr, 192.0.2.7, nor its bind_addr, 10.0.0.2",
+            ),
+            ("192.0.2.7", false, "its address, 192.0.2.7, is none of"),
+            ("no address", true, "its advertise_addr, 192.0.2.7, is none of"),
+        ] {
+            let json = format!(
+                r#"{{"Config":{{"NodeName":"n1"}},"Member":{{"Addr":"192.0.2.7"}},
+                    "DebugConfig":{{"BindAddr":"{bind}"}}}}"#
+            );
+            let agent: AgentSelf = serde_json::from_str(&json).unwrap();
+            let got = agent.node(None, is("10.0.0.1"), is("172.17.0.2"));
+            let Node::Elsewhere { why, may_be_here: got } = got else { panic!("{bind}: {got:?}") };
+            assert_eq!(got.is_some(), may_be_here, "{bind}");
+            assert!(why.contains(expected), "{bind}: {why}");
         }
     }
 }

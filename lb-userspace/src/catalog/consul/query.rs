@@ -157,7 +157,10 @@ pub async fn fetch(
             .await
         }
         Query::Agent => {
-            let response = |agent: AgentSelf, peer| Response::Agent(agent.node(peer, host::is_own));
+            let is_on_bridge = |address| Own::read().is_on_bridge(address, None);
+            let response = |agent: AgentSelf, peer| {
+                Response::Agent(agent.node(peer, host::is_own, is_on_bridge))
+            };
             match get(client, "/v1/agent/self".into(), options, response).await {
                 Err(QueryFailure { is_denied: true, .. }) => Ok(Answer {
                     index: None,
