@@ -1,5 +1,6 @@
 //! Another program's route lets VIPs reach this host where no hook runs: in the place of the
-//! unreachable route it keeps nohop from starting, next to it it is a problem. Both are named.
+//! unreachable route it keeps nohop from starting, next to it it is a problem, and so
+//! is a rule that comes before the table local's. All are named.
 
 use anyhow::{Result, ensure};
 use testbed::bpffs::Bpffs;
@@ -49,5 +50,20 @@ pub fn run() -> Result<()> {
     ensure!(check.contains(&format!("ip route del {hole} table local")), "{check}");
     nodes.client.ip(&format!("route del {hole} table local"))?;
     nohop.wait_for_status(|status| !has_hole(status))?;
+
+    // Rules that come before the table local's.
+    for rule in [
+        "rule add pref 100 lookup local",
+        "rule del pref 0",
+        "rule add pref 50 to 127.200.0.0/16 lookup 77",
+        "route add local 127.200.0.0/16 dev lo table 77",
+    ] {
+        nodes.client.ip(rule)?;
+    }
+    let is_led =
+        |status: &serde_json::Value| status["problems"].to_string().contains("127.200.0.0 has");
+    nohop.wait_for_status(is_led)?;
+    nodes.client.ip("rule add pref 0 lookup local")?;
+    nohop.wait_for_status(|status| !is_led(status))?;
     Ok(())
 }

@@ -6,15 +6,18 @@
 //!
 //! The kernel answers EEXIST to a second route of the same destination and metric, whatever its
 //! type. So the existing routes are read: one of another type in its place, and more specific ones,
-//! let VIPs reach something.
+//! let VIPs reach something. So do rules that come before that of the table `local`, which is the first
+//! unless somebody moved it: the kernel is asked where addresses of the pool lead.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
 /// Why the route couldn't be changed.
 #[derive(Debug, thiserror::Error)]
@@ -195,7 +198,11 @@ pub async fn remove_unreachable(pool: IpNet) -> Result<bool, RouteError> {
 /// # Errors
 /// When the routes can't be read.
 pub async fn holes(pool: IpNet) -> Result<Vec<String>, RouteError> {
-    let routes = with_handle(async |handle| local_routes(&handle, pool).await).await?;
+    let (routes, by_rule) = with_handle(async |handle| {
+        let routes = local_routes(&handle, pool).await?;
+        Ok((routes, led_by_rule(&handle, pool).await?))
+    })
+    .await?;
     let Judged { in_place, holes } = judge(pool, &routes);
     let line = |route: Route| {
         format!(
@@ -203,7 +210,55 @@ pub async fn holes(pool: IpNet) -> Result<Vec<String>, RouteError> {
             route.removal()
         )
     };
-    Ok(in_place.into_iter().chain(holes).map(line).collect())
+    let mut lines: Vec<String> = in_place.into_iter().chain(holes).map(line).collect();
+    // A route above leads it there as well.
+    if let Some(address) = by_rule.filter(|_| lines.is_empty()) {
+        let family = if is_v6(&pool) { "-6 " } else { "" };
+        lines.push(format!(
+            "a rule that comes before the table local lets addresses of {pool} reach something where no \
+             hook runs ({address} has a route); see ip {family}rule, and have the rule `lookup local` come \
+             first: ip {family}rule add pref 0 lookup local"
+        ));
+    }
+    Ok(lines)
+}
+
+/// An address of `pool` that the host's rules lead somewhere, whatever the table `local` has: the first one of
+/// the pool, and of each part of it that a rule names.
+async fn led_by_rule(handle: &Handle, pool: IpNet) -> Result<Option<IpAddr>, RouteError> {
+    let unreadable = |error| RouteError::Unreadable(Box::new(error));
+    let version = if is_v6(&pool) { IpVersion::V6 } else { IpVersion::V4 };
+    let rules: Vec<RuleMessage> =
+        handle.rule().get(version).execute().try_collect().await.map_err(unreadable)?;
+    let named = rules.iter().filter_map(|rule| destination(rule, pool));
+    let samples: BTreeSet<IpAddr> = [pool.network()].into_iter().chain(named).collect();
+    for address in samples {
+        let question = match address {
+            IpAddr::V4(address) => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(address, 32).build()
+            }
+            IpAddr::V6(address) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(address, 128).build()
+            }
+        };
+        let mut answer = std::pin::pin!(handle.route().get(question).execute());
+        // An error is how the kernel reports an IPv4 route that refuses.
+        let route = answer.try_next().await.ok().flatten();
+        if route.is_some_and(|route| matches!(Kind::of(route.header.kind), Kind::Reaching(_))) {
+            return Ok(Some(address));
+        }
+    }
+    Ok(None)
+}
+
+/// The first address of the part of `pool` that a rule is for by its destination.
+fn destination(rule: &RuleMessage, pool: IpNet) -> Option<IpAddr> {
+    let address = rule.attributes.iter().find_map(|attribute| match attribute {
+        RuleAttribute::Destination(address) => Some(*address),
+        _ => None,
+    })?;
+    let named = IpNet::new(address, rule.header.dst_len).ok()?.trunc();
+    pool.contains(&named).then(|| named.network())
 }
 
 async fn local_routes(handle: &Handle, pool: IpNet) -> Result<Vec<Route>, RouteError> {
@@ -289,6 +344,29 @@ mod tests {
                 holes: holes.iter().map(|&at| routes[at]).collect(),
             };
             assert_eq!(judge(pool.parse().unwrap(), routes), expected, "{routes:?}");
+        }
+    }
+
+    #[test]
+    fn rules_for_a_part_of_the_pool_are_followed() {
+        let pool: IpNet = "127.128.0.0/9".parse().unwrap();
+        for (named, expected) in [
+            (Some("127.200.7.9/16"), Some("127.200.0.0")),
+            (Some("127.128.0.0/9"), Some("127.128.0.0")),
+            (Some("127.255.0.1/32"), Some("127.255.0.1")),
+            (Some("127.0.0.0/8"), None),
+            (Some("10.0.0.0/8"), None),
+            (Some("fd00::/8"), None),
+            (None, None),
+        ] {
+            let mut rule = RuleMessage::default();
+            if let Some(named) = named {
+                let named: IpNet = named.parse().unwrap();
+                rule.header.dst_len = named.prefix_len();
+                rule.attributes.push(RuleAttribute::Destination(named.addr()));
+            }
+            let expected = expected.map(|address| address.parse().unwrap());
+            assert_eq!(destination(&rule, pool), expected, "{named:?}");
         }
     }
 
