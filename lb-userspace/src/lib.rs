@@ -5,6 +5,7 @@ pub mod admin;
 mod boot;
 mod capabilities;
 pub mod catalog;
+mod causes;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -363,6 +363,7 @@ const TRIALS: &[KernelTrial] = &[
     once("an_unsafe_place_is_refused", trust::what_isnt_safe_is_refused),
     since((5, 10), "a_rollback_over_links_of_every_kind", rollback::over_links_of_every_kind),
     since((5, 10), "an_unload_ends_links_of_every_kind", rollback::unload_ends_links_of_every_kind),
+    since((5, 10), "an_unload_ends_what_it_can", rollback::unload_ends_what_it_can),
     since((5, 10), "a_rollback_over_another_storage", rollback::over_another_storage),
     once("foreign_directories_stay", rollback::foreign_directories_stay),
     once("two_daemons_are_one_too_many", pins::two_daemons_are_one_too_many),

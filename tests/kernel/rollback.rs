@@ -139,6 +139,24 @@ pub fn unload_ends_links_of_every_kind() {
     connect((VIP, 80)).unwrap_err();
 }
 
+/// What a removal fails at keeps nothing else attached, and is the error.
+pub fn unload_ends_what_it_can() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    later(&mut place, &server);
+    let foreign = place.pin("v9/links/theirs");
+    pin(&program(3, 0, 0), &foreign);
+    let error = unload(&place.options.bpffs).unwrap_err().to_string();
+    assert!(error.contains("v9/links/theirs") && error.contains("another program"), "{error}");
+    connect((VIP, 80)).unwrap_err();
+    assert!(foreign.exists());
+    let links: Vec<_> = fs::read_dir(place.pin("v9/links")).unwrap().collect();
+    assert_eq!(links.len(), 1, "{links:?}");
+    fs::remove_file(&foreign).unwrap();
+    assert_eq!(unload(&place.options.bpffs).unwrap(), 0);
+    assert!(!place.options.bpffs.exists());
+}
+
 /// A later version's socket storage has another size.
 pub fn over_another_storage() {
     let server = Server::start(b'a');

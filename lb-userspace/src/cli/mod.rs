@@ -32,6 +32,7 @@ use clap::Parser;
 use serde::de::DeserializeOwned;
 
 use crate::admin::{api, client};
+use crate::causes;
 use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::{daemon, logging};
@@ -63,7 +64,9 @@ pub fn main() -> ExitCode {
                 Some(ConfigErrors(errors)) => {
                     errors.iter().for_each(|problem| print_error(&problem.to_string()));
                 }
-                None => format!("error: {}", chain(&error)).lines().for_each(print_error),
+                None => {
+                    format!("error: {}", causes::text(error.as_ref())).lines().for_each(print_error)
+                }
             }
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()
@@ -152,18 +155,6 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The error and its causes in one line; a cause that is named already isn't named again, since some
-/// libraries' messages have their causes in them.
-fn chain(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
-        match text.is_empty() || text.contains(&cause) {
-            true if text.is_empty() => cause,
-            true => text,
-            false => text + ": " + &cause,
-        }
-    })
-}
-
 fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     Ok(runtime()?.block_on(client::get(&address, path))?)
@@ -196,12 +187,6 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_cause_is_named_once() {
-        let error = anyhow::anyhow!("no such file").context("read it: no such file").context("top");
-        assert_eq!(chain(&error), "top: read it: no such file");
-    }
 
     #[test]
     fn the_arguments_are_consistent() {

@@ -78,8 +78,8 @@ impl Environment {
             }
             (_, libc::EACCES) => "a security module (SELinux, AppArmor) forbids it: see its log",
             (_, libc::ENOMEM) => {
-                "there is no memory for it: check the memory limit of its cgroup (MemoryMax=) and \
-                 at the environment's free memory, and start it again"
+                "there is no memory for it: check the memory limit of its cgroup (MemoryMax=) and the \
+                 machine's free memory, and start it again"
             }
             (_, libc::EAGAIN | libc::EINTR) => {
                 "signals interrupted it again and again: start it again"

@@ -13,9 +13,10 @@ use aya::Ebpf;
 use super::bpf::Link;
 use super::error::DatapathError;
 use super::object::program_fd;
-use super::pins::{self, PinnedLink, Pins, unpin};
+use super::pins::{self, Collected, PinnedLink, Pins, unpin};
 use super::units::{AttachPoint, Hook, UNITS, Unit, UnitHealth, UnitState, hooks};
 use super::{cause, edge, names, obstacles};
+use crate::causes;
 
 /// The cgroup that is served.
 #[derive(Debug)]
@@ -87,15 +88,17 @@ fn sort_for_detaching(links: &mut [PinnedLink]) {
     links.sort_by_key(|pinned| Reverse(hook_of(pinned).map_or(usize::MAX, |(idx, _)| idx)));
 }
 
-/// Detaches every pinned link of every layout. Returns how many there were.
+/// Detaches every pinned link of every layout: what fails with one keeps none of the others attached. Returns
+/// how many there were.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// The first one: the kernel refuses, or something that isn't a link lies where links are.
 pub fn detach_pinned(pins: &Pins) -> Result<usize, DatapathError> {
-    let mut links = pins.all_links()?;
+    let Collected { mut links, problem } = pins.readable_links()?;
     sort_for_detaching(&mut links);
-    links.iter().try_for_each(end)?;
-    Ok(links.len())
+    let ended: Vec<_> = links.iter().map(end).collect();
+    ended.into_iter().collect::<Result<(), _>>()?;
+    problem.map_or(Ok(links.len()), |problem| Err(problem.into()))
 }
 
 /// Detaches a pinned link and removes the pin. A later version's hook may be of a kind that can't be
@@ -168,7 +171,7 @@ impl Units {
             let (ebpf, problem) = match ebpf {
                 Ok(ebpf) => (Some(ebpf), None),
                 Err(error) if unit.is_required => return Err(error),
-                Err(error) => (None, Some(error.to_string())),
+                Err(error) => (None, Some(causes::with_root(&error))),
             };
             let mut this = LoadedUnit { unit, ebpf, links: Vec::new(), problem: None };
             this.set_problem(problem);
@@ -246,7 +249,7 @@ impl Units {
         for unit in self.units.iter_mut().filter(|unit| unit.ebpf.is_some()) {
             match unit.attach(&self.scope, &cgroup, pins, &mut earlier) {
                 Err(error) if unit.unit.is_required => return Err(error),
-                attached => unit.set_problem(attached.err().map(|error| error.to_string())),
+                attached => unit.set_problem(attached.err().map(|error| causes::with_root(&error))),
             }
         }
         self.are_switched = true;

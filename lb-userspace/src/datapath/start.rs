@@ -320,8 +320,10 @@ pub fn unload_after(bpffs: &Path, first: impl FnOnce() -> bool) -> Result<usize,
         return Ok(0);
     }
     let Some(pins) = pins else { return Ok(0) };
-    let n_links = links::detach_pinned(&pins)?;
+    let n_links = links::detach_pinned(&pins);
     let n_filters = names::detach_filters(&pins) + edge::detach_filters(&pins);
+    // A link that is left needs its pin.
+    let n_links = n_links?;
     pins.remove_all()?;
     Ok(n_links + n_filters)
 }

@@ -44,6 +44,7 @@ use super::tc::{
 };
 use super::trace::EndedFlows;
 use super::units::{UnitHealth, UnitState};
+use crate::causes;
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table};
 pub use device::{Device, all as interfaces};
@@ -504,7 +505,7 @@ impl LoadedEdge {
         has_ipv6: bool,
         pins: &Pins,
     ) -> Result<LoadedEdge, String> {
-        let failed = |error: DatapathError| error.to_string();
+        let failed = |error: DatapathError| causes::with_root(&error);
         let shapes = edge_shapes(sizes, max_flows, has_ipv6);
         // Of another size they are replaced by empty ones. Keys without records, or the other way round, are of no use.
         pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
@@ -521,12 +522,12 @@ impl LoadedEdge {
                 tracing::debug!("the maps of the unit {UNIT} are charged: {reason}");
             }
         }
-        let mut ebpf =
-            loader(&shapes, sizes, pins).load(EDGE).map_err(|error| error.to_string())?;
+        let ebpf = loader(&shapes, sizes, pins).load(EDGE);
+        let mut ebpf = ebpf.map_err(|error| failed(DatapathError::Load(error)))?;
         for (name, _) in PROGRAMS {
             load_program(&mut ebpf, name).map_err(failed)?;
         }
-        let refusal = load_program(&mut ebpf, xdp::PROGRAM).err().map(|error| error.to_string());
+        let refusal = load_program(&mut ebpf, xdp::PROGRAM).err().map(failed);
         let maps = EdgeMaps::take(&mut ebpf).map_err(failed)?;
         let fast = Fast::new(maps.interfaces().clone(), refusal);
         let present = maps

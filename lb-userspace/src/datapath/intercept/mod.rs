@@ -32,6 +32,7 @@ use super::object::{PoolConstants, load_program, processed, program_fd};
 use super::pins::{Pins, monotonic_ns};
 use super::trace::NextRing;
 use super::units::{UnitHealth, UnitState};
+use crate::causes;
 use crate::config::{Intercepted, VipConfig};
 use cgroups::FoundCgroups;
 use reach::Unreached;
@@ -378,7 +379,7 @@ impl LoadedIntercept {
                 notes: Vec::new(),
             })
         };
-        load().map_err(|error| error.to_string())
+        load().map_err(|error| causes::with_root(&error))
     }
 
     /// Sets where queries go. Nothing is intercepted from then on until the next heartbeat.

@@ -32,6 +32,7 @@ use super::tc::{
     Attached, Direction, FilterHandle, Interface, Place, detach_filter, end_links, interface_names,
 };
 use super::units::{UnitHealth, UnitState};
+use crate::causes;
 use crate::config::KernelMode;
 use crate::table::Table;
 use kernel::{ClientNetworks, ControlWord, KernelNames, Listeners};
@@ -376,8 +377,9 @@ impl LoadedNames {
                 tracing::debug!("the maps of the unit {UNIT} are charged: {reason}");
             }
         }
-        let mut ebpf = loader(&shapes, pins).load(NAMES).map_err(|error| error.to_string())?;
-        let failed = |error: DatapathError| error.to_string();
+        let failed = |error: DatapathError| causes::with_root(&error);
+        let ebpf = loader(&shapes, pins).load(NAMES);
+        let mut ebpf = ebpf.map_err(|error| failed(DatapathError::Load(error)))?;
         load_program(&mut ebpf, PROGRAM).map_err(failed)?;
         let mut names = KernelNames::take(&mut ebpf).map_err(failed)?;
         names

@@ -41,6 +41,9 @@ impl Access {
     /// The problem of a directory above the pins, if there is one.
     fn wrong_above(self, own: u32) -> Option<String> {
         const STICKY: u32 = 0o1000;
+        if !self.is_directory {
+            return Some("is a symbolic link".to_owned());
+        }
         if self.is_foreign(own) {
             return Some(format!("is another user's (uid {})", self.uid));
         }
@@ -84,6 +87,9 @@ pub enum Safety {
 pub fn look(dir: &Path) -> Result<Safety, PinError> {
     let root = check_above(dir)?;
     let own = rustix::process::geteuid().as_raw();
+    if !dir.exists() {
+        check_writable(&root)?;
+    }
     if let Ok(access) = Access::of(dir) {
         match access.wrong(own) {
             None => {}
@@ -108,11 +114,25 @@ fn check_above(dir: &Path) -> Result<PathBuf, PinError> {
         root = above.to_owned();
         let access = Access::of(above).map_err(io_error("read", above))?;
         if let Some(why) = access.wrong_above(own) {
-            let fix = format!("chown root {0} && chmod go-w {0}", above.display());
+            let fix = match access.is_directory {
+                true => format!("chown root {0} && chmod go-w {0}", above.display()),
+                false => "name the directory that it leads to with --bpffs".to_owned(),
+            };
             return Err(PinError::Unsafe { path: above.into(), why, fix });
         }
     }
     Ok(root)
+}
+
+/// Checks whether something can be pinned in a file system, by its root.
+fn check_writable(root: &Path) -> Result<(), PinError> {
+    use rustix::fs::{StatVfsMountFlags, statvfs};
+    match statvfs(root) {
+        Ok(found) if found.f_flag.contains(StatVfsMountFlags::RDONLY) => {
+            Err(io_error("make a directory in", root)(io::ErrorKind::ReadOnlyFilesystem.into()))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn unsafe_error(dir: &Path, wrong: Wrong, access: Access) -> PinError {
@@ -211,7 +231,9 @@ mod tests {
             (directory(0, 0o777), Some(Wrong::Open), true),
             (directory(0, 0o770), Some(Wrong::Open), true),
             (directory(8, 0o700), Some(Wrong::Foreign), true),
+            // A symbolic link has mode 0777.
             (Access { is_directory: false, ..directory(0, 0o777) }, Some(Wrong::NoDirectory), true),
+            (Access { is_directory: false, ..directory(0, 0o700) }, Some(Wrong::NoDirectory), true),
         ];
         for (access, expected, is_wrong_above) in rows {
             assert_eq!(access.wrong(7), expected, "{access:?}");

@@ -82,7 +82,7 @@ pub enum PinError {
         expected: String,
     },
     /// A file operation failed.
-    #[error("can't {action} {path}: {source}")]
+    #[error("can't {action} {path}: {source}{}", fix(.source))]
     Io {
         /// The operation.
         action: &'static str,
@@ -108,4 +108,15 @@ fn taken(dir: &Path, pid: &Option<u64>) -> String {
 pub fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinError {
     let path = path.to_path_buf();
     move |source| PinError::Io { action, path, source }
+}
+
+/// What to do about an error of a file operation, where that is known.
+fn fix(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "; the BPF file system is mounted read-only: mount -o remount,rw it, or name a directory of \
+             another with --bpffs"
+        }
+        _ => "",
+    }
 }

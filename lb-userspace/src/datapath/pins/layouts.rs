@@ -20,8 +20,8 @@ const MAX_DEPTH: usize = 8;
 
 /// Whether a link is pinned anywhere below; what can't be read may be one.
 pub fn has_links(dir: &Path) -> bool {
-    let mut links = Vec::new();
-    collect_links(dir, 0, &mut links).is_err() || !links.is_empty()
+    let Collected { links, problem } = Collected::of(&[dir.to_owned()]);
+    problem.is_some() || !links.is_empty()
 }
 
 /// The directories of layouts in `dir` that are ours.
@@ -46,43 +46,70 @@ pub fn links_in(dir: &Path) -> Result<Vec<PinnedLink>, PinError> {
 /// # Errors
 /// When something that isn't a link lies where links are.
 pub fn collect_all_links(layouts: &[PathBuf]) -> Result<Vec<PinnedLink>, PinError> {
-    let mut links = Vec::new();
-    for layout in layouts {
-        collect_links(layout, 0, &mut links)?;
-    }
-    Ok(links)
+    let Collected { links, problem } = Collected::of(layouts);
+    problem.map_or(Ok(links), Err)
 }
 
-/// Adds every link that is pinned in a directory or below.
-fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Result<(), PinError> {
-    for path in entries(dir)? {
+/// The links in some directories, as far as they can be read.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// The links.
+    pub links: Vec<PinnedLink>,
+    /// The first problem: something else lies where links are, or can't be read.
+    pub problem: Option<PinError>,
+}
+
+impl Collected {
+    /// Those in these directories or below.
+    pub fn of(layouts: &[PathBuf]) -> Collected {
+        let mut collected = Collected::default();
+        for layout in layouts {
+            collected.add(layout, 0);
+        }
+        collected
+    }
+
+    /// Adds every link that is pinned in a directory or below.
+    fn add(&mut self, dir: &Path, depth: usize) {
+        let paths = entries(dir).unwrap_or_else(|error| {
+            self.problem.get_or_insert(error);
+            Vec::new()
+        });
+        for path in paths {
+            if let Err(error) = self.add_one(dir, path, depth) {
+                self.problem.get_or_insert(error);
+            }
+        }
+    }
+
+    fn add_one(&mut self, dir: &Path, path: PathBuf, depth: usize) -> Result<(), PinError> {
         let kind = fs::symlink_metadata(&path).map_err(io_error("read", &path))?.file_type();
         if kind.is_dir() {
             // Maps are compared one by one, where they are used.
             let is_maps = depth == 0 && path.ends_with("maps");
             if depth < MAX_DEPTH && !is_maps {
-                collect_links(&path, depth + 1, links)?;
+                self.add(&path, depth + 1);
             }
-            continue;
+            return Ok(());
         }
         // A symbolic link's target may be anywhere.
         if kind.is_symlink() {
-            continue;
+            return Ok(());
         }
         match Link::pinned(&path).map_err(io_error("open", &path))? {
             Some(PinnedObject::Link(link)) => {
                 let name = path.file_name().unwrap_or_default().to_owned();
-                links.push(PinnedLink { name, path, link });
+                self.links.push(PinnedLink { name, path, link });
+                Ok(())
             }
             Some(PinnedObject::Other(found)) if dir.ends_with("links") => {
                 let expected = "a link".to_owned();
                 let found = format!("a BPF object of {found}");
-                return Err(PinError::Foreign { path, found, expected });
+                Err(PinError::Foreign { path, found, expected })
             }
-            Some(PinnedObject::Other(_)) | None => {}
+            Some(PinnedObject::Other(_)) | None => Ok(()),
         }
     }
-    Ok(())
 }
 
 /// Whether a directory is ours to use and to remove: it has our mark in it, or pins that have names

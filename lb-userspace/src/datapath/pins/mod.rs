@@ -29,7 +29,7 @@ use maps::{Compat, compare};
 pub use bpffs::{is_bpffs, nearest};
 pub use directory::{Safety, look};
 pub use error::PinError;
-pub use layouts::{PinnedLink, links_in, unpin};
+pub use layouts::{Collected, PinnedLink, links_in, unpin};
 pub use lock::monotonic_ns;
 pub use maps::PinnedMaps;
 
@@ -248,6 +248,14 @@ impl Pins {
         collect_all_links(&layouts)
     }
 
+    /// Every link that is pinned under any layout, as far as they can be read.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn readable_links(&self) -> Result<Collected, PinError> {
+        Ok(Collected::of(&self.layouts()?))
+    }
+
     fn layouts(&self) -> Result<Vec<PathBuf>, PinError> {
         layouts(&self.dir)
     }
@@ -266,10 +274,11 @@ impl Pins {
     /// # Errors
     /// When the file system refuses.
     pub fn remove_all(&self) -> Result<(), PinError> {
-        self.layouts()?.iter().try_for_each(|dir| remove_tree(dir))?;
-        if is_ours(&self.sockets()) {
-            remove_tree(&self.sockets())?;
-        }
+        let sockets = Some(self.sockets()).filter(|sockets| is_ours(sockets));
+        let removed = self.layouts()?.into_iter().chain(sockets).map(|dir| remove_tree(&dir));
+        // One that stays doesn't keep the others.
+        let removed: Vec<_> = removed.collect();
+        removed.into_iter().collect::<Result<(), _>>()?;
         // Something else in it is not ours to judge.
         let _ = fs::remove_dir(&self.dir);
         Ok(())
