@@ -26,6 +26,21 @@ pub enum BindError {
          --admin-listen"
     )]
     InUse(AdminAddress),
+    /// A process listens on the path.
+    #[error(
+        "process {pid} ({command}, of uid {uid}) listens at {address}: if it is another daemon, stop it \
+         first; else end it, or choose another address with --admin-listen"
+    )]
+    Held {
+        /// The address.
+        address: AdminAddress,
+        /// The process.
+        pid: i32,
+        /// Its name.
+        command: String,
+        /// Its user.
+        uid: u32,
+    },
     /// The path exists, and isn't a socket.
     #[error("{0} is there and is no socket: move it away, or choose another with --admin-listen")]
     NotASocket(PathBuf),
@@ -162,7 +177,7 @@ fn clear_stale(path: &Path, address: &AdminAddress) -> Result<(), BindError> {
         Err(error) => return Err(refused(error)),
     }
     match std::os::unix::net::UnixStream::connect(path) {
-        Ok(_) => Err(BindError::InUse(address.clone())),
+        Ok(stream) => Err(held(&stream, address)),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(refused)
         }
@@ -170,6 +185,18 @@ fn clear_stale(path: &Path, address: &AdminAddress) -> Result<(), BindError> {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(refused(error)),
     }
+}
+
+/// Who listens at the other end.
+fn held(stream: &std::os::unix::net::UnixStream, address: &AdminAddress) -> BindError {
+    let address = address.clone();
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(stream) else {
+        return BindError::InUse(address);
+    };
+    let pid = peer.pid.as_raw_nonzero().get();
+    let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let (command, uid) = (command.trim_end().to_owned(), peer.uid.as_raw());
+    BindError::Held { address, pid, command, uid }
 }
 
 #[cfg(test)]
@@ -228,8 +255,13 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let _listeners = bind(&unix(&path)).unwrap();
         let error = bind(&unix(&path)).unwrap_err();
-        assert!(matches!(error, BindError::InUse(_)), "{error}");
-        assert!(error.to_string().contains(&format!("unix:{}", path.display())), "{error}");
+        // Whoever it is: another user's process is no daemon.
+        let own = rustix::process::geteuid().as_raw();
+        let parts = [
+            format!("process {} (", std::process::id()),
+            format!("of uid {own}) listens at unix:{}", path.display()),
+        ];
+        assert!(parts.iter().all(|part| error.to_string().contains(part)), "{error}");
         assert!(path.exists());
     }
 
