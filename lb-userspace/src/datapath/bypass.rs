@@ -37,10 +37,17 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
     let mut known = BTreeSet::new();
     for pattern in patterns {
         match matches(mounts, pattern) {
-            Ok(matches) if matches.is_empty() => found.problems.push(format!(
-                "datapath.exclude_cgroups: no cgroup matches '{}' now; nothing is excluded by it",
-                pattern.display()
-            )),
+            Ok(matches) if matches.is_empty() => {
+                let is_shells = |byte: &u8| matches!(byte, b'[' | b'{');
+                let hint = match pattern.as_os_str().as_bytes().iter().any(is_shells) {
+                    true => "; of patterns only * and ? are known, brackets stand for themselves",
+                    false => "",
+                };
+                found.problems.push(format!(
+                    "datapath.exclude_cgroups: no cgroup matches '{}' now; nothing is excluded by it{hint}",
+                    pattern.display()
+                ));
+            }
             Ok(matches) => {
                 for (path, excluded) in matches {
                     let (_, BypassLevel { level }) = excluded;
@@ -248,6 +255,8 @@ mod tests {
             // A directory that isn't of the hierarchy.
             ("a.slice", "no cgroup matches 'a.slice'"),
             ("/elsewhere/a", "isn't below a cgroup v2 mount"),
+            ("a[bc].slice", "only * and ? are known, brackets stand for themselves"),
+            ("{a,b}.slice", "brackets stand for themselves"),
         ];
         for (pattern, expected) in table {
             let found = find_in(&mounts, &[pattern.into()]);
