@@ -72,12 +72,28 @@ pub enum FamilyFilter {
     Ipv4,
     /// IPv6 backends.
     Ipv6,
-    /// IPv4 backends, or all where there are none.
+    /// IPv4 backends, or all where no group has any.
     Ipv4First,
-    /// IPv6 backends, or all where there are none.
+    /// IPv6 backends, or all where no group has any.
     Ipv6First,
     /// All.
     All,
+}
+
+impl FamilyFilter {
+    /// The family that is looked for, and whether it is all where no group has any backend of it. Not by
+    /// group: else IPv6 backends of the first would come before IPv4 ones of a spare set, which are all
+    /// that other sockets of the same client reach.
+    #[inline(always)]
+    fn preference(self) -> (Family, bool) {
+        match self {
+            FamilyFilter::Ipv4 => (Family::Ipv4, false),
+            FamilyFilter::Ipv6 => (Family::Ipv6, false),
+            FamilyFilter::Ipv4First => (Family::Ipv4, true),
+            FamilyFilter::Ipv6First => (Family::Ipv6, true),
+            FamilyFilter::All => (Family::All, false),
+        }
+    }
 }
 
 /// One of a group's [`BackendSets`](crate::BackendSets), by its place.
@@ -109,32 +125,13 @@ pub struct Reach {
     pub netns: Netns,
     /// By the address families of the socket.
     pub family: Family,
-    /// Whether it is all where that is empty.
-    pub or_all: bool,
 }
 
 impl Reach {
-    #[inline(always)]
-    fn of(netns: Netns, filter: FamilyFilter) -> Reach {
-        let (family, or_all) = match filter {
-            FamilyFilter::Ipv4 => (Family::Ipv4, false),
-            FamilyFilter::Ipv6 => (Family::Ipv6, false),
-            FamilyFilter::Ipv4First => (Family::Ipv4, true),
-            FamilyFilter::Ipv6First => (Family::Ipv6, true),
-            FamilyFilter::All => (Family::All, false),
-        };
-        Reach { netns, family, or_all }
-    }
-
     /// The slots of a group.
     #[inline(always)]
     fn range(self, service: impl ServiceWords, group: usize) -> SlotRange {
-        let Reach { netns, family, or_all } = self;
-        let range = service.range(group, netns, family);
-        if or_all && range.n_slots == 0 {
-            return service.range(group, netns, Family::All);
-        }
-        range
+        service.range(group, self.netns, self.family)
     }
 }
 
@@ -355,11 +352,11 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
         return Verdict::Refuse(RefuseReason::NoFrontend);
     };
     let inconsistent = Verdict::Refuse(RefuseReason::Inconsistent { service });
-    let filter = caller.filter(is_ipv6_only);
+    let (family, or_all) = caller.filter(is_ipv6_only).preference();
     let Some(words) = tables.service(service) else { return inconsistent };
     // Asking where a connection comes from is spared where it makes no difference. One of the two
     // words may be newer than the other: if they are the same, each is what either may have.
-    let first_range = |netns| Reach::of(netns, filter).range(words, 0);
+    let first_range = |netns| Reach { netns, family }.range(words, 0);
     let (on_host, elsewhere) = (first_range(Netns::Host), first_range(Netns::Other));
     let is_on_host = host_only == 0 && is_same(on_host, elsewhere) || is_on_host(control, caller);
     if host_only != 0 && !is_on_host {
@@ -372,15 +369,19 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
     }
     caller.prepare();
     let report = words.report_next();
-    let netns = || match self::is_on_host(control, caller) {
+    let netns = match self::is_on_host(control, caller) {
         true => Netns::Host,
         false => Netns::Other,
     };
+    let mut reach = Reach { netns, family };
     let mut range = if is_on_host { on_host } else { elsewhere };
     let mut group = 0;
     if range.n_slots == 0 {
-        let reach = Reach::of(netns(), filter);
         (group, range) = fallback(words, reach);
+        if range.n_slots == 0 && or_all {
+            reach.family = Family::All;
+            (group, range) = first_group(words, reach);
+        }
         if range.n_slots == 0 {
             let has_other_family = has_any(words, reach.netns);
             return Verdict::Refuse(RefuseReason::NoBackend { service, has_other_family, report });
@@ -396,7 +397,7 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
     };
     let packed = tables.choose_for(Question {
         service,
-        reach: Reach::of(netns(), filter),
+        reach,
         group,
         range,
         key: if words.algorithm() == Algorithm::Maglev { key() } else { 0 },

@@ -190,7 +190,7 @@ extern "C" fn nohop_edge_choose(service: u64) -> u64 {
         return 0;
     }
     let family = if is_ipv6 { Family::Ipv6 } else { Family::Ipv4 };
-    let reach = Reach { netns: Netns::Other, family, or_all: false };
+    let reach = Reach { netns: Netns::Other, family };
     let (group, range) = first_group(words, reach);
     if range.n_slots == 0 {
         return 0;

@@ -87,7 +87,6 @@ impl Tables for Kernel {
         let Question { service, reach, group, range, key, is_udp_connect, is_tcp } = question;
         let how = u64::from(reach.netns as u8)
             | u64::from(reach.family as u8) << 8
-            | u64::from(reach.or_all) << 16
             | u64::from(group as u8) << 24
             | u64::from(is_udp_connect) << 32
             | u64::from(is_tcp) << 40;
@@ -108,7 +107,6 @@ impl Tables for Kernel {
     fn choose_among(&self, service: u32, reach: Reach, walk: Walk) -> PackedChoice {
         let how = u64::from(reach.netns as u8)
             | u64::from(reach.family as u8) << 8
-            | u64::from(reach.or_all) << 16
             | u64::from(walk.may_leave) << 24
             | u64::from(walk.ramps) << 32;
         nohop_choose_in_order(service.into(), how, walk.seed.into(), walk.zero)
@@ -157,7 +155,7 @@ fn unpack_reach(how: u64) -> Reach {
         1 => Family::Ipv6,
         _ => Family::All,
     };
-    Reach { netns, family, or_all: how >> 16 & 1 != 0 }
+    Reach { netns, family }
 }
 
 /// [`choose_among`], likewise.

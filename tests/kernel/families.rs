@@ -180,15 +180,30 @@ pub fn a_mapped_connect_stays_with_ipv4() {
     let (ipv6, _ipv6) = servers(b'6', loopback(VIP6));
     let mut bed = Bed::with_pool6();
     let [_, mapped] = ways(VIP, 80);
-    for (backends, expected) in [
-        ([ipv4.address, ipv6.address].as_slice(), '4'),
-        (&[ipv6.address], '6'),
-        (&[ipv6.address, ipv4.address], '4'),
+    let by_ipv6 = SocketAddr::from((VIP6, 80));
+    // The backends, each with its group; where a mapped address leads to; where UDP by an IPv6 one does.
+    for (backends, by_mapped, by_udp6) in [
+        ([(ipv4.address, 0), (ipv6.address, 0)].as_slice(), '4', '6'),
+        (&[(ipv6.address, 0)], '6', '6'),
+        (&[(ipv6.address, 0), (ipv4.address, 0)], '4', '6'),
+        // A spare set of the socket's family comes before others of the first group.
+        (&[(ipv6.address, 0), (ipv4.address, 1)], '4', '6'),
+        (&[(ipv4.address, 0), (ipv6.address, 2)], '4', '6'),
     ] {
-        bed.apply(vec![dual("web", VIP, VIP6, backends)]);
-        for how in [Use::Tcp, Use::ConnectedUdp] {
+        let addresses: Vec<_> = backends.iter().map(|(address, _)| *address).collect();
+        let mut web = dual("web", VIP, VIP6, &addresses);
+        for (backend, (_, group)) in web.backends.iter_mut().zip(backends) {
+            backend.group = *group;
+        }
+        bed.apply(vec![web]);
+        for (how, address, expected) in [
+            (Use::Tcp, mapped, by_mapped),
+            (Use::ConnectedUdp, mapped, by_mapped),
+            (Use::ConnectedUdp, by_ipv6, by_udp6),
+        ] {
             for _ in 0..20 {
-                assert_eq!(how.connect(mapped).unwrap(), expected, "{how:?} {backends:?}");
+                let answered = how.connect(address).unwrap();
+                assert_eq!(answered, expected, "{how:?} to {address}, {backends:?}");
             }
         }
     }

@@ -396,10 +396,18 @@ fn check(model: &Model, client: &Client, request: &Request, verdict: Verdict) {
                 || model.slots.get(alias).is_some_and(|slot| slot.backend == selection.backend_idx)
         })
     };
-    let ranges = |group: usize| {
-        let Group { host_netns, other_netns } = *entry.group(group);
-        let BackendSets { ipv4, ipv6, all } = if is_on_host { host_netns } else { other_netns };
-        [ipv4, ipv6, all]
+    let netns = if is_on_host { Netns::Host } else { Netns::Other };
+    let ranges = |family| (0..N_GROUPS).map(move |group| entry.range(group, netns, family));
+    let first = |family| match ranges(family).any(|range| range.n_slots > 0) {
+        true => family,
+        false => Family::All,
     };
-    assert!((0..N_GROUPS).flat_map(ranges).any(leads_there), "not the service's: {verdict:?}");
+    let family = match client.filter {
+        FamilyFilter::Ipv4 => Family::Ipv4,
+        FamilyFilter::Ipv6 => Family::Ipv6,
+        FamilyFilter::Ipv4First => first(Family::Ipv4),
+        FamilyFilter::Ipv6First => first(Family::Ipv6),
+        FamilyFilter::All => Family::All,
+    };
+    assert!(ranges(family).any(leads_there), "not the service's, or of no use: {verdict:?}");
 }

@@ -19,6 +19,8 @@ const EMPTY: u32 = 1;
 const SPARE: u32 = 2;
 const IPV6_ONLY: u32 = 3;
 const BROKEN: u32 = 4;
+const SPARE_IPV4: u32 = 5;
+const SPARE_IPV6: u32 = 6;
 
 /// A service a line: its VIP's last octet, its index, and its groups' backends, each as the range of
 /// slots for IPv4 and the one for IPv6 (`all` is the wider of the two).
@@ -38,12 +40,18 @@ fn tables() -> Model {
     let mut spare = entry(everywhere(none, none));
     spare.fallbacks[1].group = everywhere(range(1, 1), none);
     spare.flags.report_next = 1;
+    let mut spare_ipv4 = entry(everywhere(none, range(2, 1)));
+    spare_ipv4.fallbacks[1].group = everywhere(range(1, 1), none);
+    let mut spare_ipv6 = entry(everywhere(range(1, 1), none));
+    spare_ipv6.fallbacks[0].group = everywhere(none, range(2, 1));
     let services = [
         web,
         entry(everywhere(none, none)),
         spare,
         entry(everywhere(none, range(2, 1))),
         entry(everywhere(range(99, 1), none)),
+        spare_ipv4,
+        spare_ipv6,
     ];
     let slot = |backend| Slot { backend, alias: 0, threshold: u16::MAX };
     let ipv6 = Address { octets: [0xfd; 16] };
@@ -67,6 +75,8 @@ fn tables() -> Model {
         frontend(vip(8), 80, IPV6_ONLY, 0),
         frontend(vip(9), 80, BROKEN, 0),
         frontend(vip(10), 80, 99, 0),
+        frontend(vip(11), 80, SPARE_IPV4, 0),
+        frontend(vip(12), 80, SPARE_IPV6, 0),
         frontend(PUBLIC, 443, WEB, 0),
         frontend(PUBLIC, 444, EMPTY, 0),
     ];
@@ -119,7 +129,10 @@ fn verdicts() {
     let v6 = |port| Request { destination: Destination::V6(VIP6), ..tcp([0; 4], port) };
     let public6 = |port| Request { destination: Destination::V6(PUBLIC6), ..tcp([0; 4], port) };
     let container = Client { netns_cookie: CONTAINER, ..CLIENT };
-    let ipv6 = Client { filter: FamilyFilter::Ipv6, ..CLIENT };
+    let filtered = |filter| Client { filter, ..CLIENT };
+    let (ipv6, all) = (filtered(FamilyFilter::Ipv6), filtered(FamilyFilter::All));
+    let ipv4_first = filtered(FamilyFilter::Ipv4First);
+    let ipv6_first = filtered(FamilyFilter::Ipv6First);
     let no_backend = |service, has_other_family| {
         Refuse(RefuseReason::NoBackend { service, has_other_family, report: false })
     };
@@ -162,12 +175,13 @@ fn verdicts() {
             }),
         ),
         ("another family", vip(8), CLIENT, no_backend(IPV6_ONLY, true)),
-        (
-            "any family rather than none",
-            vip(8),
-            Client { filter: FamilyFilter::Ipv4First, ..CLIENT },
-            Send(2, false),
-        ),
+        ("any family rather than none", vip(8), ipv4_first, Send(2, false)),
+        ("IPv4 in a later group", vip(11), CLIENT, Send(1, false)),
+        ("that rather than another family in the first", vip(11), ipv4_first, Send(1, false)),
+        ("all families, by group", vip(11), all, Send(2, false)),
+        ("IPv6 in a later group", vip(12), ipv6, Send(2, false)),
+        ("that rather than another family in the first", vip(12), ipv6_first, Send(2, false)),
+        ("any family in a later group", vip(7), ipv6_first, Send(1, true)),
         // Who is bypassed.
         ("the daemon", tcp(VIP, 80), Client { tgid: DAEMON, ..CLIENT }, Pass(PassReason::Bypassed)),
         (
