@@ -95,6 +95,14 @@ pub fn peer_port(ctx: &SockAddrContext) -> u16 {
     u16::from_be(read_socket!(socket.dst_port))
 }
 
+/// The port that the socket sends from; 0 if it is bound to none, and has sent nothing since it was made or
+/// disconnected.
+#[inline(always)]
+pub fn source_port(ctx: &SockAddrContext) -> u32 {
+    let socket = socket(ctx);
+    read_socket!(socket.src_port)
+}
+
 /// What a socket of either family is connected to; port 0 for nothing.
 #[inline(always)]
 pub fn peer(ctx: &SockAddrContext) -> Endpoint {

@@ -13,7 +13,7 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Backend, BackendWords, Counter, N_FLOWS, NO_BACKEND, flow_clock};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::context::Endpoint;
+use crate::context::{self, Endpoint};
 use crate::xlate::{self, is_bypassed};
 use crate::{config, log, maps, revnat};
 
@@ -153,6 +153,13 @@ fn address_of(first: u64, second: u64) -> Address {
 pub fn reverse_xlate(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpoint {
     if sender.is(peer) {
         return revnat::reverse_xlate(ctx, sender);
+    }
+    // What was received by a socket that has been disconnected (AF_UNSPEC) and has sent nothing since.
+    if peer.port == 0
+        && context::source_port(ctx) == 0
+        && let Some(kept) = revnat::association(ctx, sender)
+    {
+        return Endpoint::of_frontend(kept);
     }
     // What others sent came before the socket was connected, or connected to this peer.
     // SAFETY: as above.

@@ -244,6 +244,11 @@ const TRIALS: &[KernelTrial] = &[
         "a_reply_from_before_the_connection_comes_from_its_vip",
         udp::a_reply_from_before_the_connection_comes_from_its_vip,
     ),
+    since(
+        (5, 10),
+        "a_reply_from_before_a_disconnection_comes_from_its_vip",
+        udp::a_reply_from_before_a_disconnection_comes_from_its_vip,
+    ),
     since((5, 10), "threads_on_one_socket_never_mix", udp::threads_on_one_socket_never_mix),
     since(
         (5, 10),

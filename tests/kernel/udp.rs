@@ -178,6 +178,48 @@ pub fn a_socket_that_goes_elsewhere_names_its_peer() {
     }
 }
 
+/// A reply that is read after the socket was disconnected, and one to a datagram that was sent then.
+pub fn a_reply_from_before_a_disconnection_comes_from_its_vip() {
+    for way in ways(VIP, 80).into_iter().chain([SocketAddr::from((VIP6, 80))]) {
+        let is_ipv4 = way.ip().to_canonical().is_ipv4();
+        let backend = server(if is_ipv4 { ways(VIP, 80)[0] } else { way });
+        let mut bed = Bed::with_pool6();
+        let mut web = udp_service("web", VIP, &[address(&backend)]);
+        web.vip6 = Some(VIP6);
+        let mut other = udp_service("other", OTHER_VIP, &[address(&backend)]);
+        other.vip6 = Some(OTHER_VIP6);
+        bed.apply(vec![web, other]);
+        let (direct, other) = match way {
+            SocketAddr::V4(_) => (address(&backend), ways(OTHER_VIP, 80)[0]),
+            _ if is_ipv4 => {
+                let port = address(&backend).port();
+                (ways(Ipv4Addr::LOCALHOST, port)[1], ways(OTHER_VIP, 80)[1])
+            }
+            _ => (address(&backend), SocketAddr::from((OTHER_VIP6, 80))),
+        };
+        let answer = || {
+            let (_, sender) = backend.recv_from(&mut [0]).unwrap();
+            backend.send_to(b"b", sender).unwrap();
+        };
+        let socket = client(way);
+        for (named, has_flows) in [(way, false), (direct, false), (way, true), (other, true)] {
+            if has_flows {
+                socket.send_to(b"?", other).unwrap();
+                answer();
+                assert_eq!(receive(&socket).unwrap(), ('b', other));
+            }
+            socket.connect(named).unwrap();
+            socket.send(b"?").unwrap();
+            answer();
+            connect_unspec(&socket).unwrap();
+            assert_eq!(receive(&socket).unwrap(), ('b', named), "{way}");
+            socket.send_to(b"?", direct).unwrap();
+            answer();
+            assert_eq!(receive(&socket).unwrap(), ('b', direct), "{way}");
+        }
+    }
+}
+
 /// A datagram that was answered before the socket was connected, and is read after.
 pub fn a_reply_from_before_the_connection_comes_from_its_vip() {
     for way in ways(VIP, 80) {
