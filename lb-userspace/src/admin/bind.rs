@@ -17,6 +17,10 @@ const MODE: u32 = 0o660;
 /// The connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
+/// The send buffer of a TCP connection in bytes, of which the kernel takes twice as many. It would
+/// otherwise grow to some megabytes (`net.ipv4.tcp_wmem`), which hold an hour of a stream that isn't read.
+const SEND_BUFFER: usize = 32 << 10;
+
 /// Why an address can't be listened on, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -132,6 +136,9 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
         AdminAddress::Tcp(socket_address) => {
             let listener = std::net::TcpListener::bind(socket_address).map_err(refused)?;
             listener.set_nonblocking(true).map_err(refused)?;
+            // Its connections inherit it.
+            rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER)
+                .map_err(|error| refused(error.into()))?;
             Ok(Listener::Tcp(TcpListener::from_std(listener).map_err(refused)?))
         }
     }
@@ -215,6 +222,18 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
         drop(listeners);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_connection_holds_little_that_is_not_read() {
+        use rustix::net::sockopt::socket_send_buffer_size;
+        let address = AdminAddress::Tcp("127.0.0.1:0".parse().unwrap());
+        let listeners = bind(&[address]).unwrap();
+        let [Listener::Tcp(listener)] = &listeners[..] else { panic!("it isn't TCP") };
+        let _client = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (connection, _) = listener.accept().await.unwrap();
+        // The kernel doubles it (socket(7)).
+        assert_eq!(socket_send_buffer_size(&connection).unwrap(), 2 * SEND_BUFFER);
     }
 
     #[test]
