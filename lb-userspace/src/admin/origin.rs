@@ -155,6 +155,7 @@ mod tests {
         for host in [
             "10.0.0.7",
             "10.0.0.7:9153",
+            "10.0.0.7.:9153",
             "[::ffff:10.0.0.7]:9153",
             "192.0.2.1:9153",
             "[fd00::1]",
@@ -187,6 +188,14 @@ mod tests {
             "127.0.0.1@evil.example",
             "nohop.example.evil.example",
             "2130706433x",
+            "171376641",
+            "0x0a000007",
+            "010.0.0.7",
+            "10.0.0.7..",
+            "10.0.0.7/evil.example",
+            "10.0.0.7,evil.example",
+            "localhost%00",
+            "[fe80::1%25eth0]",
         ] {
             assert!(!own(host), "{host}");
         }

@@ -237,6 +237,12 @@ async fn tcp_changes_nothing_and_is_addressed_by_a_known_name() {
         ("GET /v1/../../etc/passwd", &local, 404),
         ("GET /%2e%2e/%2e%2e/etc/passwd", &local, 404),
         ("GET //etc/passwd", &local, 404),
+        ("GET /%252e%252e/etc/passwd", &local, 404),
+        ("GET /..\\..\\etc\\passwd", &local, 404),
+        ("GET /vendor/%2e%2e/page.mjs", &local, 404),
+        ("GET /page.mjs%00", &local, 404),
+        ("OPTIONS *", &local, 404),
+        ("CONNECT evil.example:443", &local, 403),
         ("GET /v1/services/%2e%2e%2f%2e%2e%2fetc%2fpasswd", &local, 404),
         ("GET /v1/status", "Host: 203.0.113.7", 403),
         ("GET /v1/status", "Host: evil.example", 403),
@@ -293,11 +299,27 @@ async fn floods_of_headers_and_requests_without_an_end_are_cut_off() {
     let start = format!("GET /v1/status HTTP/1.1\r\nHost: {address}\r\n");
     let many = start.clone() + &"X-A: b\r\n".repeat(200) + "\r\n";
     let long = start.clone() + "X-A: " + &"b".repeat(2 * MAX_HEAD);
-    let endless = start + "Transfer-Encoding: chunked\r\n\r\n1000\r\n";
-    for (request, status) in [(&many, "431"), (&long, "431"), (&endless, "200")] {
-        let answer = over_a_connection(address, request.as_bytes()).await;
-        assert_eq!(answer, format!("HTTP/1.1 {status}"), "{}", request.len());
+    let endless = start.clone() + "Transfer-Encoding: chunked\r\n\r\n1000\r\n";
+    let two_lengths = start.clone() + "Content-Length: 1\r\nContent-Length: 2\r\n\r\n";
+    let folded = format!("GET / HTTP/1.1\r\nHost: {address}\r\n evil.example\r\n\r\n");
+    let zero = start + "X-A: \0\r\n\r\n";
+    for (request, answer) in [
+        (&many, "HTTP/1.1 431"),
+        (&long, "HTTP/1.1 431"),
+        (&endless, "HTTP/1.1 200"),
+        (&two_lengths, "HTTP/1.1 400"),
+        (&folded, "HTTP/1.1 400"),
+        (&zero, "HTTP/1.1 400"),
+        (&"GET /v1/status\r\n\r\n".to_owned(), "HTTP/1.1 400"),
+        (&"GET /healthz HTTP/1.0\r\n\r\n".to_owned(), "HTTP/1.0 200"),
+        (&"\u{16}\u{3}\u{1}\u{2}\0\u{1}\0".repeat(20), "HTTP/1.1 400"),
+    ] {
+        let given = over_a_connection(address, request.as_bytes()).await;
+        assert_eq!(given, answer, "{request:?}");
     }
+    // HTTP/2 begins so, and is closed without an answer.
+    let preface = over_a_connection(address, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await;
+    assert_eq!(preface, "\0".repeat(12));
     // The rest of a body isn't read: the connection ends after the answer.
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     stream.write_all(endless.as_bytes()).await.unwrap();
