@@ -455,6 +455,38 @@ pub struct BackendStatus {
     pub rtt_us: Option<u32>,
 }
 
+impl ServiceStatus {
+    /// The same without what grows as connections come and go, its backends' included.
+    pub fn without_counts(&self) -> ServiceStatus {
+        ServiceStatus {
+            connects: 0,
+            refused: 0,
+            failed: 0,
+            syn_retransmits: 0,
+            in_flight: None,
+            refused_family: 0,
+            shadowed: 0,
+            udp_connects: 0,
+            udp_connects_refused: 0,
+            backends: self.backends.iter().map(BackendStatus::without_counts).collect(),
+            ..self.clone()
+        }
+    }
+}
+
+impl BackendStatus {
+    fn without_counts(&self) -> BackendStatus {
+        BackendStatus {
+            connects: 0,
+            in_flight: None,
+            failures: 0,
+            connect_us: None,
+            rtt_us: None,
+            ..self.clone()
+        }
+    }
+}
+
 /// One element of `GET /v1/drain`: what is drained by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainStatus {

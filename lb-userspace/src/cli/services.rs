@@ -10,7 +10,7 @@ use super::args::{ClientArguments, ServicesArguments};
 use super::columns::Palette;
 use super::format;
 use super::process::{ANSWER, LONGEST_WAIT, environment, print, runtime, show_line};
-use crate::admin::api::{BackendStatus, ServiceStatus, Status};
+use crate::admin::api::{ServiceStatus, Status};
 use crate::admin::client::{self, ClientError};
 use crate::config::AdminAddress;
 
@@ -77,29 +77,11 @@ fn matches(pattern: &str, name: &str) -> bool {
 
 /// What is followed of a service: all but its counters and countdowns.
 fn lasting(service: &ServiceStatus) -> ServiceStatus {
-    let backend = |backend: &BackendStatus| BackendStatus {
-        connects: 0,
-        in_flight: None,
-        failures: 0,
-        connect_us: None,
-        rtt_us: None,
-        reason: backend.reason.as_deref().map(without_times),
-        ..backend.clone()
-    };
-    ServiceStatus {
-        generation: 0,
-        connects: 0,
-        refused: 0,
-        failed: 0,
-        syn_retransmits: 0,
-        in_flight: None,
-        refused_family: 0,
-        shadowed: 0,
-        udp_connects: 0,
-        udp_connects_refused: 0,
-        backends: service.backends.iter().map(backend).collect(),
-        ..service.clone()
+    let mut lasting = ServiceStatus { generation: 0, ..service.without_counts() };
+    for backend in &mut lasting.backends {
+        backend.reason = backend.reason.as_deref().map(without_times);
     }
+    lasting
 }
 
 /// A reason without the times in it, such as `ejected for 3 s more`.
