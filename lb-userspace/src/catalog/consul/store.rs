@@ -16,6 +16,7 @@ use super::query::{List, RequestId, ServiceAnswer};
 use super::service::{Contents, Live, Presence, ServiceState};
 use super::suspicion::{self, Assessment, Evidence, Reason, Suspicion, is_mass, is_shrink};
 use crate::catalog::snapshot::SavedCatalog;
+use crate::dns_name::service_name_problem;
 use crate::table::{Catalog, Instance, ServiceId, ServiceRecord};
 
 /// The most names that linger.
@@ -202,9 +203,9 @@ impl ServiceStore {
         change: impl FnOnce(&mut ServiceState, &Node) -> T,
     ) -> Option<T> {
         let service = self.by_name.get_mut(name)?;
-        let before = Keys::of(service, self.follows_all);
+        let before = Keys::of(name, service, self.follows_all);
         let result = change(service, &self.node);
-        self.index.replace(name, &before, &Keys::of(service, self.follows_all));
+        self.index.replace(name, &before, &Keys::of(name, service, self.follows_all));
         self.dirty.insert(name.clone());
         Some(result)
     }
@@ -226,14 +227,14 @@ impl ServiceStore {
         }
         let used_at = |name: &Arc<str>| self.by_name.get(name)?.used_at;
         service.used_at = self.of(&folded).iter().filter_map(used_at).max();
-        self.index.replace(&name, &Keys::default(), &Keys::of(&service, self.follows_all));
+        self.index.replace(&name, &Keys::default(), &Keys::of(&name, &service, self.follows_all));
         self.dirty.insert(name.clone());
         self.by_name.insert(name, service);
     }
 
     fn remove(&mut self, name: &Arc<str>) {
         let Some(service) = self.by_name.remove(name) else { return };
-        self.index.replace(name, &Keys::of(&service, self.follows_all), &Keys::default());
+        self.index.replace(name, &Keys::of(name, &service, self.follows_all), &Keys::default());
         self.dirty.insert(name.clone());
         self.ended.extend(service.live.and_then(|live| live.request));
         let folded = name.to_ascii_lowercase();
@@ -394,11 +395,11 @@ impl ServiceStore {
     pub fn rebalance(&mut self, follows_all: bool, now: Instant) -> bool {
         if self.follows_all != follows_all {
             for (name, service) in &mut self.by_name {
-                let before = Keys::of(service, self.follows_all);
+                let before = Keys::of(name, service, self.follows_all);
                 if !follows_all && service.live.is_some() {
                     service.used_at.get_or_insert(now);
                 }
-                self.index.replace(name, &before, &Keys::of(service, follows_all));
+                self.index.replace(name, &before, &Keys::of(name, service, follows_all));
             }
             self.follows_all = follows_all;
         }
@@ -715,7 +716,8 @@ impl ServiceStore {
 
     /// Whether the service exists, by what Consul has answered since it is live. `None` before that.
     pub fn exists(&self, name: &str) -> Option<bool> {
-        let Some(service) = self.by_name.get(name) else { return Some(false) };
+        let service = self.by_name.get(name).filter(|_| can_be_had(name));
+        let Some(service) = service else { return Some(false) };
         let is_followed = service.live.as_ref().is_some_and(|live| live.is_followed);
         is_followed.then_some(matches!(service.contents, Contents::Service { .. }))
     }
@@ -895,8 +897,14 @@ impl Totals {
     }
 }
 
+/// Whether the name can be one of DNS. Others are listed, but not followed: they can't be looked up, and Consul
+/// itself fails for some of them (`..`, control characters), which would be a problem of the source.
+fn can_be_had(name: &str) -> bool {
+    service_name_problem(name).is_none()
+}
+
 impl Keys {
-    fn of(service: &ServiceState, follows_all: bool) -> Keys {
+    fn of(name: &str, service: &ServiceState, follows_all: bool) -> Keys {
         let live = service.live.as_deref();
         let has = |is_it: fn(&Live) -> bool| live.is_some_and(is_it);
         let is_lingering = matches!(service.presence, Presence::Lingering { .. });
@@ -920,7 +928,8 @@ impl Keys {
             is_failing: has(|live| live.problem.is_some()),
             is_suspicious: has(|live| live.suspicion.is_some()),
             has_vanished: has(Live::has_vanished),
-            is_shifting: live.is_some() != (follows_all || service.used_at.is_some()),
+            is_shifting: live.is_some()
+                != (can_be_had(name) && (follows_all || service.used_at.is_some())),
         }
     }
 }

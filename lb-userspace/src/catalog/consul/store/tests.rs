@@ -89,7 +89,7 @@ impl ServiceStore {
     pub fn check(&self) {
         let mut expected = Index::default();
         for (name, service) in &self.by_name {
-            expected.replace(name, &Keys::default(), &Keys::of(service, self.follows_all));
+            expected.replace(name, &Keys::default(), &Keys::of(name, service, self.follows_all));
         }
         let names = |queue: &QueryQueue| {
             let later = queue.later.iter().map(|(_, name)| name.clone());
@@ -794,6 +794,22 @@ fn names_that_differ_in_case_are_one_service() {
     store.remove(&"wEb".into());
     assert_eq!(store.of("web"), ["web"].map(Arc::from));
     store.check();
+}
+
+#[test]
+fn names_that_dns_cannot_have_are_listed_and_not_followed() {
+    let now = Instant::now();
+    let mut store = new_store();
+    store.add_listed(["web", "..", "a/b", "esc\u{1b}[31m"].map(Arc::from));
+    store.record_use(&"a/b".into(), now);
+    store.rebalance(true, now);
+    assert_eq!(store.live(), ["web"].map(Arc::from));
+    assert_eq!((store.exists("web"), store.exists("..")), (None, Some(false)));
+    store.check();
+    store.set_node(Node::Named("n".into()));
+    store.set("web", vec![instance("n", "web")]);
+    let catalog = store.publish().unwrap();
+    assert!(catalog.get(&ServiceId::new("..")).is_some(), "it isn't explained");
 }
 
 #[test]
