@@ -19,6 +19,10 @@ const PAGE: &str = "http://127.0.0.1:9153/";
 /// The configuration of the page's address.
 pub const LISTEN: &str = "admin.listen = [\"{admin}\", \"127.0.0.1:9153\"]\n";
 
+/// The node is an edge as well, for its view.
+const EDGE: &str = "edge.interfaces = [\"eth0\"]\nedge.source = [\"10.99.0.1\"]\n\
+                    edge.vips = { helloworld = \"203.0.113.10:80\" }\nvip.public = [\"203.0.113.0/24\"]\n";
+
 /// The services, besides the three that are tried.
 const N_SERVICES: usize = 10_000;
 
@@ -36,7 +40,7 @@ const VIEWS: [(&str, &str, &str); 7] = [
     ),
     ("connections", "?view=connections", "document.querySelector('button.main')"),
     ("dns", "?view=dns", "document.querySelector('.facts')"),
-    ("edge", "?view=edge", "document.querySelector('h1')"),
+    ("edge", "?view=edge", "document.querySelector('.facts')?.textContent.includes('passed')"),
     ("config", "?view=config", "document.querySelectorAll('tbody tr').length > 40"),
 ];
 
@@ -52,7 +56,8 @@ pub fn run() -> Result<()> {
     let catalog = Catalog::new(&[])?;
     catalog.write(&services(&live)?)?;
     // What is ejected stays so: nothing here fails by a trial.
-    let config = catalog.config() + LISTEN + "balance.eject = { base = \"5m\" }\n";
+    let config = catalog.config() + LISTEN + EDGE + "balance.eject = { base = \"5m\" }\n";
+    nodes.client.forward()?;
     let mut nohop = nodes.nohop(&config)?;
     // One of four backends refuses, until it is ejected.
     let helloworld = vip(&nohop, "helloworld")?;
@@ -62,6 +67,7 @@ pub fn run() -> Result<()> {
     looks(&mut browser, &axe)?;
     pictures(&mut browser, &nodes, helloworld)?;
     filters(&mut browser)?;
+    typed_addresses(&mut browser)?;
     by_keyboard(&mut browser)?;
     pauses(&mut browser)?;
 
@@ -195,6 +201,21 @@ fn filters(browser: &mut Chromium) -> Result<()> {
     ensure!(sorted.as_str().is_some_and(|it| it.starts_with("descendingService")), "{sorted}");
     browser.evaluate("document.querySelector('th.c-name button').click()")?;
     browser.wait_for("document.querySelector('th[aria-sort]').ariaSort === 'ascending'")
+}
+
+/// What an address asks for that there isn't.
+fn typed_addresses(browser: &mut Chromium) -> Result<()> {
+    let all = format!("'{0} of {0}'", thousands(N_SERVICES + 1));
+    let all = format!("document.querySelector('#n-services')?.textContent.startsWith({all})");
+    let shows = |text: &str| format!("document.querySelector('main').innerText.includes({text:?})");
+    for (query, is_there) in [
+        ("?view=nope", "document.querySelector('h1').textContent === 'Overview'".to_owned()),
+        ("?view=services&state=nope&sort=nope", all),
+        ("?view=service&name=..", shows("names no service")),
+    ] {
+        browser.open(&format!("{PAGE}{query}"), &is_there)?;
+    }
+    Ok(())
 }
 
 /// Everything without a pointer.

@@ -36,7 +36,7 @@ export const ports = (list) => (list === "any" ? "any port" : list.join(", "));
 
 /** How each state looks; a state that isn't here is neutral. */
 const KINDS = {
-  good: ["healthy", "live", "attached", "up", "ready", "established", "sent", "translate", "announced"],
+  good: ["healthy", "live", "attached", "up", "ready", "established", "sent", "translate", "announced", "passed"],
   fair: ["warning", "degraded", "unproven", "draining", "spare", "suspect", "waiting", "connecting",
     "shadow", "aborted", "not announced"],
   bad: ["down", "ejected", "unroutable", "out", "failing", "failed", "refused", "not ready", "lost",

@@ -96,7 +96,7 @@ class Page extends Component {
 
   title() {
     const { view, name } = this.state.query;
-    const what = view === "service" ? name : VIEWS[view].title;
+    const what = (view === "service" && name) || VIEWS[view].title;
     document.title = `${what} · nohop on ${location.host}`;
   }
 
@@ -109,6 +109,7 @@ class Page extends Component {
 
   render(_, { query }) {
     const { status, link, isPaused } = store;
+    const isLost = link === "lost" && !isPaused;
     const { show: View } = VIEWS[query.view];
     const isCurrent = (name) => name === query.view || (name === "services" && query.view === "service");
     const links = Object.entries(VIEWS).filter(([name, it]) => !it.isHidden && (name !== "edge" || status?.edge));
@@ -116,11 +117,11 @@ class Page extends Component {
       <header>
         <a class="name" href="?view=overview"><img src="icon.svg" alt="" width="20" height="20" />nohop</a>
         <nav aria-label="Views"><ul>${links.map(([name, { title }]) => html`<li><a href="?view=${name}" aria-current=${isCurrent(name) ? "page" : null}>${title}</a></li>`)}</ul></nav>
-        <p class="link">${status && html`<${State} of=${status.ready ? "ready" : "not ready"} />`}
+        <p class="link">${status && html`<${State} of=${isLost ? "lost" : status.ready ? "ready" : "not ready"} />`}
           <button type="button" aria-pressed=${isPaused ? "true" : "false"} onClick=${() => pause(!isPaused)}>${isPaused ? "Paused" : "Pause"}</button></p>
       </header>
       <main id="main">
-        ${link === "lost" && !isPaused && html`<p class="banner bad" role="alert"><${State} of="lost" /> The connection to the daemon is lost; this is what it reported last. Trying again…</p>`}
+        ${isLost && html`<p class="banner bad" role="alert"><${State} of="lost" /> The connection to the daemon is lost; this is what it reported last. Trying again…</p>`}
         ${status ? html`<${View} query=${query} go=${this.go} />` : html`<h1 tabindex="-1">${VIEWS[query.view].title}</h1><p class="quiet">Loading…</p>`}
       </main>
       <footer>${status && html`<p>nohop ${status.version} on ${location.host}, process ${status.pid}. Read-only: <code>nohop --help</code> lists what changes things.</p>`}</footer>`;

@@ -29,13 +29,15 @@ let kept = { key: null, list: [] };
 
 /** The services that the address asks for, in its order. */
 export function select(query) {
-  const key = [store.version, query.q, query.state, query.sort].join("\n");
+  // An address may have been typed.
+  const state = Object.hasOwn(STATES, query.state) ? query.state : "";
+  const key = [store.version, query.q, state, query.sort].join("\n");
   if (kept.key === key) return kept.list;
   const words = query.q.toLowerCase().split(/\s+/).filter(Boolean);
   const isWanted = (it) =>
-    (query.state === "" ||
-      it.condition === query.state ||
-      (query.state === "broken" && (it.condition === "down" || it.condition === "degraded"))) &&
+    (state === "" ||
+      it.condition === state ||
+      (state === "broken" && (it.condition === "down" || it.condition === "degraded"))) &&
     words.every((word) => {
       const [not, text] = word.startsWith("-") && word.length > 1 ? [true, word.slice(1)] : [false, word];
       return not !== (it.name.toLowerCase().includes(text) || it.vip.includes(text));

@@ -134,10 +134,14 @@ function setRate(service, rate) {
 /** What a reader doesn't see or reads in another order, as the command line has it: any service may choose its names. */
 const UNSEEN = /[\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
 
+/** Controls as JSON has them, and the backslashes that are none. */
+const CONTROL = /\\(?:u00([01][0-9a-f])|([bfnrt])|\\)/g;
+
 /** Reads JSON, with such characters escaped. */
 export function parse(json) {
-  const escaped = (character) => `\\\\u{${character.codePointAt(0).toString(16)}}`;
-  return JSON.parse(json.replace(UNSEEN, escaped));
+  const unseen = (character) => `\\\\u{${character.codePointAt(0).toString(16)}}`;
+  const control = (all, digits, letter) => (digits ? `\\\\u{${digits}}` : letter ? `\\\\${letter}` : all);
+  return JSON.parse(json.replace(UNSEEN, unseen).replace(CONTROL, control));
 }
 
 /** The history of a service: times in milliseconds and rates, in turn. */

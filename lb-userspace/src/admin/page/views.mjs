@@ -128,6 +128,8 @@ class Fetched extends Component {
 
 export function Service({ query }) {
   const { name } = query;
+  // No service can be called so, and an address wouldn't keep it.
+  if (/^\.{0,2}$/.test(name)) return html`<h1 tabindex="-1">Service</h1><p>The address names no service: <a href="?view=services">all services</a>.</p>`;
   return html`<h1 tabindex="-1">${name}</h1>
     <${Fetched} path="v1/services/${encodeURIComponent(name)}" live=${true}>${(it) => html`<${ServiceDetails} explanation=${it} name=${name} />`}</>`;
 }
@@ -270,21 +272,50 @@ export function Dns() {
     <${Commands} of=${[["nohop dns query NAME", "what the server answers, and where that comes from"], ["nohop dns setup", "how this machine's resolver comes to ask nohop"]]} />`;
 }
 
+/** The meanings of what becomes of packets and flows, by their names in `status`. */
+const DECISIONS = {
+  forwarded: "packets translated at TC", xdp_tx: "packets translated at XDP, and sent back", xdp_redirect: "packets translated at XDP, to another interface", flows_begun: "flows that began", flows_expired: "flows that ended by their time",
+  flows_taken: "flows whose place another one got, as room was short", icmp_errors: "ICMP errors that were translated",
+  client_shown: "SYNs with the client's address", client_not_shown: "SYNs that had no room for it",
+};
+const REFUSALS = {
+  no_frontend: "to a port that no service has", no_backend: "no healthy instance", no_port: "all ports that were tried are in use: more edge.source helps",
+  table_full: "too many open flows: see edge.max_flows", syn_flood: "too many first packets while room is short", unknown_flow: "of no known flow: a RST was sent",
+  no_route: "no route to where it goes", hop_limit: "the TTL ends here", too_long: "longer than the link takes", fragment: "a fragment",
+  martian: "from an address that can't be answered", bad_header: "lengths that don't agree", bad_checksum: "a SYN with a wrong checksum", broken: "couldn't be changed",
+};
+
 export function Edge() {
   const { edge } = store.status;
   if (!edge) return html`<h1 tabindex="-1">Edge</h1><p>This node is no edge: <code>edge.interfaces</code> isn't set.</p>`;
   const flows = (it) => it.flows.map((flow) => [
     html`<code>${flow.client}</code>`, flow.service ?? "none", html`<code>${flow.vip}</code>`, html`<code>${flow.backend}</code>`, flow.protocol, flow.state,
     count(flow.packets), count(flow.bytes), age(flow.age_seconds), age(flow.idle_seconds)]);
+  const packets = (isRefusal) => Object.entries(edge.packets).filter(([name, n]) => n > 0 && name in REFUSALS === isRefusal)
+    .map(([name, n]) => [html`<code>${name}</code>`, REFUSALS[name] ?? DECISIONS[name] ?? "", count(n)]);
+  const isProven = edge.proof === "passed";
+  const share = edge.capacity > 0 ? ` (${Math.round((100 * edge.flows) / edge.capacity)}%)` : "";
   return html`<h1 tabindex="-1">Edge</h1>
-    <section class="banner ${edge.withdrawn ? "bad" : "good"}" aria-label="State"><p><${State} of=${edge.withdrawn ? "not announced" : "announced"} /> <span>${edge.withdrawn ?? edge.announced.join(", ")}</span></p></section>
-    <${Facts} of=${[["Flows", `${count(edge.flows)} of ${count(edge.capacity)}`]]} />
-    <h2>Interfaces</h2>
-    <${Table} caption="Interfaces" heads=${["Interface", "Attached as", "Remark"]} rows=${edge.interfaces.map((it) => [it.name, it.mode ?? html`<${State} of="detached" />`, it.message ?? ""])} />
+    <section class="banner ${!edge.withdrawn ? "good" : edge.announced.length > 0 ? "fair" : "bad"}" aria-label="State">
+      <p><${State} of=${edge.announced.length > 0 ? "announced" : "not announced"} /> <span>${edge.announced.join(", ") || "No public address is announced."}</span></p>
+      ${problems(edge.withdrawn ? [edge.withdrawn] : [])}</section>
+    <${Facts} of=${[["Flows", `${count(edge.flows)} of ${count(edge.capacity)}${share}`],
+      ["Proof that packets are translated", html`<${State} of=${isProven ? "passed" : edge.proof ? "failed" : "unknown"} /> ${isProven ? "" : edge.proof ?? "none was possible yet"}`],
+      ["Servers see clients' addresses", edge.client_address.join(", ")]]} />
+    <div class="columns"><div>
+      <section><h2>Interfaces</h2>
+        <${Table} caption="Interfaces" heads=${["Interface", "Attached as", "Remark"]} rows=${edge.interfaces.map((it) => [it.name, it.mode ?? html`<${State} of="detached" />`, it.message ?? ""])} /></section>
+      <section><h2>Packets and flows</h2>
+        <${Table} caption="What was sent on" heads=${["Name", "Meaning", "#Times"]} rows=${packets(false)} empty="None yet." /></section>
+    </div><div>
+      <section><h2>Packets that were not sent on</h2>
+        <${Table} caption="Packets that were not sent on" heads=${["Reason", "Meaning", "#Packets"]} rows=${packets(true)} empty="None." /></section>
+    </div></div>
     <h2>Flows</h2>
     <${Fetched} path="v1/flows?by=bytes&limit=100" live=${true}>${(it) => html`<${Table} caption="The largest flows"
       heads=${["Client", "Service", "To", "Backend", "Protocol", "State", "#Packets", "#Bytes", "#Age", "#Idle"]} rows=${flows(it)} empty="None." />`}</>
-    <${Commands} of=${[["nohop flows", "the same in a terminal"], ["nohop drain edge", "this edge stops announcing, and new clients go to others"]]} />`;
+    <${Commands} of=${[["nohop flows", "the same in a terminal"], ["nohop trace --outcome refused", "packets that are refused, as they come"],
+      ["nohop drain edge", "this edge stops announcing, and new clients go to others"]]} />`;
 }
 
 export function Configuration({ query, go }) {
