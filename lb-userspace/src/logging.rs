@@ -258,6 +258,9 @@ fn parse(text: &str) -> Result<EnvFilter, String> {
     if let Some(stray) = stray {
         return wrong(format!("{stray} is no level"));
     }
+    if text.trim().is_empty() {
+        return wrong("it is empty".to_owned());
+    }
     EnvFilter::try_new(text).or_else(|error| wrong(error.to_string()))
 }
 
@@ -480,6 +483,7 @@ mod tests {
             assert_eq!(filter(Some(OsStr::new(text))).1, None, "{text}");
         }
         assert_eq!(filter(None).1, None);
+        assert!(parse(" ").is_err());
         for text in ["wran", "info,debgu", "lb_userspace=loud", "[", "info;debug"] {
             let (filter, complaint) = filter(Some(OsStr::new(text)));
             let complaint = complaint.unwrap_or_else(|| panic!("{text} is taken"));

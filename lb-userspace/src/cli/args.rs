@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::dns::target::ResolverKind;
@@ -86,6 +87,7 @@ pub enum Command {
     /// Show why each instance of a service is in or out, and what a connection would get
     Explain {
         /// Name of the service, its VIP, or the address of an instance, with a port or without
+        #[arg(value_parser = NonEmptyStringValueParser::new())]
         name: String,
         /// The text.
         #[command(flatten)]

@@ -2,6 +2,8 @@
 
 use std::io::IsTerminal;
 
+use ratatui::text::Span;
+
 use super::args::ColorChoice;
 use super::process::environment;
 
@@ -70,6 +72,11 @@ impl Cell {
     pub fn new(text: impl Into<String>, tone: Tone) -> Cell {
         Cell { text: text.into(), tone }
     }
+
+    /// The columns of a terminal that it takes: two for a wide character.
+    fn width(&self) -> usize {
+        Span::raw(&self.text).width()
+    }
 }
 
 impl<T: Into<String>> From<T> for Cell {
@@ -86,14 +93,14 @@ pub fn lines(rows: &[Vec<Cell>], palette: Palette) -> Vec<String> {
         widths.resize(widths.len().max(row.len()), 0);
         let cells = row.iter().take(row.len().saturating_sub(1));
         for (width, cell) in widths.iter_mut().zip(cells) {
-            *width = cell.text.chars().count().max(*width);
+            *width = cell.width().max(*width);
         }
     }
     let line = |row: &Vec<Cell>| {
         let mut line = String::new();
         let mut pending = 0;
         for (cell, width) in row.iter().zip(&widths) {
-            let length = cell.text.chars().count();
+            let length = cell.width();
             if length > 0 {
                 line.extend(std::iter::repeat_n(' ', pending));
                 line.push_str(&palette.paint(&cell.text, cell.tone));
@@ -118,10 +125,16 @@ mod tests {
             vec!["web".into(), "".into(), "7".into(), "a long text at the end".into()],
             vec!["ä".into(), "".into(), "123".into(), "".into()],
             vec!["helloworld".into(), "".into(), "".into(), "x".into()],
+            vec!["日本".into(), "".into(), "8".into(), "e\u{301}".into()],
         ];
         assert_eq!(
             lines(&rows, Palette::default()),
-            ["web         7    a long text at the end", "ä           123", "helloworld       x"]
+            [
+                "web         7    a long text at the end",
+                "ä           123",
+                "helloworld       x",
+                "日本        8    e\u{301}",
+            ]
         );
         assert!(lines(&[], Palette::default()).is_empty());
     }

@@ -240,7 +240,9 @@ pub fn explanation(explanation: &Explanation, palette: Palette) -> String {
     for note in &explanation.notes {
         line(&mut text, note.clone());
     }
-    text.push('\n');
+    if explanation.service.is_some() || !explanation.instances.is_empty() {
+        text.push('\n');
+    }
     let backends = explanation.service.as_ref().map(|service| &service.backends[..]);
     let backends = backends.unwrap_or_default();
     if let Some(service) = &explanation.service {

@@ -8,10 +8,15 @@ use std::sync::Arc;
 use crate::admin::api::{BackendStatus, CheckStatus, InstanceStatus, OUT};
 use crate::catalog::{InspectResult, InspectedCheck, InspectedInstance, Inspection};
 use crate::config::BalanceAlgorithm;
-use crate::table::{Backend, BackendState, Excluded, Ports, Protocols, Service, Table, parse_ip};
+use crate::table::{
+    Backend, BackendState, Excluded, Ports, Protocols, Service, Table, check_name, parse_ip,
+};
 
 /// How many services or instances a sentence names.
 const N_NAMED: usize = 5;
+
+/// How many similar names are suggested.
+const N_SIMILAR: usize = 3;
 
 /// The argument of `nohop explain`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -165,7 +170,10 @@ pub fn instances(
                 format!("{:?}", backend.state).to_lowercase(),
                 format!("one backend with `{}/{}`", backend.node, backend.instance),
             ),
-            (None, None) => (OUT.to_owned(), "this node hasn't taken it over yet".to_owned()),
+            (None, None) => {
+                let not_yet = || "this node hasn't taken it over yet".to_owned();
+                (OUT.to_owned(), check_name(&it.service).err().unwrap_or_else(not_yet))
+            }
         };
         all.push(InstanceStatus {
             service: name.to_owned(),
@@ -226,6 +234,16 @@ pub fn notes(
         );
     }
     notes
+}
+
+/// The note that names services whose names are like one that doesn't exist.
+pub fn similar<'a>(name: &str, services: impl Iterator<Item = &'a str>) -> Option<String> {
+    let similarity = |service: &'a str| (strsim::jaro_winkler(name, service), service);
+    let mut similar: Vec<_> = services.map(similarity).filter(|(it, _)| *it > 0.85).collect();
+    similar.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+    let named = similar.iter().take(N_SIMILAR).map(|(_, name)| format!("`{name}`"));
+    let named = named.collect::<Vec<_>>().join(" or ");
+    (!named.is_empty()).then(|| format!("did you mean {named}?"))
 }
 
 /// The result of a connection in this state of the service.
@@ -530,6 +548,21 @@ pub(super) mod tests {
         ] {
             let notes = notes("web", "routed", is_routed, result.as_ref()).join("; ");
             assert_eq!(notes, expected, "{result:?}");
+        }
+    }
+
+    #[test]
+    fn a_misspelt_name_is_corrected() {
+        let services = ["helloworld", "helloworld-2", "web", "postgres"];
+        for (name, expected) in [
+            ("helloworl", Some("did you mean `helloworld` or `helloworld-2`?")),
+            ("helloword", Some("did you mean `helloworld` or `helloworld-2`?")),
+            ("wbe", None),
+            ("postgress", Some("did you mean `postgres`?")),
+            ("nope", None),
+            ("", None),
+        ] {
+            assert_eq!(similar(name, services.into_iter()).as_deref(), expected, "{name}");
         }
     }
 

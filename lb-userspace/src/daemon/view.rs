@@ -650,6 +650,9 @@ impl DaemonView {
             let inspection = inspected.as_ref().and_then(|result| result.as_deref().ok());
             let is_routed = service.is_some();
             let mut notes = explain::notes(name, &tag, is_routed, inspected.as_ref());
+            if !is_routed {
+                notes.extend(explain::similar(name, table.services.keys().map(|name| &**name)));
+            }
             notes.extend(self.kernel_names_problem().filter(|_| is_routed));
             notes.extend(service.into_iter().flat_map(|service| self.edge_notes(service)));
             api::Explanation {

@@ -41,7 +41,7 @@ pub use merge::ServiceMeta;
 pub use ports::{MAX_PORTS, Ports, Protocols};
 pub use public::PublicAddresses;
 pub use resolved_hosts::{Bridge, Host, Hosts};
-pub use validate::may_be_reached;
+pub use validate::{check_name, may_be_reached};
 
 /// One state of the world, as this node should present it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
