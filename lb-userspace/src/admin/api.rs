@@ -188,15 +188,18 @@ pub struct DnsStatus {
 pub struct UpstreamStatus {
     /// The resolver's address.
     pub address: SocketAddr,
-    /// `up`, `suspect` while a probe decides, or `out`: then it is tried last until it answers.
+    /// Over UDP: `up`, `suspect` while a probe decides, or `out`: then it is tried last until it answers.
     pub state: String,
+    /// The same over TCP, which is used for answers that are too long for UDP.
+    #[serde(default)]
+    pub tcp_state: String,
     /// Queries that were sent to it, since the start.
     pub sent: u64,
     /// Those of them whose answers are still waited for.
     #[serde(default)]
     pub in_flight: u64,
-    /// Queries by result: `answered`, `refused` (SERVFAIL, REFUSED, NOTIMP), `timeout`,
-    /// `unreachable`. One whose question another resolver answered first may end up as none of them.
+    /// Queries by result: `answered`, `refused` (SERVFAIL, REFUSED and other errors),
+    /// `timeout`, `unreachable`. One whose question another resolver answered first may end up as none of them.
     pub results: BTreeMap<String, u64>,
     /// The mean time of its answers, in milliseconds; `null` before the first.
     pub mean_ms: Option<f64>,

@@ -171,13 +171,20 @@ const REFUSED_PACKETS: [&str; 14] = [
 
 /// A resolver's state and counters.
 fn upstream_line(upstream: &UpstreamStatus, palette: Palette) -> String {
-    let UpstreamStatus { address, state, sent, results, mean_ms, .. } = upstream;
-    let tone = match state.as_str() {
-        "up" => Tone::Good,
-        "suspect" => Tone::Warning,
-        _ => Tone::Bad,
+    let UpstreamStatus { address, state, tcp_state, sent, results, mean_ms, .. } = upstream;
+    let painted = |state: &str| {
+        let tone = match state {
+            "up" => Tone::Good,
+            "suspect" => Tone::Warning,
+            _ => Tone::Bad,
+        };
+        palette.paint(state, tone)
     };
-    let state = palette.paint(state, tone);
+    let over_tcp = match tcp_state.as_str() {
+        "" | "up" => String::new(),
+        other => format!(" (TCP: {})", painted(other)),
+    };
+    let state = painted(state) + &over_tcp;
     let mean = mean_ms.map(|ms| format!(" in {ms:.1} ms")).unwrap_or_default();
     let failed = ["refused", "timeout", "unreachable"].into_iter().filter_map(|result| {
         results.get(result).filter(|n| **n > 0).map(|n| format!(", {n} {result}"))

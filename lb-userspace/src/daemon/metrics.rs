@@ -162,8 +162,8 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
     for (address, upstream) in &named {
         family.sample(&[("upstream", address)], upstream.in_flight);
     }
-    let help = "Queries to a resolver by result: answered, refused (SERVFAIL, REFUSED, NOTIMP), \
-                timeout, unreachable.";
+    let help = "Queries to a resolver by result: answered, refused (SERVFAIL, REFUSED and other \
+                errors), timeout, unreachable.";
     let mut family = text.family("nohop_dns_upstream_queries_total", MetricType::Counter, help);
     for (address, upstream) in &named {
         for (result, n) in upstream.results {
@@ -507,6 +507,7 @@ mod tests {
             dns_upstreams: vec![dns::UpstreamStats {
                 address: "192.0.2.1:53".parse().unwrap(),
                 state: dns::UpstreamState::Out,
+                tcp_state: dns::UpstreamState::Up,
                 sent: 12,
                 in_flight: 2,
                 results: [("answered", 3), ("refused", 1), ("timeout", 2), ("unreachable", 4)],

@@ -112,6 +112,7 @@ mod tests {
         api::UpstreamStatus {
             address: ([127, 0, 0, 1], 53).into(),
             state: "up".into(),
+            tcp_state: "up".into(),
             sent,
             in_flight: sent,
             results: [("answered".to_owned(), sent)].into(),

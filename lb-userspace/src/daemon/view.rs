@@ -448,6 +448,7 @@ fn upstream_status(upstream: &dns::UpstreamStats) -> api::UpstreamStatus {
     api::UpstreamStatus {
         address: upstream.address,
         state: upstream.state.word().to_owned(),
+        tcp_state: upstream.tcp_state.word().to_owned(),
         sent: upstream.sent,
         in_flight: upstream.in_flight,
         results: upstream.results.iter().map(|(result, n)| ((*result).to_owned(), *n)).collect(),

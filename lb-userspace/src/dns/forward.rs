@@ -177,39 +177,35 @@ impl Forwarder {
         outgoing: &Arc<UpstreamQuery>,
     ) -> Option<(usize, UpstreamResponse<'static>)> {
         let (mut next, mut tries) = (order.into_iter(), JoinSet::new());
-        let mut waiting: Vec<usize> = Vec::new();
+        let mut waiting: Vec<(usize, Instant)> = Vec::new();
         let mut fallback: Option<(usize, UpstreamResponse<'static>)> = None;
+        let state = |rank: usize| route.upstreams[rank].state(Transport::Tcp);
+        let hedge = self.limits.hedge(false);
         loop {
-            if let Some((rank, answer)) = &fallback
-                && answer.is_negative()
-                && !waiting.iter().any(|other| {
-                    let state = route.upstreams[*other].state(Transport::Tcp);
-                    other < rank && state != UpstreamState::Out
-                })
-            {
-                return fallback;
-            }
             let is_denied = fallback.as_ref().is_some_and(|(_, answer)| answer.is_negative());
-            if waiting.is_empty() && next.as_slice().is_empty() {
+            // One that is out has had its time where another one has answered.
+            let may_answer = |(other, sent): &(usize, Instant)| {
+                let is_better =
+                    fallback.as_ref().is_none_or(|(rank, _)| !is_denied || other < rank);
+                let is_given_up = fallback.is_some() && state(*other) == UpstreamState::Out;
+                is_better && (!is_given_up || sent.elapsed() < hedge)
+            };
+            if (is_denied || next.as_slice().is_empty()) && !waiting.iter().any(may_answer) {
                 return fallback;
             }
-            let is_doubtful = waiting
-                .iter()
-                .all(|rank| route.upstreams[*rank].state(Transport::Tcp) == UpstreamState::Out);
-            let is_suspect = waiting
-                .iter()
-                .any(|rank| route.upstreams[*rank].state(Transport::Tcp) == UpstreamState::Suspect);
+            let is_doubtful = waiting.iter().all(|(rank, _)| state(*rank) == UpstreamState::Out);
+            let is_suspect = waiting.iter().any(|(rank, _)| state(*rank) == UpstreamState::Suspect);
             if is_doubtful
                 && !is_denied
                 && let Some(rank) = next.next()
             {
                 self.begin(route, rank, outgoing, &mut tries);
-                waiting.push(rank);
+                waiting.push((rank, Instant::now()));
                 continue;
             }
             tokio::select! {
                 Some(Ok((rank, answer))) = tries.join_next() => {
-                    waiting.retain(|other| *other != rank);
+                    waiting.retain(|(other, _)| *other != rank);
                     match answer {
                         Some(answer) if answer.is_failure() => {
                             fallback.get_or_insert((rank, answer));
@@ -227,10 +223,17 @@ impl Forwarder {
                     }
                 }
                 () = tokio::time::sleep(self.limits.hedge(is_suspect)) => {
+                    // Another one may answer now, and then this query is over before its time.
+                    for (rank, sent) in &waiting {
+                        let is_late = sent.elapsed() >= hedge;
+                        if is_late && route.upstreams[*rank].is_late(Transport::Tcp, *sent) {
+                            self.suspect();
+                        }
+                    }
                     let rank = if is_denied { None } else { next.next() };
                     if let Some(rank) = rank {
                         self.begin(route, rank, outgoing, &mut tries);
-                        waiting.push(rank);
+                        waiting.push((rank, Instant::now()));
                     }
                 }
             }

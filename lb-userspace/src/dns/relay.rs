@@ -300,10 +300,13 @@ impl Relay {
             None => {}
         }
         self.forget(key, wire);
-        match is_failure {
-            true => self.ask_next(idx, now, wire),
-            false => self.settle(idx, now, wire),
+        if !is_failure {
+            return self.settle(idx, now, wire);
         }
+        let slot = &self.slots[idx as usize];
+        let (generation, end) = (slot.generation, slot.round_began + self.limits.patience);
+        self.ask_next(idx, now, wire);
+        self.schedule(idx, generation, end, now);
     }
 
     /// Handles that a socket's upstream can't be reached, as the kernel reports of a connected
@@ -551,24 +554,21 @@ impl Relay {
         let Some(route) = &slot.route else { return };
         let ForwardLimits { patience, .. } = self.limits;
         let hedge = self.limits.hedge(false);
-        let waits = |each: &&Attempt| {
-            each.is_waiting && now.saturating_duration_since(each.sent) < patience
+        // One that is out has had its time where another one has answered.
+        let may_answer = |each: &Attempt| {
+            let age = now.saturating_duration_since(each.sent);
+            let state = route.upstreams[usize::from(each.rank)].state(Transport::Udp);
+            let is_given_up = slot.fallback.is_some() && state == UpstreamState::Out;
+            each.is_waiting && age < if is_given_up { hedge } else { patience }
         };
         if let Some(fallback) = slot.fallback.as_ref().filter(|fallback| fallback.is_negative) {
-            // A later upstream may not know what a better one does, such as the names of this site;
-            // one that is out has had its time.
-            let may_know = |each: &Attempt| {
-                let state = route.upstreams[usize::from(each.rank)].state(Transport::Udp);
-                each.rank < fallback.rank
-                    && (state != UpstreamState::Out
-                        || now.saturating_duration_since(each.sent) < hedge)
-            };
-            if !slot.attempts.iter().filter(waits).any(may_know) {
+            // A later upstream may not know what a better one does, such as the names of this site.
+            if !slot.attempts.iter().any(|each| each.rank < fallback.rank && may_answer(each)) {
                 self.answer_fallback(idx, now, wire);
             }
             return;
         }
-        if slot.next >= slot.order.len() && !slot.attempts.iter().any(|each| waits(&each)) {
+        if slot.next >= slot.order.len() && !slot.attempts.iter().any(may_answer) {
             self.end_round(idx, now, wire);
         }
     }

@@ -119,18 +119,31 @@ impl<'a> UpstreamResponse<'a> {
         self.bytes[2] & TC != 0
     }
 
-    /// Whether the upstream can't or won't answer.
+    /// Whether the upstream can't or won't answer: by its code, or by a referral to other servers
+    /// (RFC 1034, section 4.3.2) from one that doesn't recurse. Our queries are well-formed, so FORMERR
+    /// is a failure of the upstream's, too.
     pub(super) fn is_failure(&self) -> bool {
-        matches!(self.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
+        match self.code() {
+            ResponseCode::NoError => {
+                self.is_empty() && self.bytes[2] & AA == 0 && self.bytes[3] & RA == 0
+            }
+            ResponseCode::NXDomain | ResponseCode::YXDomain => false,
+            _ => true,
+        }
     }
 
     /// Whether it is negative: NXDOMAIN or no data.
     pub(super) fn is_negative(&self) -> bool {
         match self.code() {
             ResponseCode::NXDomain => true,
-            ResponseCode::NoError => self.bytes[6..8] == [0, 0] && !self.is_truncated(),
+            ResponseCode::NoError => self.is_empty(),
             _ => false,
         }
+    }
+
+    /// Whether it has no answer, and isn't truncated.
+    fn is_empty(&self) -> bool {
+        self.bytes[6..8] == [0, 0] && !self.is_truncated()
     }
 
     /// All of it, decoded.

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use super::relay::ForwardLimits;
 use super::server::ServerOptions;
-use super::{AnswerOrigin, DnsServer, Sockets, Transport, UpstreamState, bind};
+use super::{AnswerOrigin, DnsServer, Sockets, Transport, UpstreamState, UpstreamStats, bind};
 use crate::catalog::UsageSender;
 use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Service, Table};

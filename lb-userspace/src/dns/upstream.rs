@@ -46,7 +46,7 @@ impl UpstreamState {
 pub(super) enum QueryOutcome {
     /// A usable response.
     Answered,
-    /// It can't or won't answer: SERVFAIL, REFUSED or NOTIMP.
+    /// It can't or won't answer: SERVFAIL, REFUSED or the like, or a referral.
     Refused,
     /// No answer came in time.
     TimedOut,
@@ -97,6 +97,8 @@ pub struct UpstreamStats {
     pub address: SocketAddr,
     /// Whether it answers over UDP.
     pub state: UpstreamState,
+    /// Whether it answers over TCP.
+    pub tcp_state: UpstreamState,
     /// Queries that were sent.
     pub sent: u64,
     /// Those of them whose answers are still waited for.
@@ -223,6 +225,7 @@ impl Upstream {
         UpstreamStats {
             address: self.address,
             state: self.state(Transport::Udp),
+            tcp_state: self.state(Transport::Tcp),
             sent,
             in_flight: sent.saturating_sub(done),
             results: std::array::from_fn(|idx| (OUTCOMES[idx], sum(&|shard| &shard.outcomes[idx]))),

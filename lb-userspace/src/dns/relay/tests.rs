@@ -105,12 +105,15 @@ impl Rig {
     fn reply(&mut self, ms: u64, rank: usize, name: &str, what: &str) {
         let (port, query) = &self.notes.sent[&(name.to_owned(), rank)];
         let code = match what {
-            "ok" | "nothing" => ResponseCode::NoError,
+            "ok" | "nothing" | "referral" => ResponseCode::NoError,
             "nx" => ResponseCode::NXDomain,
             "fail" => ResponseCode::ServFail,
+            "malformed" => ResponseCode::FormErr,
+            "unauthorized" => ResponseCode::NotAuth,
             other => panic!("{other}"),
         };
         let mut message = Message::error_msg(query.metadata.id, OpCode::Query, code);
+        message.metadata.recursion_available = what != "referral";
         message.add_query(query.queries[0].clone());
         if what == "ok" {
             let data = RData::A(A::new(192, 0, 2, rank as u8 + 1));
@@ -175,7 +178,7 @@ impl Rig {
 #[test]
 fn who_is_asked_and_whose_answer_counts() {
     type Row<'a> = (u64, &'a str, &'a str);
-    let stories: [(&str, &[Row<'_>]); 15] = [
+    let stories: [(&str, &[Row<'_>]); 18] = [
         ("the first answers", &[(0, "ask a.", "a.>1"), (399, "1 a. ok", "a.=NoError1")]),
         (
             "the first one's answer counts, however late",
@@ -268,6 +271,44 @@ fn who_is_asked_and_whose_answer_counts() {
                 (4, "1 b. fail", "b.>2"),
                 (5, "2 b. fail", "b.>3"),
                 (6, "3 b. fail", "b.=ServFail"),
+            ],
+        ),
+        (
+            "whatever isn't an answer is a failure",
+            &[
+                (0, "ask a.", "a.>1"),
+                (1, "1 a. malformed", "a.>2"),
+                (2, "2 a. referral", "a.>3"),
+                (3, "3 a. unauthorized", "a.=FormErr"),
+                (4, "ask b.", "b.>1"),
+                (5, "1 b. referral", "b.>2"),
+                (6, "2 b. ok", "b.=NoError2"),
+            ],
+        ),
+        (
+            "one that is out holds up no failure for longer than a hedge",
+            &[
+                (0, "out 1", ""),
+                (1, "ask a.", "a.>2"),
+                (10, "2 a. fail", "a.>3"),
+                (20, "3 a. fail", "a.>1"),
+                (419, "-", ""),
+                (420, "-", "a.=ServFail"),
+                (421, "ask b.", "b.>2"),
+                (422, "2 b. fail", "b.>3"),
+                (423, "3 b. fail", "b.>1"),
+                (424, "1 b. ok", "b.=NoError1"),
+            ],
+        ),
+        (
+            "one that goes out ends the wait, too",
+            &[
+                (0, "ask a.", "a.>1"),
+                (400, "-", "a.>2 !"),
+                (401, "2 a. fail", "a.>3"),
+                (402, "3 a. fail", ""),
+                (1399, "-", ""),
+                (1400, "out 1", "a.=ServFail"),
             ],
         ),
         (

@@ -108,15 +108,19 @@ async fn a_loop_alone_is_servfail_and_no_storm() {
     assert_eq!(rig.lookup("example.com.").await, "ServFail");
 }
 
-/// Waits until an upstream is in this state.
+/// Waits until an upstream is in this state over UDP.
 async fn becomes(rig: &Rig, server: SocketAddr, state: UpstreamState) {
+    becomes_so(rig, server, |upstream| upstream.state == state).await;
+}
+
+async fn becomes_so(rig: &Rig, server: SocketAddr, is_so: impl Fn(&UpstreamStats) -> bool) {
     let debug_client = rig.server.debug_client();
-    let is_so = || {
+    let has_changed = || {
         let readings = debug_client.upstreams();
-        readings.iter().any(|upstream| upstream.address == server && upstream.state == state)
+        readings.iter().any(|upstream| upstream.address == server && is_so(upstream))
     };
     let changed = async {
-        while !is_so() {
+        while !has_changed() {
             tokio::task::yield_now().await;
         }
     };
@@ -184,6 +188,28 @@ async fn the_next_resolver_stands_in_over_tcp_too() {
     let rig = serve(any_sockets().await, &servers[..3], ForwardLimits::default());
     let answer = rig.ask(Transport::Tcp, &query("a.example.", RecordType::A)).await;
     assert_eq!(answer.metadata.response_code, ResponseCode::Refused);
+}
+
+#[tokio::test]
+async fn a_resolver_that_is_silent_over_tcp_alone_is_asked_last_there() {
+    let mut first = FakeUpstream::new(|transport, asked| match transport {
+        Transport::Udp => vec![answer(asked, [192, 0, 2, 1])],
+        Transport::Tcp => Vec::new(),
+    })
+    .await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
+    let rig = serve(any_sockets().await, &[first.address, good.address], tolerant());
+    let asked = query("a.example.", RecordType::A);
+    // The second one answers before the first one's time is over.
+    assert_eq!(rig.ask(Transport::Tcp, &asked).await.answers.len(), 1);
+    becomes_so(&rig, first.address, |upstream| upstream.tcp_state == UpstreamState::Out).await;
+    while first.asked.try_recv().is_ok() {}
+    assert_eq!(rig.ask(Transport::Tcp, &asked).await.answers.len(), 1);
+    while let Ok((transport, message)) = first.asked.try_recv() {
+        // Probes go on.
+        assert!(message.queries[0].name != asked.queries[0].name, "asked by {transport}");
+    }
+    assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.1");
 }
 
 #[tokio::test]
