@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::columns::{Cell, Palette, Tone, lines};
-use super::instance::display_name;
+use super::instance::{display_name, with_display_names};
 use crate::admin::api::{
     BackendStatus, CheckStatus, EdgeDocument, EdgeInterfaceDocument, Explanation, InstanceStatus,
     MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status, UnitStatus, UpstreamStatus,
@@ -268,7 +268,7 @@ pub fn explanation(explanation: &Explanation, palette: Palette) -> String {
         if explanation.service.is_none() {
             row.push((&instance.service).into());
         }
-        row.push(instance.reason.as_deref().unwrap_or_default().into());
+        row.push(reason(&instance.reason, &instance.service).into());
         row
     };
     let rows: Vec<_> = explanation.instances.iter().map(row).collect();
@@ -325,7 +325,7 @@ fn service_counts(service: &ServiceStatus) -> String {
 
 fn service_notes(text: &mut String, service: &ServiceStatus, palette: Palette) {
     for note in &service.notes {
-        line(text, format!("  ~ {note}"));
+        line(text, format!("  ~ {}", with_display_names(note, &service.name)));
     }
     if let Some(error) = &service.error {
         let error = format!("! the kernel doesn't have this state of it: {error}");
@@ -352,8 +352,12 @@ fn backend_row(backend: &BackendStatus, service: &str) -> Vec<Cell> {
         format!("connects {}", backend.connects).into(),
         in_flight.unwrap_or_default().into(),
         failures.into(),
-        backend.reason.as_deref().unwrap_or_default().into(),
+        reason(&backend.reason, service).into(),
     ]
+}
+
+fn reason(reason: &Option<String>, service: &str) -> String {
+    with_display_names(reason.as_deref().unwrap_or_default(), service)
 }
 
 /// The name of a backend's state, as JSON has it.

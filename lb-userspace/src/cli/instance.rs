@@ -16,6 +16,21 @@ pub fn display_name(id: &str, service: &str) -> String {
     nomad(id, service).unwrap_or_else(|| id.to_owned())
 }
 
+/// A text about instances of `service`, such as a reason, with that name in the place of each of Nomad's
+/// ids.
+pub fn with_display_names(text: &str, service: &str) -> String {
+    let (mut named, mut rest) = (String::new(), text);
+    let is_end = |character: char| matches!(character, '`' | ',') || character.is_whitespace();
+    while let Some(begin) = rest.find(PREFIX) {
+        let (before, id) = rest.split_at(begin);
+        let (id, after) = id.split_at(id.find(is_end).unwrap_or(id.len()));
+        named += before;
+        named += &display_name(id, service);
+        rest = after;
+    }
+    named + rest
+}
+
 /// The short id of an allocation, as Nomad's own tools show it: the first eight digits.
 pub fn short_allocation(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
@@ -64,6 +79,30 @@ fn before_service<'a>(text: &'a str, service: &str) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_within_texts_are_named_too() {
+        let [one, two] =
+            ["39e25890-23fb-7513-b98f-97a5310046ad", "0fb48a2c-23fb-7513-b98f-97a5310046ad"]
+                .map(|alloc| format!("{PREFIX}{alloc}-group-web-hello-http"));
+        let rows = [
+            (
+                format!("also registered as `c1/{one}`, `c2/{two}`"),
+                "also registered as `c1/alloc 39e25890 web`, `c2/alloc 0fb48a2c web`",
+            ),
+            (
+                format!("the ports given by `{one}` and 2 more are ignored: no"),
+                "the ports given by `alloc 39e25890 web` and 2 more are ignored: no",
+            ),
+            (format!("{one} is odd"), "alloc 39e25890 web is odd"),
+            (one.clone(), "alloc 39e25890 web"),
+            (format!("`{PREFIX}` and `web-1`"), "`_nomad-task-` and `web-1`"),
+            (String::new(), ""),
+        ];
+        for (text, expected) in rows {
+            assert_eq!(with_display_names(&text, "hello"), expected);
+        }
+    }
 
     #[test]
     fn containers_are_in_the_path_of_their_cgroup() {
