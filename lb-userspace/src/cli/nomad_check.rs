@@ -14,8 +14,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::dns::runs_nomad;
+use super::dns::is_nomads;
 use crate::admin::http;
+use crate::dns;
 
 /// What was looked at, and the finding, or the problem and its fix. Nothing of it is required.
 pub type NomadFinding = (String, Result<String, (String, String)>);
@@ -57,7 +58,7 @@ pub fn networks(host: &ContainerHost) -> Vec<NomadFinding> {
     let configured = networks.iter().filter_map(|network| network.found.as_ref().ok()).flatten();
     let configured: BTreeSet<&str> = configured.map(|bridge| &*bridge.name).collect();
     let bridges = bridges(&root.join("sys/class/net"), &configured);
-    let is_client = runs_nomad(root) || bridges.contains_key("nomad");
+    let is_client = is_nomads(root);
     let mut found = Vec::new();
     if let Some(plugins) = plugins(root, is_client, &networks) {
         found.push(("CNI plugins".to_owned(), plugins));
@@ -68,7 +69,32 @@ pub fn networks(host: &ContainerHost) -> Vec<NomadFinding> {
         let is_reached = *is_intercepted || dns.iter().any(|address| !address.ip().is_loopback());
         found.push(("names in containers".to_owned(), names(is_reached)));
     }
+    if !is_intercepted && let Some(problem) = docker_servers(root, dns) {
+        found.push(("names in Docker's containers".to_owned(), Err(problem)));
+    }
     found
+}
+
+/// That Docker's configuration names other resolvers than nohop, which listens at `dns`.
+fn docker_servers(root: &Path, dns: &[SocketAddr]) -> Option<(String, String)> {
+    let text = fs::read(root.join("etc/docker/daemon.json")).ok()?;
+    let config: Value = serde_json::from_slice(&text).ok()?;
+    let servers = config["dns"].as_array()?.iter().filter_map(Value::as_str);
+    let is_other = |server: &&str| {
+        let server = server.parse().map(|ip| SocketAddr::new(ip, 53));
+        !server.is_ok_and(|server| dns::leads_to_own(server, dns))
+    };
+    let others: Vec<&str> = servers.filter(is_other).collect();
+    let first = others.first()?;
+    Some((
+        format!(
+            "/etc/docker/daemon.json has the DNS server {}, which containers ask instead of nohop",
+            others.join(", ")
+        ),
+        format!(
+            "put nohop's address in the place of {first}: nohop dns setup --docker; or set dns.intercept"
+        ),
+    ))
 }
 
 /// A network of a CNI configuration.
@@ -463,6 +489,28 @@ mod tests {
         assert!(found.contains("cni0 (1 of its ports), nomad (2 of its ports)"), "{found}");
         assert!(found.contains("bridge_network_hairpin_mode = true"), "{found}");
         assert!(found.contains("note names in containers: dns.listen has loopback"), "{found}");
+    }
+
+    #[test]
+    fn dockers_own_dns_servers_are_compared() {
+        let rows = [
+            (r#"{"dns": ["192.0.2.1", "169.254.53.53"]}"#, "has the DNS server 192.0.2.1,"),
+            (r#"{"dns": ["192.0.2.1", "nonsense"]}"#, "192.0.2.1, nonsense,"),
+            (r#"{"dns": ["169.254.53.53"]}"#, ""),
+            (r#"{"dns": []}"#, ""),
+            (r#"{"dns": "192.0.2.1"}"#, ""),
+            (r#"{"data-root": "/srv"}"#, ""),
+            ("{", ""),
+        ];
+        for (text, expected) in rows {
+            let host = Files::new();
+            host.write("etc/docker/daemon.json", text);
+            let found = host.check("169.254.53.53:53");
+            assert!(
+                found.contains(expected) && found.is_empty() == expected.is_empty(),
+                "{text}: {found}"
+            );
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::config::DnsConfig;
 /// Why the host isn't set up; then its files are unchanged.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ResolvedSetupError {
-    #[error("can't {action} {}: {source}; run it as root", path.display())]
+    #[error("can't {action} {}: {source}{}", path.display(), fix(source))]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{} isn't nohop's, and there is no backup of it: it stays as it is", .0.display())]
     NotOurs(PathBuf),
@@ -54,6 +54,22 @@ pub(super) enum ResolvedSetupError {
     NoUpstream,
     #[error("{0}; the files are as they were: see journalctl -u systemd-resolved")]
     Restart(String),
+}
+
+/// What helps against an error of a file.
+fn fix(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied if rustix::process::geteuid().is_root() => {
+            "; lsattr shows whether it is immutable"
+        }
+        io::ErrorKind::PermissionDenied => "; run it as root",
+        io::ErrorKind::ReadOnlyFilesystem => {
+            "; make the file system writable, or add the files to the image that it comes from"
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free space there",
+        io::ErrorKind::InvalidData => "; it isn't text: correct or remove it",
+        _ => "",
+    }
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ResolvedSetupError {
@@ -460,6 +476,36 @@ mod tests {
             assert!(matches!(result, Err(ResolvedSetupError::Edited(_))), "{result:?}");
         }
         assert_eq!(tree(root), before);
+    }
+
+    #[test]
+    fn each_failure_names_its_own_fix() {
+        let denied = match rustix::process::geteuid().is_root() {
+            true => "lsattr",
+            false => "run it as root",
+        };
+        let rows = [
+            (rustix::io::Errno::ACCESS, denied),
+            (rustix::io::Errno::PERM, denied),
+            (rustix::io::Errno::ROFS, "writable"),
+            (rustix::io::Errno::NOSPC, "free space"),
+            (rustix::io::Errno::DQUOT, "free space"),
+        ];
+        for (errno, expected) in rows {
+            let text = failed("write", Path::new("/etc/file"))(errno.into()).to_string();
+            let others = ["lsattr", "run it as root", "writable", "free space"];
+            let named: Vec<_> = others.into_iter().filter(|fix| text.contains(fix)).collect();
+            assert_eq!(named, [expected], "{text}");
+        }
+        // Another's drop-in isn't text.
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join(DROP_IN).with_file_name("zz.conf");
+        fs::create_dir_all(other.parent().unwrap()).unwrap();
+        fs::write(&other, b"\xff").unwrap();
+        let error = apply(dir.path(), &target(53)).unwrap_err().to_string();
+        assert!(
+            error.contains("zz.conf") && error.ends_with("it isn't text: correct or remove it")
+        );
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub(super) struct HostResolver {
     nameservers: Vec<SocketAddr>,
     /// Those of [`PROGRAMS`] that run.
     programs: BTreeSet<&'static str>,
+    /// Whether it is Nomad's, running or not.
+    is_nomads: bool,
 }
 
 /// The relevant programs by the kernel's name of them, which has at most 15 characters.
@@ -30,12 +32,16 @@ pub(super) fn detect(root: &Path) -> HostResolver {
         link: fs::read_link(&resolv_conf).ok(),
         nameservers: nameservers(&resolv_conf),
         programs: programs(root).collect(),
+        is_nomads: is_nomads(root),
     }
 }
 
-/// Whether Nomad runs on the host whose files are below `root`.
-pub fn runs_nomad(root: &Path) -> bool {
+/// Whether the host whose files are below `root` is Nomad's: it runs, its bridge is there, or its packages'
+/// configuration. nohop may be set up before Nomad is started.
+pub fn is_nomads(root: &Path) -> bool {
     programs(root).any(|program| program == "nomad")
+        || root.join("sys/class/net/nomad/bridge").is_dir()
+        || root.join("etc/nomad.d").is_dir()
 }
 
 /// Those of [`PROGRAMS`] that run.
@@ -70,8 +76,8 @@ pub(super) fn recommend(host: &HostResolver) -> Vec<Setup> {
     let link = host.link.as_ref().map(|link| link.display().to_string()).unwrap_or_default();
 
     let mut setups = Vec::new();
-    if runs("nomad") {
-        let reason = "Nomad runs: one address that the host and all containers reach serves every \
+    if host.is_nomads {
+        let reason = "for Nomad: one address that the host and all containers reach serves every \
                       driver, without a dns block in any job";
         setups.push((ResolverKind::Nomad, reason.to_owned()));
     }
@@ -99,7 +105,7 @@ pub(super) fn recommend(host: &HostResolver) -> Vec<Setup> {
         };
         (ResolverKind::ResolvConf, format!("/etc/resolv.conf names {named}{besides}"))
     });
-    if runs("nomad") {
+    if host.is_nomads {
         // Instead of that.
         setups[1].1.insert_str(0, "or, for programs of the host's network alone: ");
     } else if runs("dockerd") {
@@ -185,11 +191,17 @@ mod tests {
             let options: Vec<_> = recommend(&host).into_iter().map(|setup| setup.option).collect();
             assert_eq!(options.join(" "), expected, "{host:?}");
         }
+        for sign in ["sys/class/net/nomad/bridge", "etc/nomad.d"] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::create_dir_all(dir.path().join(sign)).unwrap();
+            let setups = recommend(&detect(dir.path()));
+            assert_eq!(setups[0].option, "--nomad", "not running yet: {sign}");
+        }
         let advice = |host: &HostResolver| setup_text(&SetupReport { setups: recommend(host) });
         let text = advice(&machine(stub, to_stub, &["nomad"]));
         let (first, second) = text.split_once("\n    nohop dns setup --nomad\n").unwrap();
         assert!(
-            first.starts_with("Nomad runs") && second.starts_with("or, for programs"),
+            first.starts_with("for Nomad: one address") && second.starts_with("or, for programs"),
             "{text}"
         );
         let text = advice(&HostResolver::default());

@@ -1,9 +1,14 @@
 //! Checks resolv.conf for settings that send names past nohop, or have a wrong server answer.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::config::Config;
+use crate::dns;
+
+/// The port of Consul's own DNS.
+const CONSUL_DNS_PORT: u16 = 8600;
 
 /// The problems, each with its fix. The host's files are below `root`.
 ///
@@ -11,12 +16,11 @@ use crate::config::Config;
 /// first, and any name that fails or doesn't exist below them afterwards (resolv.conf(5)).
 pub fn findings(root: &Path, config: &Config) -> Vec<(String, String)> {
     let text = fs::read(root.join("etc/resolv.conf")).unwrap_or_default();
-    let Ok(file) = resolv_conf::Config::parse(text) else {
-        return Vec::new(); // the resolver ignores it, too
-    };
+    // As for resolvers, a line that can't be understood costs only itself.
+    let (file, _) = resolv_conf::Config::parse_with_errors(&text);
     let domain = config.dns.domain.trim_matches('.');
-    let search: Vec<&str> =
-        file.get_last_search_or_domain().map(|it| it.trim_matches('.')).collect();
+    let search = file.get_last_search_or_domain().map(|it| it.trim_matches('.'));
+    let search: Vec<&str> = search.filter(|it| !it.is_empty()).collect(); // "." is the root
     let mut findings = Vec::new();
 
     let n_dots = 1 + domain.matches('.').count();
@@ -33,7 +37,8 @@ pub fn findings(root: &Path, config: &Config) -> Vec<(String, String)> {
         ));
     }
 
-    let routes = config.dns.routes.keys().map(|route| route.trim_matches('.'));
+    let routes = config.dns.routes.iter().filter(|(_, server)| server.port() == CONSUL_DNS_PORT);
+    let routes = routes.map(|(route, _)| route.trim_matches('.'));
     let foreign: Vec<&str> = routes.chain(["consul"]).collect();
     let leads_to = |searched: &&&str| {
         let below = format!("{domain}.{searched}").to_ascii_lowercase();
@@ -65,6 +70,25 @@ pub fn findings(root: &Path, config: &Config) -> Vec<(String, String)> {
             "use one address that the host and containers reach: nohop dns setup --nomad".to_owned(),
         ));
     }
+
+    let is_near = |server: &SocketAddr| {
+        server.ip().to_canonical().is_loopback() || dns::leads_to_own(*server, &config.dns.listen)
+    };
+    let (near, far): (Vec<_>, Vec<_>) = dns::nameservers(&text).partition(is_near);
+    if let (Some(near), Some(far)) = (near.first(), far.first()) {
+        let (near, far) = (near.ip(), far.ip());
+        findings.push((
+            format!(
+                "nameserver {far} is listed with {near}, and has no NAME.{domain}: musl asks both and \
+                 takes the first answer, and glibc asks it first, by turns (options rotate) or when the \
+                 other one is slow, depending on the order: then a name doesn't exist"
+            ),
+            format!(
+                "leave nameserver {near} alone in /etc/resolv.conf, and name {far} in dns.forward or \
+                 in the configuration of the resolver at {near}"
+            ),
+        ));
+    }
     findings
 }
 
@@ -87,14 +111,38 @@ mod tests {
         let far = "nameserver 192.0.2.1\n";
         let both = "nameserver 127.0.0.1\nnameserver 192.0.2.1\n";
         // resolv.conf, a bridge, the domain, and a part of each finding.
-        let table: [(&str, &str, &str, &[&str]); 14] = [
+        let table: [(&str, &str, &str, &[&str]); 23] = [
             (far, "nomad", "service", &[]),
             ("", "nomad", "service", &[]),
             ("nameserver 127.0.0.1\n", "", "service", &[]),
             ("nameserver 127.0.0.1\n", "docker0", "service", &["127.0.0.1 is each"]),
             ("nameserver 127.0.0.53\n", "nomad", "service", &["(nomad is there)"]),
             ("nameserver ::1\n", "br-0a1b", "service", &["nameserver ::1 is"]),
-            (both, "docker0", "service", &[]),
+            (both, "docker0", "service", &["nameserver 192.0.2.1 is listed with 127.0.0.1"]),
+            (
+                "nameserver 192.0.2.1\nnameserver 127.0.0.53\n",
+                "",
+                "service",
+                &["192.0.2.1 is listed"],
+            ),
+            (
+                "nameserver 203.0.113.53\nnameserver 192.0.2.1\n",
+                "",
+                "service",
+                &["with 203.0.113.53"],
+            ),
+            ("nameserver 127.0.0.1\nnameserver ::1\n", "", "service", &[]),
+            ("nameserver 192.0.2.1\nnameserver 192.0.2.2\n", "", "service", &[]),
+            ("what is this\nsearch consul\n", "", "service", &["search consul: "]),
+            (
+                "search consul\noptions ndots:two edns1 rotate\n",
+                "",
+                "service",
+                &["search consul: "],
+            ),
+            ("search .\noptions ndots:5\n", "", "service", &[]),
+            ("search corp.example\n", "", "service", &[]),
+            ("search its.example\n", "", "service", &["search its.example: "]),
             ("search consul\n", "", "service", &["search consul: "]),
             ("search corp.example dc1.Consul.\n", "", "service", &["NAME.service.dc1.Consul"]),
             ("domain service.consul\n", "", "service", &["search service.consul: "]),
@@ -114,6 +162,12 @@ mod tests {
             }
             let mut config = Config::default();
             config.dns.domain = domain.to_owned();
+            config.dns.listen.push("203.0.113.53:53".parse().unwrap());
+            for (route, server) in
+                [("corp.example", "192.0.2.1:53"), ("its.example", "192.0.2.1:8600")]
+            {
+                config.dns.routes.insert(route.to_owned(), server.parse().unwrap());
+            }
             let found = findings(root, &config);
             assert_eq!(found.len(), expected.len(), "{resolv_conf:?}: {found:?}");
             for ((detail, _), part) in found.iter().zip(expected) {

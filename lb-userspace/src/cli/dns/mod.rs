@@ -16,7 +16,7 @@ use super::args::ResolverArguments;
 use crate::config::Config;
 use target::{ResolverKind, Setup, SetupReport, ZoneServer};
 
-pub use detect::runs_nomad;
+pub use detect::is_nomads;
 pub use host::findings as resolver_findings;
 pub use query::{query, text as lookup_text};
 pub use target::setup_text;
