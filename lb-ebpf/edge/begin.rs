@@ -13,7 +13,7 @@ use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
 use crate::forward;
 use crate::maps::{self, count};
 use crate::skb::Skb;
-use crate::{hops, outcomes, reset, tables, trace};
+use crate::{hops, outcomes, syn, tables, trace};
 
 /// What becomes of a packet instead of a flow: it goes on as it came. No [`Found`] has these numbers.
 pub const PASS: u64 = 0;
@@ -42,7 +42,7 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
     if service >= EXPIRED || service == PASS {
         return service;
     }
-    if reset::nohop_edge_is_sound(skb.0) == 0 {
+    if syn::judge(skb) == 0 {
         trace::refused(EdgeCounter::BadChecksum);
         return DROP;
     }
@@ -90,6 +90,11 @@ extern "C" fn nohop_edge_admit() -> u64 {
         }
         trace::refused(EdgeCounter::UnknownFlow);
         return RESET;
+    }
+    // No host sends to itself by this one, and no packet of this edge's comes back to it.
+    if packet.source == packet.destination || maps::is_source(&packet.source, packet.is_ipv6 != 0) {
+        trace::refused(EdgeCounter::Martian);
+        return DROP;
     }
     // Before it is a connection without an answer, by which anyone could have a backend ejected.
     if hop_limit(&scratch.window, packet.is_ipv6 != 0) <= 1 {
@@ -296,11 +301,15 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, how: u64) ->
         flags |= FlowWord::LOCAL;
     }
     if packet.protocol == IPPROTO_TCP {
-        flags |= outcomes::flags_of(backend);
+        // This host itself may drop what comes from a forged address.
+        let is_conclusive = scratch.is_conclusive && !is_local;
+        flags |= outcomes::flags_of(backend, is_conclusive);
         if scratch.shows_client {
             flags |= FlowWord::SHOWS_CLIENT;
         }
-        sent_us = outcomes::now_us();
+        if is_conclusive {
+            sent_us = outcomes::now_us();
+        }
     }
     record.clear();
     for is_back in [false, true] {

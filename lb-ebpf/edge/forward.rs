@@ -19,7 +19,7 @@ use zerocopy::IntoBytes as _;
 
 use crate::fib::{self, Fib, Question, Route};
 use crate::flows::Found;
-use crate::maps::{self, Scratch, count};
+use crate::maps::{self, RecordPtr, Scratch, count};
 use crate::skb::{IP, Skb};
 use crate::{answer, hops};
 
@@ -73,7 +73,7 @@ const REPORTED: u64 = 4;
 /// One step after the other, not one within the other, as all their stacks together have 512 bytes.
 #[inline(always)]
 pub fn send(skb: &Skb, found: Found, is_syn: bool, is_again: bool) -> i32 {
-    let mut way = if found.is_local() { STAYS } else { nohop_edge_route(skb.0) };
+    let mut way = if found.is_local() { STAYS } else { nohop_edge_route(skb.0, found.0) };
     if way == LEAVES && is_again {
         way = UNRESOLVED;
     }
@@ -91,10 +91,10 @@ pub fn send(skb: &Skb, found: Found, is_syn: bool, is_again: bool) -> i32 {
     if way == STAYS { TC_ACT_UNSPEC } else { nohop_edge_leave(skb.0, way) as i32 }
 }
 
-/// Finds the way of the packet that was read, to the target that was set.
+/// Finds the way of the packet that was read, which is of this flow, to the target that was set.
 #[inline(never)]
 #[unsafe(no_mangle)]
-extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
+extern "C" fn nohop_edge_route(ctx: *mut __sk_buff, found: u64) -> u64 {
     let Some(scratch) = maps::scratch() else { return DROPPED };
     let Scratch { window, packet, target, fib, .. } = scratch;
     if hop_limit(window, packet.is_ipv6 != 0) <= 1 {
@@ -108,7 +108,10 @@ extern "C" fn nohop_edge_route(ctx: *mut __sk_buff) -> u64 {
             if !hops::is_unverified(fib, now_ms) {
                 return LEAVES;
             }
-            hops::set_verified(fib, now_ms);
+            // A proof's packet doesn't leave.
+            if !maps::record(Found(found).record()).is_some_and(RecordPtr::is_proof) {
+                hops::set_verified(fib, now_ms);
+            }
             UNRESOLVED
         }
         Route::Unresolved => UNRESOLVED,

@@ -26,6 +26,7 @@ mod outcomes;
 mod random;
 mod reset;
 mod skb;
+mod syn;
 #[path = "../src/tables.rs"]
 mod tables;
 mod trace;
@@ -61,6 +62,10 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
     let skb = Skb::of(&ctx);
     let side = skb.side();
     if side == Side::None {
+        return TC_ACT_UNSPEC;
+    }
+    // Else it would leave with it.
+    if skb.has_priority() && !skb.remove_tag() {
         return TC_ACT_UNSPEC;
     }
     let egress = fast_tc::nohop_edge_fast(skb.0);

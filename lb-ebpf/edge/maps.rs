@@ -11,11 +11,11 @@ use lb_common::{
     EdgeCounters, EdgeServiceRef, Event, EventKind, FlowAddresses6, FlowEvent, FlowKey4, FlowKey6,
     FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6, GlobalCounters, IPPROTO_ICMPV6,
     IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, MAX_OWN_ADDRESSES, N_EDGE_ACCOUNTS,
-    N_FLOW_STATES, OptionWalk, Packet, PortCursor, PortPlace, ServiceRef, ServiceStats, Target,
-    Window,
+    N_FLOW_STATES, OptionWalk, PROOF_GENERATION, Packet, PortCursor, PortPlace, ServiceRef,
+    ServiceStats, SynOptions, Target, Window,
 };
 
-use crate::flows::Side;
+use crate::flows::{Side, low};
 pub use crate::tables::add_one;
 use crate::tables::{BACKENDS, control as table_control};
 
@@ -91,7 +91,11 @@ pub struct Scratch {
     pub fib: [u32; 16],
     /// Whether the backend of the flow that is about to begin is shown the client's address.
     pub shows_client: bool,
-    /// Through the options of its SYN.
+    /// Whether a backend that is well answers the SYN that the flow is about to begin with; false for a datagram.
+    pub is_conclusive: bool,
+    /// Through the options of that SYN.
+    pub options: SynOptions,
+    /// Through them as they are changed.
     pub walk: OptionWalk,
     pub shown: Shown,
     /// The number of the [`ChoiceReason`](lb_common::ChoiceReason) by which a backend was chosen.
@@ -252,6 +256,18 @@ pub enum Source {
     V4(u32),
     /// Where it is.
     V6(*const Address),
+}
+
+/// Whether an address is one of this edge's sources.
+#[inline(always)]
+pub fn is_source(address: &Address, is_ipv6: bool) -> bool {
+    let side = if is_ipv6 {
+        let [high, low] = address.words();
+        side6(high, low)
+    } else {
+        side4(low(address))
+    };
+    side == Side::Source
 }
 
 /// The nth source address of a family.
@@ -521,6 +537,12 @@ impl RecordPtr {
             let claims = &raw mut (*self.0).claims;
             atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(claims, n.cast_unsigned());
         }
+    }
+
+    /// Whether it is that of the daemon's proof.
+    #[inline(always)]
+    pub fn is_proof(self) -> bool {
+        self.generation() == PROOF_GENERATION
     }
 
     /// Whether the flow has come to be over, or isn't one yet.

@@ -59,9 +59,13 @@ pub fn may_answer(backend_idx: u32, generation: u32) -> bool {
         && Kernel.state_of(backend_idx, maps::now_ns(), false).is_sound()
 }
 
-/// The flags of a TCP flow to a backend that is about to begin with its SYN.
+/// The flags of a TCP flow to a backend that is about to begin with its SYN. One that a sound backend may leave without
+/// an answer isn't pending, so nothing follows from that, nor is it a trial.
 #[inline(always)]
-pub fn flags_of(backend: BackendPtr) -> u8 {
+pub fn flags_of(backend: BackendPtr, is_conclusive: bool) -> u8 {
+    if !is_conclusive {
+        return FlowWord::IN_FLIGHT;
+    }
     let trial = if backend.ejection().is_claimed() { FlowWord::TRIAL } else { 0 };
     FlowWord::IN_FLIGHT | FlowWord::PENDING | trial
 }
@@ -75,6 +79,9 @@ pub fn begun(record: RecordPtr) {
     {
         let (ejection, now_ns) = (backend.ejection(), maps::now_ns());
         backend.set_ejection(EjectionWord::of(ejection.at(now_ns).begin_trial(now_ns, &limits)));
+    }
+    if record.word().flags & FlowWord::PENDING == 0 {
+        return add(backend, 1, 0);
     }
     if backend.pending() <= 0 || backend.unanswered_since_us() == 0 {
         store!(backend.unanswered_since_us = now_us());
@@ -141,7 +148,8 @@ fn settle(record: RecordPtr, record_idx: u32) {
             Some(Sign::Closed)
         } else {
             let is_reset = either & FlowWord::FIN == 0 && word.backend & FlowWord::RST != 0;
-            is_reset.then_some(Sign::Reset)
+            // What wasn't pending may be refused, too.
+            is_reset.then_some(if is_answered { Sign::Reset } else { Sign::Refused })
         };
     }
     if is_open != (flags & FlowWord::IN_FLIGHT != 0) {

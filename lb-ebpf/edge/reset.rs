@@ -1,8 +1,8 @@
-//! The RST that answers a packet of no flow, by the interface that it came by; and whether a SYN's checksum is right.
+//! The RST that answers a packet of no flow, by the interface that it came by.
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_l4_csum_replace;
-use lb_common::{IPPROTO_TCP, WINDOW_LEN, checksum_offset, is_checksum_right, make_reset};
+use lb_common::{checksum_offset, make_reset};
 use zerocopy::IntoBytes as _;
 
 use crate::answer::send_back;
@@ -14,23 +14,6 @@ use crate::skb::{IP, Skb};
 #[unsafe(no_mangle)]
 pub extern "C" fn nohop_edge_reset(ctx: *mut __sk_buff) -> u64 {
     send(&Skb(ctx)).unwrap_or(TC_ACT_SHOT as u64)
-}
-
-/// Whether the packet that was read may be answered: a SYN whose checksum is wrong isn't, and anyone could have a
-/// backend ejected for its silence. One with so much data that it isn't whole in the window is taken for right.
-#[inline(never)]
-#[unsafe(no_mangle)]
-pub extern "C" fn nohop_edge_is_sound(ctx: *mut __sk_buff) -> u64 {
-    let Some(scratch) = maps::scratch() else { return 0 };
-    let packet = &scratch.packet;
-    if packet.protocol != IPPROTO_TCP
-        || packet.len > WINDOW_LEN as u32
-        || is_checksum_right(&scratch.window, packet)
-    {
-        return 1;
-    }
-    // One that the network card is to complete.
-    is_partial(&Skb(ctx), IP + packet.l4 + checksum_offset(IPPROTO_TCP)).unwrap_or(false).into()
 }
 
 #[inline(always)]
@@ -54,7 +37,7 @@ fn send(skb: &Skb) -> Option<u64> {
 /// Whether a packet has only the pseudo-header's part of its checksum, which the network card completes: the
 /// kernel's helper leaves that alone if anything else differs (`inet_proto_csum_replace_by_diff`).
 #[inline(always)]
-fn is_partial(skb: &Skb, at: u32) -> Option<bool> {
+pub fn is_partial(skb: &Skb, at: u32) -> Option<bool> {
     let (mut before, mut after) = (0u16, 0u16);
     if !skb.load(at, before.as_mut_bytes()) {
         return None;

@@ -3,7 +3,9 @@
 use core::hint::black_box;
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes};
+use aya_ebpf::helpers::generated::{
+    bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+};
 use aya_ebpf::programs::TcContext;
 use lb_common::{WINDOW_LEN, Window};
 
@@ -12,6 +14,8 @@ use crate::maps;
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
+/// The VLAN's number in a tag.
+const VLAN_ID: u32 = 0xfff;
 /// The address in the Ethernet header is the interface's (linux/if_packet.h).
 const PACKET_HOST: u32 = 0;
 /// The length of an Ethernet header, where that of IP begins.
@@ -82,11 +86,26 @@ impl Skb {
         read!(self.gso_size)
     }
 
+    /// Whether it has a tag that names no VLAN but a priority alone (IEEE 802.1Q, VLAN ID 0): the interface's own
+    /// packets, as those without.
+    #[inline(always)]
+    pub fn has_priority(&self) -> bool {
+        read!(self.vlan_present) != 0 && read!(self.vlan_tci) & VLAN_ID == 0
+    }
+
+    /// Takes its tag off. Returns whether that was possible.
+    #[inline(always)]
+    pub fn remove_tag(&self) -> bool {
+        // SAFETY: the helper takes the context; pointers into the packet are read again.
+        unsafe { bpf_skb_vlan_pop(self.0) == 0 }
+    }
+
     /// Whose packet it may be, by where it goes to. What isn't sent to this interface, such as another edge's
     /// packets in promiscuous mode, and what is a VLAN device's, is left to others.
     #[inline(always)]
     pub fn side(&self) -> Side {
-        if read!(self.pkt_type) != PACKET_HOST || read!(self.vlan_present) != 0 {
+        let is_of_vlan = read!(self.vlan_present) != 0 && !self.has_priority();
+        if read!(self.pkt_type) != PACKET_HOST || is_of_vlan {
             return Side::None;
         }
         const DESTINATION4: usize = IP as usize + 16;

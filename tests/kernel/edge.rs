@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, Map, MapData};
@@ -148,18 +149,7 @@ pub fn start_server(container: &Container, address: IpAddr, letter: char) {
 /// The same in this thread's network namespace.
 pub fn start_server_here(address: IpAddr, letter: char) {
     let listener = TcpListener::bind((address, PORT)).unwrap();
-    let socket = UdpSocket::bind((address, PORT)).unwrap();
-    let of_datagrams = std::thread::spawn(move || {
-        let mut message = [0; 2_048];
-        loop {
-            let (len, peer) = socket.recv_from(&mut message).unwrap();
-            if len == 0 {
-                break;
-            }
-            let answer = format!("{letter} {} {len}", peer.ip());
-            socket.send_to(answer.as_bytes(), peer).unwrap();
-        }
-    });
+    let of_datagrams = answer_datagrams(address, letter);
     std::thread::spawn(move || {
         loop {
             let (mut stream, peer) = listener.accept().unwrap();
@@ -177,6 +167,22 @@ pub fn start_server_here(address: IpAddr, letter: char) {
             stream.write_all(&request).unwrap();
         }
     });
+}
+
+/// The part of that for datagrams, until one is empty.
+pub fn answer_datagrams(address: IpAddr, letter: char) -> JoinHandle<()> {
+    let socket = UdpSocket::bind((address, PORT)).unwrap();
+    std::thread::spawn(move || {
+        let mut message = [0; 2_048];
+        loop {
+            let (len, peer) = socket.recv_from(&mut message).unwrap();
+            if len == 0 {
+                break;
+            }
+            let answer = format!("{letter} {} {len}", peer.ip());
+            socket.send_to(answer.as_bytes(), peer).unwrap();
+        }
+    })
 }
 
 /// Ends the server's threads, soon.
@@ -230,31 +236,53 @@ pub fn ask(from: IpAddr, to: SocketAddr, message: &[u8]) -> std::io::Result<Stri
     Ok(String::from_utf8_lossy(&answer[..len]).into_owned())
 }
 
+/// The addresses of one family.
+#[derive(Clone, Copy)]
+pub struct Ends {
+    pub client: IpAddr,
+    pub vip: SocketAddr,
+    pub backend: IpAddr,
+    pub source: IpAddr,
+}
+
+/// Those of a flow to [`web`], by IPv4 and by IPv6.
+pub fn ends() -> [Ends; 2] {
+    let [client, vip, backend, source] =
+        ["fd51::2", "fd99::10", "fd07::2", "fd07::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
+    [
+        Ends {
+            client: CLIENT.into(),
+            vip: (PUBLIC, 80).into(),
+            backend: BACKEND.into(),
+            source: SOURCE.into(),
+        },
+        Ends { client, vip: (vip, 80).into(), backend, source },
+    ]
+}
+
+/// Three requests by TCP of each family, of at most `len` octets, and two by UDP.
+pub fn exchange(network: &Network, len: usize) {
+    for Ends { client, vip, backend, source } in ends() {
+        start_server(&network.backend, backend, 'A');
+        for len in [1, 1_000, len] {
+            let answer = network.client.run(move || request(vip, &vec![7; len]));
+            assert_eq!(answer.unwrap(), format!("A {source} {len}"));
+        }
+        let answers =
+            network.client.run(move || [1, 1_001].map(|len| ask(client, vip, &vec![7; len])));
+        let expected = [1, 1_001].map(|len| format!("A {source} {len}"));
+        assert_eq!(answers.map(Result::unwrap), expected);
+        end_server(&network.backend, backend);
+    }
+}
+
 /// TCP and UDP, of both families, short and long.
 pub fn clients_reach_backends() {
     inside(|| {
         let (place, network) = (place(), Network::new());
         let datapath = serve(&place, vec![web()]);
-        let families: [(IpAddr, IpAddr, IpAddr, IpAddr); 2] = [
-            (CLIENT.into(), PUBLIC.into(), BACKEND.into(), SOURCE.into()),
-            (
-                "fd51::2".parse().unwrap(),
-                "fd99::10".parse().unwrap(),
-                "fd07::2".parse().unwrap(),
-                "fd07::1".parse().unwrap(),
-            ),
-        ];
-        for (client, vip, backend, source) in families {
-            start_server(&network.backend, backend, 'A');
-            let vip = SocketAddr::new(vip, 80);
-            for len in [1usize, 1_000, 300_000] {
-                let answer = network.client.run(move || request(vip, &vec![7; len]));
-                assert_eq!(answer.unwrap(), format!("A {source} {len}"));
-            }
-            for len in [1usize, 1_001] {
-                let answer = network.client.run(move || ask(client, vip, &vec![7; len]));
-                assert_eq!(answer.unwrap(), format!("A {source} {len}"));
-            }
+        exchange(&network, 300_000);
+        for Ends { client, vip, backend, source } in ends() {
             let flows: Vec<_> =
                 flows(&datapath).into_iter().filter(|flow| flow.vip == vip).collect();
             assert_eq!(flows.len(), 5, "{flows:?}");
@@ -270,7 +298,6 @@ pub fn clients_reach_backends() {
                 assert_eq!(flow.state, state, "{flow:?}");
                 assert!(flow.packets >= 2 && flow.bytes > 0, "{flow:?}");
             }
-            stop_server(&network.backend, backend);
         }
         assert_eq!(count(&datapath, "flows_begun"), 10);
         let counters = datapath.counters();
@@ -600,7 +627,7 @@ pub fn a_backend_is_here() {
     });
 }
 
-/// Reverse-path filters, and an interface that goes and comes.
+/// Reverse-path filters, an interface that goes and comes, and one that is renamed.
 pub fn interfaces_change() {
     inside(|| {
         let (place, network) = (place(), Network::new());
@@ -623,6 +650,22 @@ pub fn interfaces_change() {
         };
         assert_eq!(modes(&datapath), [("out".to_owned(), true), ("in".to_owned(), false)]);
         network.add_in();
+        datapath.fix();
+        assert_eq!(modes(&datapath), [("out".to_owned(), true), ("in".to_owned(), true)]);
+        assert_eq!(answer(&network), Ok(expected.clone()));
+
+        let rename = |before: &str, after: &str| {
+            ip(&format!("link set {before} down"));
+            ip(&format!("link set {before} name {after}"));
+            ip(&format!("link set {after} up"));
+        };
+        rename("out", "other");
+        datapath.fix();
+        assert_eq!(modes(&datapath), [("out".to_owned(), false), ("in".to_owned(), true)]);
+        let n_begun = count(&datapath, "flows_begun");
+        answer(&network).unwrap_err();
+        assert_eq!(count(&datapath, "flows_begun"), n_begun, "by an interface of another name");
+        rename("other", "out");
         datapath.fix();
         assert_eq!(modes(&datapath), [("out".to_owned(), true), ("in".to_owned(), true)]);
         assert_eq!(answer(&network), Ok(expected));

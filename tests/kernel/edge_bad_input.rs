@@ -1,6 +1,6 @@
 //! The unit `edge` and packets that aren't as they should be, and links of other kinds.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use lb_userspace::datapath::{Datapath, EdgeOptions};
 
 use crate::edge::{
-    BACKEND, CLIENT, LONG, Network, PUBLIC, SOURCE, apply, ask, count, options, place, request,
-    serve, serve_with, start_server, stop_server, web,
+    BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, ends, exchange,
+    options, place, public, request, serve, serve_with, start_server, stop_server, web,
 };
 use crate::names::Container;
 use crate::netns::{inside, ip};
@@ -27,10 +27,10 @@ fn mac(device: &str) -> [u8; 6] {
     octets.try_into().unwrap()
 }
 
-/// Sends a packet by `v1` of this thread's network namespace, as it is.
-fn send(to: [u8; 6], packet: &[u8]) {
+/// Sends a packet by `v1` of this thread's network namespace, as it is, behind a VLAN tag or none.
+fn send([to, from]: [[u8; 6]; 2], tag: &[u8], packet: &[u8]) {
     let kind: u16 = if packet[0] >> 4 == 6 { 0x86dd } else { 0x0800 };
-    let frame = [&to[..], &mac("v1"), &kind.to_be_bytes(), packet].concat();
+    let frame = [&to[..], &from, tag, &kind.to_be_bytes(), packet].concat();
     let name = std::ffi::CString::new("v1").unwrap();
     // SAFETY: the name lives until the call ends; the address is a sockaddr_ll of the length that is named, and the
     // frame as long.
@@ -64,42 +64,90 @@ fn checksum(sum: u32) -> [u8; 2] {
     (!(((once & 0xffff) + (once >> 16)) as u16)).to_be_bytes()
 }
 
-/// A packet of a client's to a VIP's port 80 or 81: with these options or extension headers, which are of so many
-/// octets as the family wants.
-fn packet(source: IpAddr, protocol: u8, port: u16, options: &[u8]) -> Vec<u8> {
-    let mut l4 = match protocol {
-        TCP => vec![0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 5 << 4, SYN, 4, 0, 0, 0, 0, 0],
-        _ => vec![0, 0, 0, 0, 0, 12, 0, 0, 1, 2, 3, 4],
-    };
-    l4[..2].copy_from_slice(&7_001u16.to_be_bytes());
-    l4[2..4].copy_from_slice(&port.to_be_bytes());
-    let at = if protocol == TCP { 16 } else { 6 };
-    let addresses = match source {
-        IpAddr::V4(ip) => [ip.octets(), PUBLIC.octets()].concat(),
-        IpAddr::V6(ip) => [ip.octets(), vip6().octets()].concat(),
-    };
-    let of_l4 = checksum(sum(&addresses) + u32::from(protocol) + l4.len() as u32 + sum(&l4));
-    l4[at..at + 2].copy_from_slice(&of_l4);
-    match source {
-        IpAddr::V4(_) => {
-            let header = 20 + options.len();
-            let mut ip = vec![0x40 | (header / 4) as u8, 0, 0, 0, 0, 0, 0, 0, 64, protocol, 0, 0];
-            ip[2..4].copy_from_slice(&((header + l4.len()) as u16).to_be_bytes());
-            ip.extend(addresses);
-            ip.extend(options);
-            seal(&mut ip);
-            ip.extend(l4);
-            ip
-        }
-        IpAddr::V6(_) => {
-            // The extension header names the protocol.
-            let next = if options.is_empty() { protocol } else { 60 };
-            let mut ip = vec![0x60, 0, 0, 0, 0, 0, next, 64];
-            ip[4..6].copy_from_slice(&((options.len() + l4.len()) as u16).to_be_bytes());
-            ip.extend(addresses);
-            ip.extend(options);
-            ip.extend(l4);
-            ip
+/// A packet of a client's to a VIP.
+#[derive(Clone)]
+struct Spec {
+    source: IpAddr,
+    protocol: u8,
+    from_port: u16,
+    port: u16,
+    hops: u8,
+    tcp_flags: u8,
+    /// Options of IPv4, or extension headers of IPv6, of so many octets as the family wants.
+    options: Vec<u8>,
+    /// The number of the first extension header.
+    extension: u8,
+    tcp_options: Vec<u8>,
+    data: Vec<u8>,
+}
+
+/// Destination options, and a fragment's header (RFC 8200, sections 4.5 and 4.6).
+const DESTINATION: u8 = 60;
+const FRAGMENT: u8 = 44;
+const ROUTING: u8 = 43;
+
+fn tcp(source: IpAddr) -> Spec {
+    Spec {
+        source,
+        protocol: TCP,
+        from_port: 7_001,
+        port: 80,
+        hops: 64,
+        tcp_flags: SYN,
+        options: Vec::new(),
+        extension: DESTINATION,
+        tcp_options: Vec::new(),
+        data: Vec::new(),
+    }
+}
+
+fn udp(source: IpAddr) -> Spec {
+    Spec { protocol: UDP, data: vec![1, 2, 3, 4], ..tcp(source) }
+}
+
+impl Spec {
+    fn packet(&self) -> Vec<u8> {
+        let Spec { source, protocol, port, hops, options, tcp_options, data, .. } = self;
+        let mut l4 = match *protocol {
+            TCP => {
+                let offset = ((20 + tcp_options.len()) as u8 / 4) << 4;
+                vec![0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, offset, self.tcp_flags, 4, 0, 0, 0, 0, 0]
+            }
+            _ => vec![0, 0, 0, 0, 0, 8 + data.len() as u8, 0, 0],
+        };
+        l4.extend(tcp_options);
+        l4.extend(data);
+        l4[..2].copy_from_slice(&self.from_port.to_be_bytes());
+        l4[2..4].copy_from_slice(&port.to_be_bytes());
+        let at = if *protocol == TCP { 16 } else { 6 };
+        let addresses = match source {
+            IpAddr::V4(ip) => [ip.octets(), PUBLIC.octets()].concat(),
+            IpAddr::V6(ip) => [ip.octets(), vip6().octets()].concat(),
+        };
+        let of_l4 = checksum(sum(&addresses) + u32::from(*protocol) + l4.len() as u32 + sum(&l4));
+        l4[at..at + 2].copy_from_slice(&of_l4);
+        match source {
+            IpAddr::V4(_) => {
+                let header = 20 + options.len();
+                let first = 0x40 | (header / 4) as u8;
+                let mut ip = vec![first, 0, 0, 0, 0, 0, 0, 0, *hops, *protocol, 0, 0];
+                ip[2..4].copy_from_slice(&((header + l4.len()) as u16).to_be_bytes());
+                ip.extend(addresses);
+                ip.extend(options);
+                seal(&mut ip);
+                ip.extend(l4);
+                ip
+            }
+            IpAddr::V6(_) => {
+                // The extension header names the protocol.
+                let next = if options.is_empty() { *protocol } else { self.extension };
+                let mut ip = vec![0x60, 0, 0, 0, 0, 0, next, *hops];
+                ip[4..6].copy_from_slice(&((options.len() + l4.len()) as u16).to_be_bytes());
+                ip.extend(addresses);
+                ip.extend(options);
+                ip.extend(l4);
+                ip
+            }
         }
     }
 }
@@ -116,99 +164,160 @@ fn vip6() -> Ipv6Addr {
     "fd99::10".parse().unwrap()
 }
 
+/// The IPv6 extension header of a fragment of a datagram: from this eight octets on, and whether more follow.
+fn fragment(offset: u16, is_more: bool) -> Vec<u8> {
+    let [high, low] = (offset << 3 | u16::from(is_more)).to_be_bytes();
+    vec![UDP, 0, high, low, 0, 0, 0, 7]
+}
+
 /// Each is dropped and counted by its own reason, or served where it is sound; no backend is the worse for it.
 pub fn packets_that_are_not_right() {
     inside(|| {
         let (place, network) = (place(), Network::new());
         let datapath = serve(&place, vec![web()]);
-        let to = mac("out");
+        let macs = [mac("out"), network.client.run(|| mac("v1"))];
         let client: IpAddr = CLIENT.into();
         let client6: IpAddr = "fd51::2".parse().unwrap();
-        let changed = |source, protocol, change: &dyn Fn(&mut Vec<u8>)| {
-            let mut packet = packet(source, protocol, 80, &[]);
+        let changed = |spec: Spec, change: &dyn Fn(&mut Vec<u8>)| {
+            let mut packet = spec.packet();
             change(&mut packet);
-            if source.is_ipv4() {
+            if spec.source.is_ipv4() {
                 seal(&mut packet);
             }
             packet
         };
-        let from = |ip: [u8; 4]| packet(Ipv4Addr::from(ip).into(), TCP, 80, &[]);
-        let from6 = |ip: &str| packet(ip.parse::<Ipv6Addr>().unwrap().into(), TCP, 80, &[]);
+        let from = |ip: &str| tcp(ip.parse().unwrap()).packet();
+        let with = |spec: Spec, change: &dyn Fn(&mut Spec)| {
+            let mut spec = spec;
+            change(&mut spec);
+            spec.packet()
+        };
+        // Destination options, with a PadN.
+        let extension = |next: u8| [next, 0, 1, 4, 0, 0, 0, 0];
+        let six = [extension(DESTINATION); 6].concat();
+        let of_flow = |len: usize| {
+            let inner = udp(client).packet();
+            let mut error =
+                [&[3, 4, 0, 0, 0, 0, 5, 0][..], &inner[..len.min(inner.len())]].concat();
+            let sum = checksum(sum(&error));
+            error[2..4].copy_from_slice(&sum);
+            let mut ip = vec![0x45, 0, 0, 20 + error.len() as u8, 0, 0, 0, 0, 64, 1, 0, 0];
+            ip.extend([CLIENT.octets(), PUBLIC.octets()].concat());
+            seal(&mut ip);
+            [ip, error].concat()
+        };
+        let mut header_sum = tcp(client).packet();
+        header_sum[10] ^= 1;
+        let mut header_sum_udp = udp(client).packet();
+        header_sum_udp[10] ^= 1;
         let cases: Vec<(&str, &str, Vec<u8>)> = vec![
             (
                 "an IPv4 packet that is cut short",
                 "bad_header",
-                changed(client, TCP, &|it| it.truncate(30)),
+                changed(tcp(client), &|it| it.truncate(30)),
             ),
             (
                 "an IPv4 length beyond the packet",
                 "bad_header",
-                changed(client, TCP, &|it| it[3] = 200),
+                changed(tcp(client), &|it| it[3] = 200),
             ),
-            ("an IPv4 header of 16 octets", "bad_header", changed(client, TCP, &|it| it[0] = 0x44)),
+            ("an IPv4 length of 0", "bad_header", changed(tcp(client), &|it| it[3] = 0)),
+            ("an IPv4 header of 16 octets", "bad_header", changed(tcp(client), &|it| it[0] = 0x44)),
             (
                 "an IPv4 header beyond its packet",
                 "bad_header",
-                changed(client, TCP, &|it| it[0] = 0x4f),
+                changed(tcp(client), &|it| it[0] = 0x4f),
             ),
+            ("IPv5", "bad_header", changed(tcp(client), &|it| it[0] = 0x55)),
             (
                 "a TCP header of 16 octets",
                 "bad_header",
-                changed(client, TCP, &|it| it[32] = 4 << 4),
+                changed(tcp(client), &|it| it[32] = 4 << 4),
             ),
             (
                 "a TCP header beyond its packet",
                 "bad_header",
-                changed(client, TCP, &|it| it[32] = 15 << 4),
+                changed(tcp(client), &|it| it[32] = 15 << 4),
             ),
+            ("from port 0", "bad_header", changed(tcp(client), &|it| it[20..22].fill(0))),
             (
                 "a UDP length beyond the packet",
                 "bad_header",
-                changed(client, UDP, &|it| it[25] = 99),
+                changed(udp(client), &|it| it[25] = 99),
             ),
-            ("a UDP length of 4", "bad_header", changed(client, UDP, &|it| it[25] = 4)),
+            ("a UDP length of 4", "bad_header", changed(udp(client), &|it| it[25] = 4)),
             (
                 "an IPv6 packet that is cut short",
                 "bad_header",
-                changed(client6, TCP, &|it| it.truncate(50)),
+                changed(tcp(client6), &|it| it.truncate(50)),
             ),
             (
                 "an IPv6 length beyond the packet",
                 "bad_header",
-                changed(client6, TCP, &|it| it[5] = 200),
+                changed(tcp(client6), &|it| it[5] = 200),
             ),
             (
                 "an IPv6 packet without a length",
                 "bad_header",
-                changed(client6, TCP, &|it| it[5] = 0),
+                changed(tcp(client6), &|it| it[5] = 0),
             ),
-            ("from 127.0.0.1", "martian", from([127, 0, 0, 1])),
-            ("from 0.0.0.0", "martian", from([0, 0, 0, 0])),
-            ("from a multicast address", "martian", from([224, 0, 0, 1])),
-            ("from the broadcast address", "martian", from([255, 255, 255, 255])),
-            ("from ::1", "martian", from6("::1")),
-            ("from a link-local address", "martian", from6("fe80::1")),
-            ("from an IPv6 multicast address", "martian", from6("ff02::1")),
-            ("a first fragment", "fragment", changed(client, UDP, &|it| it[6] = 0x20)),
-            ("a later fragment", "fragment", changed(client, UDP, &|it| it[7] = 1)),
-            ("a wrong checksum", "bad_checksum", changed(client, TCP, &|it| it[36] ^= 1)),
+            (
+                "more extension headers than are followed",
+                "bad_header",
+                with(udp(client6), &|it| it.options = [&six[..], &extension(UDP)].concat()),
+            ),
+            ("an ICMP error about a part of a header", "bad_header", of_flow(12)),
+            ("from 127.0.0.1", "martian", from("127.0.0.1")),
+            ("from 0.0.0.0", "martian", from("0.0.0.0")),
+            ("from a multicast address", "martian", from("224.0.0.1")),
+            ("from the broadcast address", "martian", from("255.255.255.255")),
+            ("from ::1", "martian", from("::1")),
+            ("from a link-local address", "martian", from("fe80::1")),
+            ("from an IPv6 multicast address", "martian", from("ff02::1")),
+            ("from the VIP itself", "martian", from("203.0.113.10")),
+            ("from the IPv6 VIP itself", "martian", from("fd99::10")),
+            ("from edge.source", "martian", from("10.7.0.1")),
+            ("from edge.source of IPv6", "martian", from("fd07::1")),
+            ("a first fragment", "fragment", changed(udp(client), &|it| it[6] = 0x20)),
+            ("a later fragment", "fragment", changed(udp(client), &|it| it[7] = 1)),
+            (
+                "a first fragment of IPv6",
+                "fragment",
+                with(udp(client6), &|it| {
+                    (it.extension, it.options) = (FRAGMENT, fragment(0, true))
+                }),
+            ),
+            (
+                "the last fragment of IPv6",
+                "fragment",
+                with(udp(client6), &|it| {
+                    (it.extension, it.options) = (FRAGMENT, fragment(9, false))
+                }),
+            ),
+            ("a hop limit of 1", "hop_limit", with(tcp(client), &|it| it.hops = 1)),
+            ("a hop limit of 0", "hop_limit", with(udp(client), &|it| it.hops = 0)),
+            ("a hop limit of 1 of IPv6", "hop_limit", with(tcp(client6), &|it| it.hops = 1)),
+            ("a wrong checksum", "bad_checksum", changed(tcp(client), &|it| it[36] ^= 1)),
             (
                 "a wrong checksum over IPv6",
                 "bad_checksum",
-                changed(client6, TCP, &|it| it[56] ^= 1),
+                changed(tcp(client6), &|it| it[56] ^= 1),
             ),
-            ("a port that no service has", "no_frontend", packet(client, UDP, 81, &[])),
-            ("IPv4 options", "flows_begun", packet(client, UDP, 80, &[1, 1, 1, 0])),
-            // Destination options (RFC 8200, section 4.6), with a PadN.
+            ("a wrong checksum of the IPv4 header", "bad_checksum", header_sum),
+            ("the same of a datagram", "bad_checksum", header_sum_udp),
+            ("a SYN with a FIN", "unknown_flow", with(tcp(client), &|it| it.tcp_flags = 3)),
+            ("no flags of TCP", "unknown_flow", with(tcp(client), &|it| it.tcp_flags = 0)),
+            ("a port that no service has", "no_frontend", with(udp(client), &|it| it.port = 81)),
+            ("IPv4 options", "flows_begun", with(udp(client), &|it| it.options = vec![1, 1, 1, 0])),
             (
                 "an extension header",
                 "flows_begun",
-                packet(client6, UDP, 80, &[UDP, 0, 1, 4, 0, 0, 0, 0]),
+                with(udp(client6), &|it| it.options = extension(UDP).into()),
             ),
         ];
-        for (what, reason, packet) in cases {
+        let counted = |what: &str, reason: &str, tag: &'static [u8], packet: Vec<u8>| {
             let before = (count(&datapath, reason), count(&datapath, "flows_begun"));
-            network.client.run(move || send(to, &packet));
+            network.client.run(move || send(macs, tag, &packet));
             let start = Instant::now();
             while count(&datapath, reason) == before.0 {
                 assert!(start.elapsed() < LONG, "{what}: {:?}", datapath.edge_counts());
@@ -218,7 +327,17 @@ pub fn packets_that_are_not_right() {
             if reason != "flows_begun" {
                 assert_eq!(count(&datapath, "flows_begun"), before.1, "{what}");
             }
+        };
+        for (what, reason, packet) in cases {
+            counted(what, reason, &[], packet);
         }
+        // A whole packet in one fragment (RFC 6946); a tag that names no VLAN.
+        let other = |source| Spec { from_port: 7_002, ..udp(source) };
+        let whole = with(other(client6), &|it| {
+            (it.extension, it.options) = (FRAGMENT, fragment(0, false));
+        });
+        counted("a fragment that is all", "flows_begun", &[], whole);
+        counted("a tag of a priority", "flows_begun", &[0x81, 0, 0xe0, 0], other(client).packet());
         start_server(&network.backend, BACKEND.into(), 'A');
         let vip = SocketAddr::from((PUBLIC, 80));
         let answer = network.client.run(move || request(vip, b"?"));
@@ -227,24 +346,63 @@ pub fn packets_that_are_not_right() {
     });
 }
 
-fn both_families_answer(network: &Network, len: usize) {
-    for (backend, vip, source, client) in [
-        (IpAddr::from(BACKEND), IpAddr::from(PUBLIC), IpAddr::from(SOURCE), IpAddr::from(CLIENT)),
-        (
-            "fd07::2".parse().unwrap(),
-            vip6().into(),
-            "fd07::1".parse().unwrap(),
-            "fd51::2".parse().unwrap(),
-        ),
-    ] {
-        start_server(&network.backend, backend, 'A');
-        let vip = SocketAddr::new(vip, 80);
-        let answer = network.client.run(move || request(vip, &vec![7; len]));
-        assert_eq!(answer.unwrap(), format!("A {source} {len}"));
-        let answer = network.client.run(move || ask(client, vip, b"?"));
-        assert_eq!(answer.unwrap(), format!("A {source} 1"));
-        stop_server(&network.backend, backend);
-    }
+/// Of SYNs that a backend may drop though it is well no failure follows, or anyone could have it ejected.
+pub fn syns_that_show_nothing() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let vips = ends().map(|ends| ends.vip);
+        // No host has these.
+        let silent = [(SILENT, PORT).into(), "[fd07::9]:8080".parse().unwrap()];
+        let mut datapath = serve(&place, vec![public("web", &silent, &vips)]);
+        let macs = [mac("out"), network.client.run(|| mac("v1"))];
+        let [client, client6] = ends().map(|ends| ends.client);
+        let md5 = [&[1, 1, 19, 18][..], &[7; 16]].concat();
+        let route = [&[TCP, 2, 0, 1, 0, 0, 0, 0][..], &[0xfd; 16]].concat();
+        let long = vec![8, 99, 0, 0];
+        let cases = [
+            ("a hop limit of 2", Spec { hops: 2, ..tcp(client) }),
+            ("a hop limit of 2 of IPv6", Spec { hops: 2, ..tcp(client6) }),
+            ("TCP's MD5", Spec { tcp_options: md5, ..tcp(client) }),
+            ("an option beyond its header", Spec { tcp_options: long, ..tcp(client6) }),
+            ("a source route", Spec { options: vec![131, 7, 4, 10, 7, 0, 9, 0], ..tcp(client) }),
+            ("a routing header", Spec { extension: ROUTING, options: route, ..tcp(client6) }),
+            ("data that isn't whole here", Spec { data: vec![7; 200], ..tcp(client) }),
+        ];
+        let indices = datapath.indices("web").unwrap();
+        let [v4, v6] = silent.map(|address| indices.backends[&address]);
+        let (counters, mut n_begun) = (datapath.counters(), 0);
+        let mut begin = |what: &str, spec: Spec| {
+            n_begun += 1;
+            let packet = Spec { from_port: 7_000 + n_begun, ..spec }.packet();
+            network.client.run(move || send(macs, &[], &packet));
+            let start = Instant::now();
+            while count(&datapath, "flows_begun") < n_begun.into() {
+                assert!(start.elapsed() < LONG, "{what}: {:?}", datapath.edge_counts());
+                std::thread::yield_now();
+            }
+            [v4, v6].map(|idx| counters.outcomes(idx).pending)
+        };
+        for (what, spec) in cases {
+            assert_eq!(begin(what, spec), [0, 0], "{what}");
+        }
+        assert_eq!(begin("a usual one", tcp(client)), [1, 0]);
+        assert_eq!(begin("one of IPv6", tcp(client6)), [1, 1]);
+        datapath.sweep_edge_after(Duration::from_secs(3_600));
+        assert_eq!([v4, v6].map(|idx| counters.backend_failures(idx)), [1, 1]);
+        assert_eq!([v4, v6].map(|idx| counters.outcomes(idx).in_flight), [0, 0]);
+
+        // That a backend refuses them shows what it always does.
+        apply(&mut datapath, vec![public("other", &[(BACKEND, PORT).into()], &[vips[0]])]);
+        let packet = Spec { hops: 3, ..tcp(client) }.packet();
+        network.client.run(move || send(macs, &[], &packet));
+        let idx = datapath.indices("other").unwrap().backends[&(BACKEND, PORT).into()];
+        let start = Instant::now();
+        while counters.ejected(idx).is_none() {
+            assert!(start.elapsed() < LONG, "{:?}", datapath.edge_counts());
+            std::thread::yield_now();
+        }
+        assert_eq!(counters.outcomes(idx).in_flight, 0);
+    });
 }
 
 /// Frames of 9,000 octets on both sides.
@@ -258,7 +416,7 @@ pub fn jumbo_frames() {
             container.run(|| ip("link set v1 mtu 9000"));
         }
         let datapath = serve(&place, vec![web()]);
-        both_families_answer(&network, 300_000);
+        exchange(&network, 300_000);
         assert_eq!(count(&datapath, "too_long"), 0);
     });
 }
@@ -330,9 +488,9 @@ pub fn vlans() {
         add_vlan("in", &network.backend, addresses);
         let interfaces = ["out.7", "in.7"].map(str::to_owned).into();
         let mut datapath = serve_with(&place, vec![web()], EdgeOptions { interfaces, ..options() });
-        both_families_answer(&network, 300_000);
+        exchange(&network, 300_000);
         let n_begun = |datapath: &Datapath| count(datapath, "flows_begun");
-        assert_eq!(n_begun(&datapath), 4);
+        assert_eq!(n_begun(&datapath), 10);
         // Named by the interface below, packets with a tag aren't its own.
         datapath.configure_edge(Some(options()));
         apply(&mut datapath, vec![web()]);
@@ -343,6 +501,6 @@ pub fn vlans() {
         let status = datapath.edge_status().unwrap();
         let message = status.interfaces[0].message.as_deref().unwrap_or_default();
         assert!(message.contains("VLAN tags of out.7") || message.contains("XDP"), "{status:?}");
-        assert_eq!(n_begun(&datapath), 4);
+        assert_eq!(n_begun(&datapath), 10);
     });
 }

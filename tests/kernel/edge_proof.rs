@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use aya::maps::{Array, Map, MapData};
 use lb_userspace::datapath::{Datapath, EdgeOptions, Proof};
 
 use crate::edge::{
@@ -33,7 +34,12 @@ pub fn passes_and_fails() {
             networks.push(network.parse().unwrap());
         }
         let mut datapath = serve_with(&place, vec![near], EdgeOptions { networks, ..options() });
+        // As if no neighbour had been verified for long: that is left to packets that leave.
+        let pin = MapData::from_pin(place.pin("v3/maps/EDGE_NEIGHBOURS")).unwrap();
+        let mut times: Array<_, u32> = Map::Array(pin).try_into().unwrap();
+        (0..times.len()).for_each(|idx| times.set(idx, u32::MAX / 2, 0).unwrap());
         datapath.fix();
+        assert!(times.iter().all(|time| time.unwrap() == u32::MAX / 2));
         assert_eq!(datapath.edge_status().unwrap().proofs, [PASSED, PASSED]);
         assert_eq!(flows(&datapath), []);
         // Two interfaces, two families, two directions.

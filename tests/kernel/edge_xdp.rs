@@ -2,23 +2,19 @@
 //! (`ethtool -K tx off`), unless a trial is about those that leave it to the network card.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use aya::maps::{Array, Map, MapData, MapInfo};
-use aya::programs::loaded_programs;
+use aya::maps::{Array, Map, MapData};
 use lb_common::{EdgeInterface, N_EDGE_INTERFACES};
-use lb_userspace::datapath::{Datapath, EdgeMode};
+use lb_userspace::datapath::{Datapath, EdgeMode, EdgeOptions};
 
 use crate::edge::{
-    BACKEND, CLIENT, LONG, Network, PUBLIC, SOURCE, apply, ask, count, end_server, options, place,
+    BACKEND, LONG, Network, PORT, PUBLIC, SOURCE, apply, count, ends, exchange, options, place,
     public, request, serve, start_server, stop_server, web,
 };
+use crate::fixture::Place;
 use crate::netns::{inside, ip};
-use crate::pins::bpftool;
 use crate::rollback;
 
 const ETHTOOL_STXCSUM: u32 = 0x17;
@@ -43,7 +39,7 @@ fn ethtool(device: &str, command: u32, is_on: bool) {
 }
 
 /// The network whose ends take packets from XDP, and compute checksums themselves or leave it to the card.
-fn network(has_checksums: bool) -> Network {
+pub fn network(has_checksums: bool) -> Network {
     let network = Network::new();
     for container in [&network.client, &network.backend] {
         container.run(move || {
@@ -67,40 +63,13 @@ fn by_xdp(datapath: &Datapath) -> [u64; 2] {
     ["xdp_tx", "xdp_redirect"].map(|name| count(datapath, name))
 }
 
-/// Requests of both families and protocols.
-fn exchange(network: &Network) {
-    let families: [(IpAddr, IpAddr, IpAddr, IpAddr); 2] = [
-        (CLIENT.into(), PUBLIC.into(), BACKEND.into(), SOURCE.into()),
-        (
-            "fd51::2".parse().unwrap(),
-            "fd99::10".parse().unwrap(),
-            "fd07::2".parse().unwrap(),
-            "fd07::1".parse().unwrap(),
-        ),
-    ];
-    for (client, vip, backend, source) in families {
-        start_server(&network.backend, backend, 'A');
-        let vip = SocketAddr::new(vip, 80);
-        for len in [1usize, 1_000, 300_000] {
-            let answer = network.client.run(move || request(vip, &vec![7; len]));
-            assert_eq!(answer.unwrap(), format!("A {source} {len}"));
-        }
-        let answers = network.client.run(move || {
-            let ask = |len| ask(client, vip, &vec![7; len]).unwrap();
-            [1usize, 1_001].map(ask)
-        });
-        assert_eq!(answers, [1, 1_001].map(|len| format!("A {source} {len}")));
-        end_server(&network.backend, backend);
-    }
-}
-
 /// What is established goes by XDP, from one interface to the other; the receivers verify all checksums.
 pub fn established_flows() {
     inside(|| {
         let (place, network) = (place(), network(true));
         let datapath = serve(&place, vec![web()]);
         assert_eq!(modes(&datapath), [(EdgeMode::XdpAndTcx, None), (EdgeMode::XdpAndTcx, None)]);
-        exchange(&network);
+        exchange(&network, 300_000);
         let [sent_back, redirected] = by_xdp(&datapath);
         assert_eq!(sent_back, 0);
         // Some 210 full segments of each family there, as many back.
@@ -135,33 +104,51 @@ pub fn checksums_left_to_the_card() {
         let (place, network) = (place(), network(false));
         let datapath = serve(&place, vec![web()]);
         assert_eq!(modes(&datapath), [(EdgeMode::XdpAndTcx, None), (EdgeMode::XdpAndTcx, None)]);
-        exchange(&network);
+        exchange(&network, 300_000);
         assert_eq!(by_xdp(&datapath), [0, 0]);
     });
+}
+
+/// An edge with clients and backends behind one interface. The backends, each with its VIP.
+fn serve_one_arm(place: &Place, network: &Network) -> (Datapath, [(IpAddr, SocketAddr); 2]) {
+    network.client.run(|| ip("addr add 198.51.100.3/24 dev v1"));
+    let mut datapath = place.start();
+    let sources = ["198.51.100.1", "fd51::1"].map(|ip| ip.parse().unwrap()).into();
+    let interfaces = vec!["out".to_owned()];
+    datapath.configure_edge(Some(EdgeOptions { interfaces, sources, ..options() }));
+    let backends: [IpAddr; 2] = ["198.51.100.3", "fd51::2"].map(|ip| ip.parse().unwrap());
+    let vips = ends().map(|ends| ends.vip);
+    apply(&mut datapath, vec![public("web", &backends.map(|ip| (ip, PORT).into()), &vips)]);
+    (datapath, [0, 1].map(|family| (backends[family], vips[family])))
+}
+
+/// Sends long requests to both; after each `is_right` has how many packets were sent back, and redirected.
+fn request_one_arm(
+    network: &Network,
+    (datapath, served): &(Datapath, [(IpAddr, SocketAddr); 2]),
+    is_right: impl Fn([u64; 2]) -> bool,
+) {
+    for &(backend, vip) in served {
+        start_server(&network.client, backend, 'A');
+        let before = by_xdp(datapath);
+        let answer = network.client.run(move || request(vip, &[7; 100_000])).unwrap();
+        assert!(answer.ends_with(" 100000"), "{answer}");
+        let after = by_xdp(datapath);
+        let n = [after[0] - before[0], after[1] - before[1]];
+        assert!(is_right(n), "{vip}: {:?}", datapath.edge_counts());
+        stop_server(&network.client, backend);
+    }
 }
 
 /// Client and backend behind one interface.
 pub fn one_arm() {
     inside(|| {
         let (place, network) = (place(), network(true));
-        network.client.run(|| ip("addr add 198.51.100.3/24 dev v1"));
-        let mut datapath = place.start();
-        let sources = vec!["198.51.100.1".parse().unwrap()];
-        datapath.configure_edge(Some(lb_userspace::datapath::EdgeOptions {
-            interfaces: vec!["out".to_owned()],
-            sources,
-            ..options()
-        }));
-        let backend: IpAddr = "198.51.100.3".parse().unwrap();
-        let vip = SocketAddr::from((PUBLIC, 80));
-        apply(&mut datapath, vec![public("web", &[(backend, 8_080).into()], &[vip])]);
-        start_server(&network.client, backend, 'A');
-        let answer = network.client.run(move || request(vip, &[7; 100_000]));
-        assert_eq!(answer.unwrap(), "A 198.51.100.1 100000");
-        let [sent_back, redirected] = by_xdp(&datapath);
+        let served = serve_one_arm(&place, &network);
         // A veth has no way to send back that is sure to arrive.
-        assert!(redirected > 130 && sent_back == 0, "{:?}", datapath.edge_counts());
-        stop_server(&network.client, backend);
+        request_one_arm(&network, &served, |[n_sent_back, n_redirected]| {
+            n_redirected > 130 && n_sent_back == 0
+        });
     });
 }
 
@@ -170,21 +157,11 @@ pub fn one_arm() {
 pub fn sent_back() {
     inside(|| {
         let (place, network) = (place(), network(true));
-        network.client.run(|| ip("addr add 198.51.100.3/24 dev v1"));
         let receiver = network.client.run(|| {
             let program = rollback::program(XDP.0, XDP.1, XDP_PASS);
             rollback::link(&program, interface_index("v1"), XDP.1).unwrap()
         });
-        let mut datapath = place.start();
-        let sources = vec!["198.51.100.1".parse().unwrap(), "fd51::1".parse().unwrap()];
-        datapath.configure_edge(Some(lb_userspace::datapath::EdgeOptions {
-            interfaces: vec!["out".to_owned()],
-            sources,
-            ..options()
-        }));
-        let backends: [IpAddr; 2] = ["198.51.100.3", "fd51::2"].map(|ip| ip.parse().unwrap());
-        let vips = [(PUBLIC, 80).into(), "[fd99::10]:80".parse::<SocketAddr>().unwrap()];
-        apply(&mut datapath, vec![public("web", &backends.map(|ip| (ip, 8_080).into()), &vips)]);
+        let served = serve_one_arm(&place, &network);
         let pin = MapData::from_pin(place.pin("v3/maps/EDGE_INTERFACES")).unwrap();
         let mut entries: Array<_, [u64; 2]> = Map::Array(pin).try_into().unwrap();
         let slot = interface_index("out") % N_EDGE_INTERFACES;
@@ -193,96 +170,11 @@ pub fn sent_back() {
         entry.flags = EdgeInterface::SENDS_BACK;
         let entry: [u64; 2] = zerocopy::transmute!(entry);
         entries.set(slot, entry, 0).unwrap();
-        for (backend, vip) in backends.into_iter().zip(vips) {
-            start_server(&network.client, backend, 'A');
-            let [n_before, _] = by_xdp(&datapath);
-            let answer = network.client.run(move || request(vip, &[7; 100_000])).unwrap();
-            assert!(answer.ends_with(" 100000"), "{answer}");
-            let [n_sent_back, n_redirected] = by_xdp(&datapath);
-            assert!(n_sent_back > n_before + 130, "{vip}: {:?}", datapath.edge_counts());
-            assert_eq!(n_redirected, 0);
-            stop_server(&network.client, backend);
-        }
+        request_one_arm(&network, &served, |[n_sent_back, n_redirected]| {
+            n_sent_back > 130 && n_redirected == 0
+        });
         drop(receiver);
     });
-}
-
-/// A version takes over from an earlier one, whose programs are others, and which lacks maps that only the programs use,
-/// or has smaller ones: of the packets that go to and fro meanwhile none is lost.
-pub fn an_upgrade() {
-    inside(|| {
-        let (place, network) = (place(), network(true));
-        let datapath = serve(&place, vec![web()]);
-        start_server(&network.backend, BACKEND.into(), 'A');
-        let vip = SocketAddr::from((PUBLIC, 80));
-        let (stop, n_answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        // One question at a time: each has its answer, or the trial fails.
-        let (stops, answered) = (stop.clone(), n_answered.clone());
-        let socket = network.client.run(move || {
-            let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
-            socket.set_read_timeout(Some(LONG)).unwrap();
-            socket.connect(vip).unwrap();
-            socket
-        });
-        let client = std::thread::spawn(move || {
-            let expected = format!("A {SOURCE} 3");
-            while !stops.load(Relaxed) {
-                let mut answer = [0; 64];
-                socket.send(b"who").unwrap();
-                let len = socket.recv(&mut answer).unwrap();
-                assert_eq!(String::from_utf8_lossy(&answer[..len]), expected);
-                answered.fetch_add(1, Relaxed);
-            }
-        });
-        let stream = network.client.run(move || TcpStream::connect_timeout(&vip, LONG).unwrap());
-        let some_more = || {
-            let (n, start) = (n_answered.load(Relaxed), std::time::Instant::now());
-            while n_answered.load(Relaxed) < n + 100 {
-                assert!(!client.is_finished() && start.elapsed() < LONG);
-                std::thread::yield_now();
-            }
-        };
-        some_more();
-        let before = attached(&place);
-        drop(datapath);
-        some_more();
-        for name in ["EDGE_CACHE", "EDGE_NEIGHBOURS", "EDGE_HOPS"] {
-            std::fs::remove_file(place.pin("v3/maps").join(name)).unwrap();
-        }
-        let other = place.pin("v3/maps/EDGE_HOPS");
-        let kind = ["type", "array", "key", "4", "value", "64", "entries", "7", "name", "other"];
-        bpftool(&[["map", "create", other.to_str().unwrap()].as_slice(), &kind].concat());
-        let mut datapath = place.start();
-        datapath.configure_edge(Some(options()));
-        some_more();
-        apply(&mut datapath, vec![web()]);
-        some_more();
-        datapath.fix();
-        some_more();
-        let after = attached(&place);
-        assert!(!before.is_empty() && before.len() == after.len(), "{before:?}, {after:?}");
-        assert!(before.iter().all(|program| !after.contains(program)), "{before:?}, {after:?}");
-        stop.store(true, Relaxed);
-        client.join().unwrap();
-        assert_eq!(count(&datapath, "flows_begun"), 2);
-        let answer = network.client.run(move || {
-            let mut stream = stream;
-            stream.write_all(b"late").unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).map(|_| answer)
-        });
-        assert_eq!(answer.unwrap(), format!("A {SOURCE} 4late"));
-        stop_server(&network.backend, BACKEND.into());
-    });
-}
-
-/// The ids of the programs that have the flows of an edge.
-fn attached(place: &crate::fixture::Place) -> Vec<u32> {
-    let info = MapInfo::from_pin(place.pin("v3/maps/EDGE_RECORDS")).unwrap();
-    let has_map = |ids: Option<Vec<u32>>| ids.is_some_and(|ids| ids.contains(&info.id()));
-    let all = loaded_programs().filter_map(Result::ok);
-    all.filter(|program| program.map_ids().is_ok_and(has_map)).map(|one| one.id()).collect()
 }
 
 /// A program that is detached by hand, an interface that goes and comes, and other programs there.
@@ -298,7 +190,7 @@ pub fn attachments() {
         };
         assert_eq!((*first, *second), (both, tcx));
         assert!(message.contains("another XDP program is attached to it"), "{message}");
-        exchange(&network);
+        exchange(&network, 300_000);
         // Nothing is redirected to an interface that the program isn't attached to, nor from it.
         assert_eq!(by_xdp(&datapath), [0, 0]);
         drop(foreign);
@@ -307,7 +199,7 @@ pub fn attachments() {
         let pin = place.pin(&format!("v3/links/nohop_edge_xdp_{}", interface_index("out")));
         rollback::detach(&pin);
         until(&mut datapath, [(both, None), (both, None)].into());
-        exchange(&network);
+        exchange(&network, 300_000);
         assert!(by_xdp(&datapath)[1] > 400, "{:?}", datapath.edge_counts());
 
         // Its other end takes nothing from XDP any more.
@@ -318,7 +210,7 @@ pub fn attachments() {
         };
         assert_eq!(*first, tcx);
         assert!(message.contains("neither an XDP program nor GRO"), "{message}");
-        exchange(&network);
+        exchange(&network, 300_000);
 
         ip("link del out");
         datapath.fix();

@@ -15,6 +15,7 @@ mod edge_client;
 mod edge_proof;
 mod edge_room;
 mod edge_trace;
+mod edge_upgrade;
 mod edge_xdp;
 mod ejection;
 mod families;
@@ -100,6 +101,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_flows_are_traced", edge_trace::flows_are_traced),
     since((5, 10), "edge_ejections_are_reported", edge_trace::ejections_are_reported),
     since((5, 10), "edge_packets_that_are_not_right", edge_bad_input::packets_that_are_not_right),
+    since((5, 10), "edge_syns_that_show_nothing", edge_bad_input::syns_that_show_nothing),
     since((5, 10), "edge_vlans", edge_bad_input::vlans),
     once("edge_jumbo_frames", edge_bad_input::jumbo_frames),
     once("edge_without_forwarding", edge_bad_input::without_forwarding),
@@ -116,7 +118,8 @@ const TRIALS: &[KernelTrial] = &[
     since((6, 6), "edge_xdp_attachments", edge_xdp::attachments),
     since((6, 6), "edge_xdp_no_neighbour", edge_xdp::no_neighbour),
     since((6, 6), "edge_xdp_sent_back", edge_xdp::sent_back),
-    since((5, 10), "edge_an_upgrade", edge_xdp::an_upgrade),
+    since((5, 10), "edge_an_upgrade", edge_upgrade::between_versions),
+    once("edge_an_upgrade_of_the_layout", edge_upgrade::over_another_layout),
     since((5, 10), "edge_a_silent_neighbour", edge::a_silent_neighbour),
     once("edge_sources_come_and_go", edge::sources_come_and_go),
     once("edge_a_service_goes", edge::a_service_goes),

@@ -29,11 +29,16 @@ pub fn pin(object: &OwnedFd, path: &Path) {
     bpf(BPF_OBJ_PIN, &[name.as_ptr() as u64, object.as_raw_fd() as u64]).unwrap();
 }
 
+/// What is pinned there.
+pub fn pinned(path: &Path) -> OwnedFd {
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+    descriptor(bpf(BPF_OBJ_GET, &[name.as_ptr() as u64, 0]).unwrap())
+}
+
 /// Detaches the link that is pinned there, at once. One that only loses its pin runs for a moment
 /// longer: the kernel puts its end off to a worker (`bpf_link_put()`).
 pub fn detach(path: &Path) {
-    let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
-    let link = descriptor(bpf(BPF_OBJ_GET, &[name.as_ptr() as u64, 0]).unwrap());
+    let link = pinned(path);
     bpf(BPF_LINK_DETACH, &[link.as_raw_fd() as u64]).unwrap();
 }
 

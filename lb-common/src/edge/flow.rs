@@ -13,6 +13,8 @@ pub const MAX_EDGE_NETWORKS: usize = 4;
 pub const N_EDGE_ACCOUNTS: u32 = 16_384;
 /// How many addresses of its host an edge knows.
 pub const MAX_OWN_ADDRESSES: u32 = 4_096;
+/// The generation of the backend of a flow by which a daemon proves that the programs translate: no backend has it.
+pub const PROOF_GENERATION: u32 = u32::MAX;
 /// How many flows there is room for by default.
 pub const DEFAULT_MAX_FLOWS: u32 = 131_072;
 

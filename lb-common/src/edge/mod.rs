@@ -11,6 +11,7 @@ mod hop;
 mod packet;
 mod plain;
 mod reset;
+mod syn;
 mod translate;
 
 pub use cache::*;
@@ -22,6 +23,7 @@ pub use hop::*;
 pub use packet::*;
 pub use plain::*;
 pub use reset::*;
+pub use syn::*;
 pub use translate::*;
 
 #[cfg(any(test, fuzzing))]

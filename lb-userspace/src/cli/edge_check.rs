@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::admin::api;
 use crate::config::{Config, EdgeConfig};
-use crate::datapath::{Device, interfaces};
+use crate::datapath::{Device, interface_addresses, interfaces};
 
 /// A requirement's name, whether an edge can't work without it, and the finding, or the problem and its
 /// fix.
@@ -56,6 +56,8 @@ pub struct EdgeHost {
     pub sysctl: PathBuf,
     /// Its network interfaces, as far as the kernel reports them.
     pub devices: Vec<Device>,
+    /// Their addresses, each with the length of its network's prefix.
+    pub addresses: Vec<(String, IpAddr, u8)>,
     /// Its kernel's version, major and minor; `None` where it isn't known.
     pub kernel: Option<(u32, u32)>,
 }
@@ -64,7 +66,8 @@ impl EdgeHost {
     /// This host, on a kernel of this version.
     pub fn here(kernel: Option<(u32, u32)>) -> EdgeHost {
         let devices = interfaces().unwrap_or_default().into_values().collect();
-        EdgeHost { sys: "/sys".into(), sysctl: "/proc/sys".into(), devices, kernel }
+        let addresses = interface_addresses().unwrap_or_default();
+        EdgeHost { sys: "/sys".into(), sysctl: "/proc/sys".into(), devices, addresses, kernel }
     }
 
     /// How programs are attached at TC: by tcx from Linux 6.6 on.
@@ -128,8 +131,27 @@ pub fn check(
         let fix = "write the networks of the public VIPs, the same on all nodes".to_owned();
         found.push(("vip.public".to_owned(), false, Err((problem, fix))));
     }
+    if let Some(finding) = own_address(config, host) {
+        found.push(("addresses in vip.public".to_owned(), false, Err(finding)));
+    }
     found.push(("source ports".to_owned(), false, source_ports(host)));
     found
+}
+
+/// An address of this host that a service could take. VIPs that keepalived adds have no network of their own.
+fn own_address(config: &Config, host: &EdgeHost) -> Option<(String, String)> {
+    let is_public = |ip: &IpAddr| config.vip.public.iter().any(|network| network.contains(ip));
+    let is_host = |ip: &IpAddr, prefix: u8| prefix < if ip.is_ipv4() { 32 } else { 128 };
+    let own = host.addresses.iter().find(|(_, ip, prefix)| is_public(ip) && is_host(ip, *prefix));
+    let (device, ip, _) = own?;
+    Some((
+        format!(
+            "{ip} of {device} lies in vip.public: a service that declares it gets this host's packets, such as \
+             those of SSH"
+        ),
+        "write networks of public VIPs alone, such as one /32 or /28 in place of the whole network"
+            .to_owned(),
+    ))
 }
 
 /// Whether an address is this host's. That one can be bound to proves nothing (net.ipv4.ip_nonlocal_bind).
@@ -389,6 +411,7 @@ mod tests {
             sys: root.path().join("sys"),
             sysctl: root.path().join("sysctl"),
             devices: Vec::new(),
+            addresses: Vec::new(),
             kernel: Some((6, 1)),
         };
         write(root.path(), "sys/class/net/eth0/operstate", "up\n");
@@ -447,6 +470,12 @@ mod tests {
             r#"of web need datapath.client_address_from = ["10.0.0.2", "#,
         );
         is_wrong("source ports", "use ports from 15000 on");
+        assert!(!found.contains_key("addresses in vip.public"));
+        host.addresses = [("2001:db8::10", 128), ("2001:db9::5", 64), ("2001:db8::6", 64)]
+            .map(|(ip, prefix)| ("eth0".to_owned(), ip.parse().unwrap(), prefix))
+            .into();
+        let own = findings(&host, None)["addresses in vip.public"].clone().unwrap_err();
+        assert!(own.starts_with("2001:db8::6 of eth0 lies in vip.public"), "{own}");
 
         // What the kernel reports itself, from 6.3 on, counts more than the list of drivers.
         host.kernel = Some((6, 12));
@@ -491,6 +520,7 @@ mod tests {
             sys: root.path().join("sys"),
             sysctl: root.path().join("sysctl"),
             devices: Vec::new(),
+            addresses: Vec::new(),
             kernel: Some((6, 1)),
         };
         let mut config = Config::default();

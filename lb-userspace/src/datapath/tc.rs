@@ -159,7 +159,11 @@ impl Attached {
                 let detached = link.detach();
                 unpin(place.pin).map_err(io::Error::other).and(detached)
             }
-            Attached::Clsact => detach_filter(&interface.name, place.handle, place.direction),
+            // It may be renamed by now. With an interface its filters are gone.
+            Attached::Clsact => match nix::net::if_::if_indextoname(interface.index) {
+                Ok(name) => detach_filter(&name.to_string_lossy(), place.handle, place.direction),
+                Err(_) => Ok(()),
+            },
         };
         if let Err(error) = detached {
             tracing::debug!(

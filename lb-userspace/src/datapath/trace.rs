@@ -191,6 +191,7 @@ fn flow_refusal(number: u8) -> &'static str {
         (EdgeCounter::SynFlood, "too many first packets, while room is short"),
         (EdgeCounter::UnknownFlow, "a packet of no known flow"),
         (EdgeCounter::HopLimit, "its hop limit is used up"),
+        (EdgeCounter::Martian, "it comes from its own destination, or from edge.source"),
         (EdgeCounter::BadChecksum, "its checksum is wrong"),
     ];
     let found = refusals.into_iter().find(|(counter, _)| *counter as u32 == u32::from(number));

@@ -503,9 +503,11 @@ impl Builder {
         let mut held = Vec::new();
         for address in addresses {
             match self.claims.holder(address) {
-                Some((rank, holder)) if holder != name => {
-                    let why = match rank {
+                Some((other, holder)) if holder != name => {
+                    let why = match other {
                         ClaimRank::Configured => "by edge.vips",
+                        // As those of a file.
+                        _ if *other == rank => "equally old, whose name comes first",
                         ClaimRank::Declared(_) => "whose registration is older",
                     };
                     notes.push(format!(

@@ -13,7 +13,7 @@ use aya::maps::{MapData, PerCpuArray};
 use lb_common::{
     Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, EdgeServiceRef, EdgeSettings,
     FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend,
-    Frontend6, N_FAST_PATHS, is_long_ago,
+    Frontend6, N_FAST_PATHS, PROOF_GENERATION, is_long_ago,
 };
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -25,9 +25,6 @@ use super::super::kernel::{
 };
 use super::super::maps::FrontendKey;
 use super::super::pins::{Pins, monotonic_ns};
-
-/// The generation of the backend of a flow of the proof's, by which it is known: no backend has it.
-pub const PROOF_GENERATION: u32 = u32::MAX;
 
 /// The maps.
 #[derive(Debug)]

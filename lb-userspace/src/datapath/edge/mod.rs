@@ -50,7 +50,7 @@ use crate::table::{Service, Table};
 pub use device::{Device, all as interfaces};
 pub use flows::FlowReader;
 use kernel::{EdgeMaps, Heartbeat, RawFlow, now_ms};
-pub use sources::is_own;
+pub use sources::{is_own, of_interfaces as interface_addresses};
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus, Proof};
 use xdp::Fast;
 pub use xdp::PIN_PREFIX;
@@ -575,10 +575,11 @@ impl LoadedEdge {
     /// Of IPv4 and of IPv6; `None` where what there is isn't known.
     fn proved(&mut self, options: &EdgeOptions) -> Option<[Proof; 2]> {
         let devices = device::all().ok()?;
-        let mut taken = sources::all_own().ok()?;
+        let own = sources::of_interfaces().ok()?;
+        let mut taken: BTreeSet<IpAddr> = own.iter().map(|(_, ip, _)| *ip).collect();
         // Where a VIP of the interface's own network is announced it is unreachable.
         taken.extend(self.present.keys().map(|key| key.address));
-        Some([false, true].map(|is_ipv6| self.proved_of(is_ipv6, options, &devices, &taken)))
+        Some([false, true].map(|is_ipv6| self.proved_of(is_ipv6, options, &devices, &own, &taken)))
     }
 
     /// Of one address family, by all interfaces; what is known of it where there is no room for a flow.
@@ -587,6 +588,7 @@ impl LoadedEdge {
         is_ipv6: bool,
         options: &EdgeOptions,
         devices: &BTreeMap<u32, Device>,
+        own: &[(String, IpAddr, u8)],
         taken: &BTreeSet<IpAddr>,
     ) -> Proof {
         let LoadedEdge { ebpf, maps, attached, fast, forwards, proofs, .. } = self;
@@ -603,11 +605,10 @@ impl LoadedEdge {
         let vip = options.networks.iter().map(IpNet::network).find(is_of)?;
         let mut proof = None;
         for Interface { name, index } in attached.iter().map(|attached| &attached.interface) {
-            let networks = sources::of_interface(name).unwrap_or_default();
-            let neighbour =
-                networks.iter().filter(|(ip, _)| is_of(ip)).find_map(|&(ip, prefix)| {
-                    proof::neighbour(ip, prefix, |address| taken.contains(address))
-                });
+            let networks = own.iter().filter(|(device, ip, _)| device == name && is_of(ip));
+            let neighbour = networks.into_iter().find_map(|&(_, ip, prefix)| {
+                proof::neighbour(ip, prefix, |address| taken.contains(address))
+            });
             let (Some(neighbour), Some(device)) = (neighbour, devices.get(index)) else { continue };
             let xdp = xdp.filter(|_| fast.is_attached(*index)).and_then(|xdp| xdp.fd().ok());
             let xdp = xdp.map(|xdp| xdp.as_fd());

@@ -6,11 +6,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 
-use lb_common::{FlowAddresses6, FlowRecord, FlowWord, IPPROTO_TCP, TCP_ACK, folded};
+use lb_common::{
+    FlowAddresses6, FlowRecord, FlowWord, IPPROTO_TCP, PROOF_GENERATION, TCP_ACK, folded,
+};
 
 use super::super::bpf::test_run;
 use super::device::Device;
-use super::kernel::{EdgeMaps, PROOF_GENERATION, address_of};
+use super::kernel::{EdgeMaps, address_of};
 
 /// The ports of a proof's flow, which neither clients nor edges use.
 const CLIENT_PORT: u16 = 1;

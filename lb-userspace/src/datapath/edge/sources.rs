@@ -54,11 +54,11 @@ pub fn is_own(address: &IpAddr) -> bool {
     getifaddrs().is_ok_and(|mut all| all.any(is_it))
 }
 
-/// The addresses of an interface, each with the length of its network's prefix.
+/// The addresses of interfaces, each with the length of its network's prefix. Those of a link alone are left out.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn of_interface(name: &str) -> io::Result<Vec<(IpAddr, u8)>> {
+pub fn of_interfaces() -> io::Result<Vec<(String, IpAddr, u8)>> {
     let ip = |address: SockaddrStorage| -> Option<IpAddr> {
         let v4 = address.as_sockaddr_in().map(|own| own.ip().into());
         v4.or_else(|| address.as_sockaddr_in6().map(|own| own.ip().into()))
@@ -68,9 +68,9 @@ pub fn of_interface(name: &str) -> io::Result<Vec<(IpAddr, u8)>> {
         IpAddr::V6(mask) => mask.to_bits().leading_ones() as u8,
     };
     let network = |one: InterfaceAddress| {
-        let address = ip(one.address.filter(|_| one.interface_name == name)?)?;
+        let address = ip(one.address?)?;
         let is_of_link = matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local());
-        Some((address, ones(ip(one.netmask?)?))).filter(|_| !is_of_link)
+        Some((one.interface_name, address, ones(ip(one.netmask?)?))).filter(|_| !is_of_link)
     };
     Ok(getifaddrs()?.filter_map(network).collect())
 }

@@ -538,6 +538,11 @@ fn a_public_address_is_of_the_oldest_service_that_declares_it() {
     let older = note("c", "whose registration is older");
     assert_eq!(shown_public(&table, "b"), ("[2001:db8::1]:80".into(), vec![older]));
     assert_eq!(builder.n_built, 1);
+    catalog.insert(id("d"), public_record(first, 8, Watch::Live));
+    let table = next(&mut builder, &catalog);
+    let equal = note("c", "equally old, whose name comes first");
+    assert_eq!(shown_public(&table, "d"), ("".into(), vec![equal]));
+    catalog.remove(&id("d"));
 
     // What isn't followed keeps its claim, and connections to it pass.
     catalog.insert(id("c"), public_record(first, 8, Watch::Cold));
