@@ -1,8 +1,8 @@
 //! Files that must survive a crash and a power cut, replaced as a whole.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -55,13 +55,16 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 pub fn exposure(directory: &Path) -> Option<String> {
     const STICKY: u32 = 0o1000;
     let own = rustix::process::geteuid().as_raw();
+    let group = rustix::process::getegid().as_raw();
     let resolved = fs::canonicalize(directory);
     let directory = resolved.as_deref().unwrap_or(directory);
     directory.ancestors().find_map(|path| {
         let found = fs::metadata(path).ok()?;
         let mode = found.mode() & 0o7777;
+        let is_groups = mode & 0o020 != 0 && ![0, group].contains(&found.gid());
         // Above, names of ours can't be taken where only their owners may rename them.
-        let is_open = mode & 0o022 != 0 && (path == directory || mode & STICKY == 0);
+        let is_open =
+            (is_groups || mode & 0o002 != 0) && (path == directory || mode & STICKY == 0);
         let path = path.display();
         if ![0, own].contains(&found.uid()) {
             let uid = found.uid();
@@ -82,7 +85,9 @@ pub fn exposure(directory: &Path) -> Option<String> {
 /// Makes a directory where it is missing. What has its name and is none is named: mkdir(2) reports only that
 /// something is there.
 fn make_directory(path: &Path) -> io::Result<()> {
-    fs::create_dir_all(path).map_err(|error| match error.kind() {
+    // Whatever the umask is.
+    let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
+    made.map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => {
             io::Error::other(format!("{} isn't a directory", path.display()))
         }
@@ -152,7 +157,7 @@ fn temporary(path: &Path) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{chown, symlink};
 
     use super::*;
 
@@ -229,7 +234,6 @@ mod tests {
             (0o1777, 0o700, None),
             (0o755, 0o777, Some("state (mode 777)")),
             (0o755, 0o1777, Some("state (mode 1777)")),
-            (0o755, 0o770, Some("state (mode 770)")),
             (0o777, 0o700, Some("above (mode 777)")),
         ] {
             set(&above, above_mode).unwrap();
@@ -245,6 +249,15 @@ mod tests {
                     None => expected.is_none(),
                 };
                 assert!(is_right, "{above_mode:o} {mode:o}: {found:?}");
+            }
+        }
+        // Its own group may write to it, another not.
+        set(&above, 0o755).unwrap();
+        set(&state, 0o770).unwrap();
+        for (gid, is_open) in [(rustix::process::getegid().as_raw(), false), (65534, true)] {
+            // Only root may give it away.
+            if chown(&state, None, Some(gid)).is_ok() {
+                assert_eq!(exposure(&state).is_some(), is_open, "{gid}");
             }
         }
         // One that isn't there yet.
