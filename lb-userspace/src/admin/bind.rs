@@ -6,6 +6,9 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
 
@@ -13,6 +16,12 @@ use crate::config::AdminAddress;
 
 /// Who may use the socket: root and its group.
 const MODE: u32 = 0o660;
+
+/// The first port that any user may listen on, unless net.ipv4.ip_unprivileged_port_start is another.
+const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
+
+/// How often an address is tried that another process holds.
+pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 /// The connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -75,6 +84,51 @@ pub enum Listener {
     Unix(UnixListener, SocketFile),
     /// On an address and port.
     Tcp(TcpListener),
+    /// On an address and port, once another process has left it.
+    Waiting(Arc<WaitingListener>),
+}
+
+/// A TCP address that another process holds. Any user may take a port from 1024 on, and so it keeps no daemon
+/// from its start.
+#[derive(Debug)]
+pub struct WaitingListener {
+    address: SocketAddr,
+    is_over: AtomicBool,
+}
+
+impl WaitingListener {
+    /// What is wrong, and the fix, while it waits.
+    pub fn problem(&self) -> Option<String> {
+        let WaitingListener { address, is_over } = self;
+        let port = address.port();
+        (!is_over.load(Ordering::Relaxed)).then(|| {
+            format!(
+                "can't listen on {address}, of admin.listen: another process does; see who with ss -tlpn 'sport \
+                 = :{port}' and stop it, or choose another port"
+            )
+        })
+    }
+
+    /// Listens as soon as the address is free, which is tried every `pause`.
+    pub(super) async fn listener(&self, pause: Duration) -> TcpListener {
+        loop {
+            if let Ok(listener) = listen_tcp(self.address) {
+                tracing::info!("listening on {}: it is free now", self.address);
+                self.is_over.store(true, Ordering::Relaxed);
+                return listener;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+}
+
+/// The listeners that wait for their addresses.
+pub fn waiting(listeners: &[Listener]) -> Vec<Arc<WaitingListener>> {
+    let waiting = |listener: &Listener| match listener {
+        Listener::Waiting(waiting) => Some(waiting.clone()),
+        Listener::Unix(..) | Listener::Tcp(_) => None,
+    };
+    listeners.iter().filter_map(waiting).collect()
 }
 
 /// The file of a unix socket, removed on drop.
@@ -104,7 +158,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Listens on each address. The directory of a unix socket is created if it is missing, a stale socket
+/// Listens on each address, or has that wait where any user's process may hold it. The directory of a unix socket is created if it is missing, a stale socket
 /// is replaced, and root's group may use the new one (0660).
 ///
 /// Call it within a tokio runtime.
@@ -133,15 +187,28 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
             listener.set_nonblocking(true).map_err(refused)?;
             Ok(Listener::Unix(UnixListener::from_std(listener).map_err(refused)?, file))
         }
-        AdminAddress::Tcp(socket_address) => {
-            let listener = std::net::TcpListener::bind(socket_address).map_err(refused)?;
-            listener.set_nonblocking(true).map_err(refused)?;
-            // Its connections inherit it.
-            rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER)
-                .map_err(|error| refused(error.into()))?;
-            Ok(Listener::Tcp(TcpListener::from_std(listener).map_err(refused)?))
-        }
+        AdminAddress::Tcp(socket_address) => match listen_tcp(*socket_address) {
+            Ok(listener) => Ok(Listener::Tcp(listener)),
+            Err(error)
+                if error.kind() == ErrorKind::AddrInUse
+                    && socket_address.port() >= FIRST_UNPRIVILEGED_PORT =>
+            {
+                let is_over = AtomicBool::new(false);
+                let waiting = WaitingListener { address: *socket_address, is_over };
+                tracing::error!("{}", waiting.problem().unwrap_or_default());
+                Ok(Listener::Waiting(Arc::new(waiting)))
+            }
+            Err(error) => Err(refused(error)),
+        },
     }
+}
+
+fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    // Its connections inherit it.
+    rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER)?;
+    TcpListener::from_std(listener)
 }
 
 /// Binds a socket to a path. Its file has at most the rights of [`MODE`] from the first moment: Linux
@@ -293,10 +360,19 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 
+    /// Any user may hold such a port.
     #[tokio::test]
-    async fn a_port_in_use_is_named() {
+    async fn a_port_in_use_is_named_and_waited_for() {
         let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = AdminAddress::Tcp(holder.local_addr().unwrap());
-        assert!(matches!(bind(&[address]).unwrap_err(), BindError::InUse(_)));
+        let address = holder.local_addr().unwrap();
+        let listeners = bind(&[AdminAddress::Tcp(address)]).unwrap();
+        let [waiting] = &waiting(&listeners)[..] else { panic!("{listeners:?}") };
+        assert!(waiting.problem().unwrap().contains(&address.to_string()));
+        let pause = Duration::from_millis(1);
+        // It is polled once.
+        tokio::time::timeout(Duration::ZERO, waiting.listener(pause)).await.unwrap_err();
+        drop(holder);
+        assert_eq!(waiting.listener(pause).await.local_addr().unwrap(), address);
+        assert_eq!(waiting.problem(), None);
     }
 }

@@ -59,7 +59,7 @@ impl ListenerLimits {
     ) -> ListenerLimits {
         let (kind, max_wait, shared_for) = match listener {
             Listener::Unix(..) => (0, Duration::MAX, Duration::ZERO),
-            Listener::Tcp(_) => (1, MAX_TCP_WAIT, SHARED_FOR),
+            Listener::Tcp(_) | Listener::Waiting(_) => (1, MAX_TCP_WAIT, SHARED_FOR),
         };
         ListenerLimits {
             may_change: matches!(listener, Listener::Unix(..)),

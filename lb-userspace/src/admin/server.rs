@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::bind::Listener;
+use super::bind::{Listener, RETRY};
 use super::connection::{HttpPeer, spawn};
 use super::limits::ListenerLimits;
 use super::origin::TcpAccess;
@@ -52,10 +52,16 @@ pub(super) async fn serve_for<V: View>(
 }
 
 async fn accept<V: View>(listener: Listener, limits: Arc<ListenerLimits>, view: Arc<V>) {
+    let listener = match listener {
+        Listener::Waiting(waiting) => Listener::Tcp(waiting.listener(RETRY).await),
+        listener => listener,
+    };
     let mut connections = JoinSet::new();
     let mut is_failing = false;
     loop {
         let accepted = match &listener {
+            // It was replaced.
+            Listener::Waiting(_) => return,
             Listener::Unix(listener, _) => {
                 let stream = listener.accept().await;
                 stream.map(|(stream, _)| {

@@ -516,7 +516,7 @@ async fn tcp_takes_no_connection_from_the_unix_socket() {
     let listeners = bind(&[AdminAddress::Unix(path.clone()), AdminAddress::Tcp(tcp)]).unwrap();
     let address = listeners.iter().find_map(|listener| match listener {
         Listener::Tcp(listener) => listener.local_addr().ok(),
-        Listener::Unix(..) => None,
+        Listener::Unix(..) | Listener::Waiting(_) => None,
     });
     let view = Arc::new(Fake::new(at(1, 0)));
     let server = tokio::spawn(serve(listeners, access(), view, Handle::current()));

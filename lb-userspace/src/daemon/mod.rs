@@ -290,6 +290,7 @@ impl Daemon {
             tracer: tracer.clone(),
             deadline_problem,
             exposed,
+            waiting: admin::waiting(&admin_listeners),
             public_routes,
             edge_vips,
             n_returned,

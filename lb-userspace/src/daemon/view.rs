@@ -23,7 +23,7 @@ use super::recorder::Recorder;
 use super::reload::{self, ReloadCounts, Request};
 use super::trace::Tracer;
 use crate::admin::prometheus::Histogram;
-use crate::admin::{At, TraceFilter, TraceRefusal, View, api};
+use crate::admin::{At, TraceFilter, TraceRefusal, View, WaitingListener, api};
 use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
 use crate::config::keys::{Key, values};
 use crate::config::{Config, Unrouted};
@@ -64,6 +64,8 @@ pub struct DaemonView {
     pub(super) deadline_problem: watch::Receiver<Option<String>>,
     /// That others may change what is in the state directory, since the start.
     pub(super) exposed: Option<String>,
+    /// Addresses of the admin interface that other processes hold.
+    pub(super) waiting: Vec<Arc<WaitingListener>>,
     pub(super) public_routes: watch::Receiver<edge::PublicRoutes>,
     pub(super) edge_vips: watch::Receiver<BTreeMap<String, SocketAddr>>,
     /// Ejections that probes ended.
@@ -90,6 +92,7 @@ impl View for DaemonView {
         problems.extend(self.recorder.problem());
         problems.extend(self.drains.problems());
         problems.extend(self.exposed.clone());
+        problems.extend(self.waiting.iter().filter_map(|listener| listener.problem()));
         problems.extend(self.deadline_problem.borrow().clone());
         let routes = self.public_routes.borrow().clone();
         problems.extend(routes.problem.clone());
