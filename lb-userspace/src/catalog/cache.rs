@@ -64,6 +64,10 @@ struct Body {
     names_at: Option<Millis>,
     #[serde(default)]
     names_filtered: bool,
+    #[serde(default)]
+    names_index: u64,
+    #[serde(default)]
+    lists_consul: bool,
     services: BTreeMap<Arc<str>, Line>,
 }
 
@@ -75,6 +79,8 @@ struct Line {
     used: Option<Millis>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     filtered: bool,
+    #[serde(default)]
+    index: u64,
     #[serde(default, skip_serializing_if = "<[_]>::is_empty")]
     instances: Arc<[Instance]>,
 }
@@ -114,6 +120,7 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
             answered: remembered.answered_at.map(|at| now.millis(at)),
             used: remembered.used_at.map(|at| now.millis(at)),
             filtered: remembered.filtered,
+            index: remembered.index,
             instances: remembered.instances.clone(),
         };
         (name.clone(), line)
@@ -124,6 +131,8 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
         off: memory.off,
         names_at: memory.names_at.map(|at| now.millis(at)),
         names_filtered: memory.names_filtered,
+        names_index: memory.names_index,
+        lists_consul: memory.lists_consul,
         services: services.collect(),
     };
     let write = || -> io::Result<()> {
@@ -199,6 +208,7 @@ fn remember(body: Body, now: Now, max_age: Duration) -> SavedCatalog {
             instances: if answered_at.is_some() { line.instances } else { Arc::default() },
             answered_at,
             filtered: line.filtered,
+            index: line.index,
             used_at: line.used.and_then(|at| now.instant(at, Duration::MAX)),
         };
         (name, remembered)
@@ -209,6 +219,8 @@ fn remember(body: Body, now: Now, max_age: Duration) -> SavedCatalog {
         off: body.off,
         names_at: body.names_at.and_then(|at| now.instant(at, max_age)),
         names_filtered: body.names_filtered,
+        names_index: body.names_index,
+        lists_consul: body.lists_consul,
         services: services.collect(),
     }
 }
@@ -242,6 +254,7 @@ mod tests {
             answered_at: Some(now),
             used_at: Some(now),
             filtered: true,
+            index: 7,
         };
         SavedCatalog {
             origin: "here".into(),
@@ -249,6 +262,8 @@ mod tests {
             off: true,
             names_at: Some(now),
             names_filtered: true,
+            names_index: 9,
+            lists_consul: true,
             services: [("web".into(), web), ("cold".into(), SavedService::default())].into(),
         }
     }

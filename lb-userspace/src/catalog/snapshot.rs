@@ -21,6 +21,10 @@ pub struct SavedCatalog {
     pub names_at: Option<Instant>,
     /// Whether that answer left something out for the token's sake.
     pub names_filtered: bool,
+    /// The index of the list of names that was applied last; 0 for none.
+    pub names_index: u64,
+    /// Whether that list had Consul's own service.
+    pub lists_consul: bool,
     /// Every name of the list, and what is known of it.
     pub services: BTreeMap<Arc<str>, SavedService>,
 }
@@ -58,6 +62,8 @@ pub struct SavedService {
     pub answered_at: Option<Instant>,
     /// Whether the answer that brought them left something out for the token's sake.
     pub filtered: bool,
+    /// The index of that answer; 0 for none.
+    pub index: u64,
     /// When somebody on this node last used it.
     pub used_at: Option<Instant>,
 }

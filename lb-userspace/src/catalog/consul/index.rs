@@ -34,11 +34,11 @@ pub enum IndexCheck {
 /// How an answer's index relates to that of the answer applied before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IndexMove {
-    /// Higher, or there is nothing to compare.
+    /// Higher, or none was applied before.
     Forward,
     /// The same: nothing has changed in Consul's state.
     None,
-    /// Lower.
+    /// Lower, or gone.
     Backward,
 }
 
@@ -86,10 +86,21 @@ impl IndexTracker {
         self.applied = self.last;
     }
 
-    /// How the index of the last answer relates to that of the last one applied.
+    /// The index of the last answer that was applied; 0 where there was none, or it had none.
+    pub fn applied_index(&self) -> u64 {
+        self.applied
+    }
+
+    /// Sets that index, as an earlier watch had it: the answers of this one are compared with it.
+    pub fn resume(&mut self, applied: u64) {
+        self.applied = applied;
+    }
+
+    /// How the index of the last answer relates to that of the last one applied. Consul's answers have an
+    /// index, so one without it, after one that had it, is as one from the past.
     pub fn moved(&self) -> IndexMove {
         match (self.last, self.applied) {
-            (0, _) | (_, 0) => IndexMove::Forward,
+            (_, 0) => IndexMove::Forward,
             (last, applied) if last < applied => IndexMove::Backward,
             (last, applied) if last == applied => IndexMove::None,
             _ => IndexMove::Forward,
@@ -217,9 +228,12 @@ mod tests {
             (Some(9), false, IndexMove::Forward),
             (Some(3), false, IndexMove::Backward),
             (Some(3), false, IndexMove::Backward),
-            (None, false, IndexMove::Forward),
+            (None, false, IndexMove::Backward),
+            (Some(0), false, IndexMove::Backward),
             (Some(9), true, IndexMove::Forward),
             (Some(9), true, IndexMove::None),
+            (None, true, IndexMove::Backward),
+            (None, true, IndexMove::Forward),
         ] {
             tracker.answered(index);
             assert_eq!(tracker.moved(), moved, "{index:?}");

@@ -207,6 +207,8 @@ impl Machine {
             return;
         }
         self.has_saved = true;
+        self.list = Poller::resumed(saved.names_index, self.started);
+        self.lists_consul = saved.lists_consul;
         self.is_off = saved.off;
         self.effects.push(Effect::SetOff(saved.off));
         self.effects.push(Effect::MarkEarlierSuccess(names_at));
@@ -601,7 +603,6 @@ impl Machine {
         let now = evidence.now;
         match self.store.assess(name, &answer, evidence) {
             Assessment::Apply => {
-                self.store.edit_live(name, |live| live.poller.applied());
                 self.answered.push((name.clone(), news_at));
                 self.mark_success(news_at);
                 let is_gone = answer.instances.as_ref().is_none_or(Vec::is_empty);
@@ -902,6 +903,8 @@ impl Machine {
         saved.origin = self.settings.origin();
         saved.off = self.is_off;
         saved.names_at = self.list.answered_at();
+        saved.names_index = self.list.applied_index();
+        saved.lists_consul = self.lists_consul;
         self.effects.push(Effect::Save(Arc::new(saved), flushing));
     }
 }

@@ -90,6 +90,18 @@ impl Poller {
         }
     }
 
+    /// As [`Poller::new`], after an earlier watch that applied an answer with this index; 0 for none.
+    pub fn resumed(applied: u64, now: Instant) -> Self {
+        let mut poller = Poller::new(now);
+        poller.tracker.resume(applied);
+        poller
+    }
+
+    /// The index of the last answer that was applied; 0 for none.
+    pub fn applied_index(&self) -> u64 {
+        self.tracker.applied_index()
+    }
+
     /// The mode of the request under way, or else of the next one.
     pub fn mode(&self) -> ReadMode {
         self.tracker.mode()

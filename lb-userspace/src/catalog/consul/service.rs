@@ -28,6 +28,8 @@ pub struct ServiceState {
     pub answered_at: Option<Instant>,
     /// Whether ACLs filtered the answer that was applied last.
     pub is_filtered: bool,
+    /// The index of the answer that was applied last; 0 for none. It outlives the watch.
+    pub index: u64,
     /// Whether its instances were removed because the list lacks the name, and no answer has been applied
     /// since.
     is_emptied: bool,
@@ -120,10 +122,10 @@ impl Contents {
 }
 
 impl Live {
-    /// A watch that begins now.
-    pub fn new(now: Instant) -> Live {
+    /// A watch that begins now, after one that applied an answer with this index; 0 for none.
+    pub fn new(index: u64, now: Instant) -> Live {
         Live {
-            poller: Poller::new(now),
+            poller: Poller::resumed(index, now),
             request: None,
             since: now,
             is_followed: false,
@@ -176,6 +178,7 @@ impl ServiceState {
             contents: Contents::Pending,
             answered_at: None,
             is_filtered: false,
+            index: 0,
             is_emptied: false,
             hold_down: HoldDown::default(),
             held_down: None,
@@ -187,6 +190,7 @@ impl ServiceState {
     pub fn restored(saved: &SavedService, node: &Node) -> ServiceState {
         let mut service = ServiceState::new(Presence::Listed);
         (service.answered_at, service.is_filtered) = (saved.answered_at, saved.filtered);
+        service.index = saved.index;
         if saved.answered_at.is_some() {
             service.contents.set(saved.instances.to_vec(), node);
         }
@@ -199,7 +203,13 @@ impl ServiceState {
             Contents::Service { instances, .. } => (instances.clone(), self.answered_at),
             Contents::Pending | Contents::NoService => (Arc::default(), None),
         };
-        SavedService { instances, answered_at, used_at: self.used_at, filtered: self.is_filtered }
+        SavedService {
+            instances,
+            answered_at,
+            used_at: self.used_at,
+            filtered: self.is_filtered,
+            index: self.index,
+        }
     }
 
     /// The number of instances that serve.

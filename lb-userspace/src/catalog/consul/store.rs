@@ -318,7 +318,9 @@ impl ServiceStore {
     }
 
     /// Applies a list of names: it adds names, and removes those that the list had before. A name that
-    /// vanished lingers without instances until then; one that only lost the tag goes at once.
+    /// vanished lingers without instances until then; one that only lost the tag goes at once. Of a
+    /// service that is watched its own answer decides: the list's index moves with every service, so it
+    /// can't show whether the service was deregistered or the token reads less than before.
     pub fn apply_list(&mut self, list: List, until: Instant, now: Instant) {
         let is_gone = |name: &Arc<str>, service: &ServiceState| match service.presence {
             Presence::Listed => !list.tagged.contains(name),
@@ -329,10 +331,21 @@ impl ServiceStore {
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             match list.others.contains(&name) {
                 true => self.remove(&name),
+                false if self.is_watched(&name) => self.set_presence(&name, Presence::Found),
                 false => self.empty(&name, until, now),
             }
         }
         self.add_listed(list.tagged);
+    }
+
+    /// Whether the service serves, and its own requests are answered, or will be before the first catalog.
+    fn is_watched(&self, name: &str) -> bool {
+        let Some(service) = self.by_name.get(name) else { return false };
+        let is_answered = match &service.live {
+            Some(live) => live.is_followed && live.problem.is_none(),
+            None => self.is_in_use(name),
+        };
+        service.n_serving() > 0 && is_answered
     }
 
     /// Removes the instances of a name. It lingers until then, where it is a service's and there is room
@@ -416,7 +429,9 @@ impl ServiceStore {
     }
 
     fn start(&mut self, name: &Arc<str>, now: Instant) {
-        self.edit(name, |service, _| service.live = Some(Box::new(Live::new(now))));
+        self.edit(name, |service, _| {
+            service.live = Some(Box::new(Live::new(service.index, now)));
+        });
     }
 
     fn stop(&mut self, name: &Arc<str>) {
@@ -483,7 +498,13 @@ impl ServiceStore {
     /// Applies an answer about a live service. An unknown name is ignored.
     pub fn apply(&mut self, name: &Arc<str>, answer: ServiceAnswer, now: Instant) {
         let is_in_use = self.is_in_use(name);
-        self.edit(name, |service, node| service.apply(answer, node, is_in_use, now));
+        self.edit(name, |service, node| {
+            if let Some(live) = &mut service.live {
+                live.poller.applied();
+                service.index = live.poller.applied_index();
+            }
+            service.apply(answer, node, is_in_use, now);
+        });
     }
 
     /// Withholds an answer about a live service.
@@ -537,21 +558,41 @@ impl ServiceStore {
         let applies = |reason: Reason| {
             !serves || reason == Reason::Filtered || evidence.moved != IndexMove::Forward
         };
+        let own = suspicion::own_reason(evidence, service.is_filtered);
+        // What ACLs hide of one service they hide of others, whose index moved for another reason.
+        let hidden = self.hidden_until(now);
         // What Consul itself reports of the list it would report of the service as well.
         let of_list = self.list_suspicion.map(|suspicion| suspicion.reason);
-        let reason = suspicion::own_reason(evidence, service.is_filtered)
+        let reason = own
             .or(of_list.filter(|reason| *reason != Reason::Filtered))
             .or_else(|| self.is_mass().then_some(Reason::Mass))
+            .or(hidden.map(|_| Reason::Hidden))
             .filter(|reason| applies(*reason));
         let before = service.live.as_ref().and_then(|live| live.suspicion);
         let before = before.filter(|suspicion| applies(suspicion.reason));
         let mut suspicion = before;
         let assessment = suspicion::assess(&mut suspicion, evidence, reason, self.distrust);
+        if let (None, Some(new), Some(until)) = (before, &mut suspicion, hidden)
+            && own.is_none()
+            && new.reason == Reason::Hidden
+        {
+            // Else a suspicion that spreads from one to the next would never end.
+            new.until = Some(until);
+        }
         self.edit_live(name, |live| live.suspicion = suspicion);
-        if before.is_none() && suspicion.is_some_and(|it| it.reason == Reason::Mass) {
-            self.take_back(now);
+        if let (None, Some(new)) = (before, suspicion)
+            && matches!(new.reason, Reason::Mass | Reason::Hidden)
+        {
+            self.take_back(new);
         }
         assessment
+    }
+
+    /// Until when the token seems to read less than before of some service.
+    fn hidden_until(&self, now: Instant) -> Option<Instant> {
+        let suspicions =
+            self.index.suspicious.iter().filter_map(|name| self.suspicion_of(name, now));
+        suspicions.filter(|it| it.reason == Reason::Hidden).filter_map(|it| it.until).max()
     }
 
     /// Whether many services vanished lately, and more than half of those that served.
@@ -563,9 +604,9 @@ impl ServiceStore {
         is_mass(vanished.len(), vanished.len() + n_others)
     }
 
-    /// Restores what was lost just before so much else vanished. Its loss is suspicious from now on.
-    fn take_back(&mut self, now: Instant) {
-        let suspicion = Suspicion { reason: Reason::Mass, until: Some(now + self.distrust) };
+    /// Restores what was lost just before so much else vanished, or was hidden. Its loss is suspicious from
+    /// now on.
+    fn take_back(&mut self, suspicion: Suspicion) {
         for name in self.index.vanished.clone() {
             self.edit(&name, |service, node| {
                 let live = service.live.as_mut()?;

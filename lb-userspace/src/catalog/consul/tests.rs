@@ -337,6 +337,9 @@ async fn watches_take_turns_where_connections_are_few() {
     let most = fake.state.borrow().most_connections;
     assert!(most <= 5, "{most} connections, {fake:?}");
 
+    for name in &all[2..] {
+        fake.set(&service(name), 22, json!([]));
+    }
     fake.set_names(12, &all[..2]);
     shows(&mut handle, |catalog| names(catalog) == all[..2]).await;
     says(&mut handle, None).await;
@@ -414,6 +417,7 @@ async fn an_unlisted_name_is_looked_up_and_a_flood_of_them_is_not() {
     let asked = format!("{NAMES}?index=11&wait=60000ms");
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
     fake.set_names(12, &["db", "web"]);
+    fake.set(&service("new"), 31, json!([]));
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
 
     for n in 0..200 {
@@ -634,9 +638,14 @@ async fn a_list_without_a_service_that_serves_is_confirmed() {
     let mut handle = follow(ConsulConfig { max_connections: 64, ..config(fake.address) }, timing());
     shows(&mut handle, |catalog| names(catalog) == all).await;
     fake.set_names(11, &all[..9]);
-    shows(&mut handle, |catalog| names(catalog) == all[..9]).await;
+    let asked = format!("{NAMES}?index=11&wait=60000ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
     assert_eq!(fake.n_asked(&format!("{NAMES}?consistent")), 1);
     assert_eq!(handle.stats.shrinks_held(), 1);
+    // Its own answer decides.
+    assert_eq!(n_serving(&handle.catalog.borrow().clone().unwrap().catalog), 10);
+    fake.set(&service(all[9]), 21, json!([]));
+    shows(&mut handle, |catalog| names(catalog) == all[..9]).await;
 }
 
 #[tokio::test]
@@ -873,13 +882,16 @@ async fn a_name_that_goes_lingers_and_serves_again_at_once() {
     fake.set_names(12, &["db", "web"]);
     let asked = format!("{NAMES}?index=12&wait=60000ms");
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
-    // One that the list removes, though its own answer came first or not at all.
+    // The list comes first.
     fake.set_names(13, &["db"]);
+    let asked = format!("{NAMES}?index=13&wait=60000ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    fake.set(&service("web"), 23, json!([]));
     let catalog = shows(&mut handle, |catalog| n_serving(catalog) == 1).await;
     assert_eq!(names(&catalog), ["db", "web"]);
     // That a tag was taken away is somebody's wish.
     fake.set_names(14, &["db", "web"]);
-    fake.set(&service("web"), 23, json!([instance("n1", "1", 3)]));
+    fake.set(&service("web"), 24, json!([instance("n1", "1", 3)]));
     shows(&mut handle, |catalog| ports(catalog, "web") == [3]).await;
     fake.set(NAMES, 15, json!({"db": ["routed"], "web": ["other"]}));
     shows(&mut handle, |catalog| names(catalog) == ["db"]).await;

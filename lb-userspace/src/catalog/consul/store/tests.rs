@@ -765,10 +765,80 @@ fn a_name_that_vanishes_lingers_and_one_that_lost_its_tag_goes() {
 }
 
 #[test]
+fn a_list_without_a_watched_service_leaves_it_to_its_own_answer() {
+    let now = Instant::now();
+    // (what is done to `a` before the list lacks it, what is known then, how many serve)
+    let table: [(fn(&mut ServiceStore), &str, usize); 4] = [
+        (|_| {}, "a? b", 1),
+        (|store| store.set_service_problem("a", "it fails"), "(a) b", 0),
+        (|store| store.set_live("a", false), "(a) b", 0),
+        (|store| store.set("a", Vec::new()), "(a) b", 0),
+    ];
+    for (change, expected, n_expected) in table {
+        let (mut store, _) = synced(&["a", "b"]);
+        change(&mut store);
+        store.apply_list(List { tagged: names(&["b"]), ..List::default() }, now + S, now);
+        assert_eq!((&*shown(&store), serving_ports(&store, "a").len()), (expected, n_expected));
+        store.check();
+    }
+}
+
+#[test]
+fn a_watch_that_begins_again_compares_with_the_last_index_that_was_applied() {
+    let now = Instant::now();
+    let (mut store, _) = synced(&["a", "b", "c", "d"]);
+    let a: Arc<str> = "a".into();
+    let answered = |store: &mut ServiceStore, index| {
+        store.edit_live(&a, |live| live.poller.answered(Some(index), now, 0.0));
+    };
+    answered(&mut store, 7);
+    store.set("a", vec![instance("n1", "1")]);
+    // After it was cold, and in another run whose first list lacks it.
+    store.set_live("a", false);
+    let mut next = ServiceStore::new(names(&["a", "b", "c", "d"]), DISTRUST);
+    next.restore(&store.saved());
+    next.apply_list(List { tagged: names(&["b", "c", "d"]), ..List::default() }, now, now);
+    assert_eq!(shown(&next), "a? b c d");
+    for mut store in [store, next] {
+        store.set_live("a", true);
+        for (index, expected) in
+            [(7, IndexMove::None), (3, IndexMove::Backward), (9, IndexMove::Forward)]
+        {
+            answered(&mut store, index);
+            assert_eq!(store.edit_live(&a, |live| live.poller.moved()), Some(expected));
+        }
+    }
+}
+
+#[test]
+fn what_acls_hide_of_one_service_they_hide_of_those_that_change_meanwhile() {
+    use Assessment::*;
+    let start = Instant::now();
+    let at = |after: u32, moved| evidence(start + after * S, true, moved);
+    let all = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
+    let (mut store, _) = synced(&all);
+    let none = instances([]);
+    assert_eq!(handle(&mut store, "a", &none, at(0, IndexMove::Forward)), Apply);
+    assert_eq!(handle(&mut store, "b", &none, at(30, IndexMove::Forward)), Apply);
+    // More than a minute after `a`.
+    assert_eq!(handle(&mut store, "c", &none, at(70, IndexMove::None)), Withhold);
+    assert_eq!(handle(&mut store, "d", &none, at(100, IndexMove::Forward)), Withhold);
+    let serving = ["a", "b", "c", "d"].map(|name| serving_ports(&store, name).len());
+    assert_eq!(serving, [0, 1, 1, 1]);
+    // All at the same time, however many follow.
+    let end = start + 70 * S + DISTRUST;
+    assert!(store.is_suspicious("d", end - S) && !store.has_suspicions(end));
+    assert_eq!(handle(&mut store, "e", &none, at(400, IndexMove::Forward)), Apply);
+    store.check();
+}
+
+#[test]
 fn the_names_that_linger_have_a_bound() {
     let (mut store, _, all) = many(MAX_LINGERING + 10);
     let now = Instant::now();
-    store.apply_list(List::default(), now + S, now);
+    for name in &all {
+        store.empty(name, now + S, now);
+    }
     assert_eq!(store.n_names(), MAX_LINGERING);
     assert_eq!(all.len() - store.n_live(), 10);
     store.check();
