@@ -138,8 +138,8 @@ impl Client {
             })?;
         self.stats.count_bytes(body.len());
         self.pool.put(connection).await;
-        // A key that isn't there has an index all the same, so that one can wait for it.
-        let is_absent = status == StatusCode::NOT_FOUND && request.path.starts_with("/v1/kv/");
+        let is_absent =
+            request.path.starts_with("/v1/kv/") && response::is_absent_key(status, &headers, &body);
         let body = if is_absent { b"null".to_vec() } else { body };
         if !is_absent {
             let has_auth = self.headers.contains_key(AUTHORIZATION);

@@ -97,6 +97,12 @@ pub fn check_status(
     })
 }
 
+/// Whether the response is Consul's to a key that isn't there, which has an index all the same, so that
+/// one can wait for it. A proxy's "not found" has none, and a text; it says nothing about the key.
+pub fn is_absent_key(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> bool {
+    status == StatusCode::NOT_FOUND && (body.is_empty() || index(headers).is_some())
+}
+
 /// Refuses the response of an agent without a leader, which `discovery_max_stale` can bring, and
 /// of a server whose last contact with it is long ago. Streamed ones always report none (Consul's
 /// issue 9776).
@@ -133,6 +139,28 @@ mod tests {
     use reqwest::header::HeaderValue;
 
     use super::*;
+
+    #[test]
+    fn only_consul_knows_that_a_key_is_absent() {
+        for (status, index, body, expected) in [
+            (404, Some("7"), "", true),
+            // As of a proxy that drops the header.
+            (404, None, "", true),
+            (404, Some("7"), "no such key", true),
+            (404, None, "<html>404 Not Found", false),
+            (404, Some("none"), "<html>404 Not Found", false),
+            (500, Some("7"), "", false),
+            (200, None, "", false),
+        ] {
+            let mut headers = HeaderMap::new();
+            if let Some(index) = index {
+                headers.insert("x-consul-index", HeaderValue::from_static(index));
+            }
+            let status_code = StatusCode::from_u16(status).unwrap();
+            let is_absent = is_absent_key(status_code, &headers, body.as_bytes());
+            assert_eq!(is_absent, expected, "{status} {index:?} {body}");
+        }
+    }
 
     #[test]
     fn a_leaderless_or_an_old_answer_is_refused_unless_it_was_streamed() {
