@@ -38,6 +38,15 @@ pub fn declarations(tags: &[String], mut meta: BTreeMap<String, Option<String>>)
             *field(&mut declared) = Some(value);
         }
     }
+    // Such as a key that is misspelt.
+    let unknown = meta.keys().filter(|key| key.to_ascii_lowercase().starts_with(META_PREFIX));
+    declared.problems.extend(unknown.take(MAX_PROBLEMS).map(|key| {
+        let keys = KEYS.map(|(key, _)| format!("`{META_PREFIX}{key}`")).join(", ");
+        format!(
+            "`{}` in its Meta is ignored: there is no such key; the keys are {keys}",
+            shown(key)
+        )
+    }));
     for tag in tags {
         let Some(declaration) = tag.strip_prefix(TAG_PREFIX) else { continue };
         if let Err(problem) = apply_tag(declaration, &mut declared, &mut given_as)
@@ -142,6 +151,22 @@ mod tests {
         }
         let many: Vec<String> = (0..100).map(|n| format!("nohop.{n}")).collect();
         assert_eq!(declarations(&many, BTreeMap::new()).problems.len(), MAX_PROBLEMS);
+    }
+
+    #[test]
+    fn unknown_keys_of_meta_are_problems() {
+        let keys = "the keys are `nohop-ports`, `nohop-protocol`, `nohop-algorithm`, `nohop-weight`, \
+                    `nohop-public`";
+        for key in ["nohop-prots", "Nohop-Ports", "nohop-"] {
+            let problem = format!("`{key}` in its Meta is ignored: there is no such key; {keys}");
+            assert_eq!(
+                declared(&[], &[(key, "81"), ("nohop", "1"), ("ports", "81")]).problems,
+                [problem]
+            );
+        }
+        let many: Vec<String> = (0..100).map(|n| format!("nohop-{n}")).collect();
+        let many: Vec<_> = many.iter().map(|key| (&**key, "1")).collect();
+        assert_eq!(declared(&["nohop.x=1"], &many).problems.len(), MAX_PROBLEMS);
     }
 
     #[test]

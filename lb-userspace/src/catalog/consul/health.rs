@@ -437,7 +437,9 @@ fn foreign(record: &Record, rules: &CatalogConfig) -> Option<String> {
     }
     // The tags in the list of names are a union over instances, so each has to show it here.
     if !record.has_tag(tag) {
-        return Some(format!("lacks the tag `{tag}`"));
+        let similar = record.service.tags.iter().find(|has| has.trim().eq_ignore_ascii_case(tag));
+        let hint = similar.map(|has| format!(" (`{has}` is another)"));
+        return Some(format!("lacks the tag `{tag}`{}", hint.unwrap_or_default()));
     }
     meta.iter().find_map(|(key, wanted)| {
         match record.service.meta.get(key).and_then(Option::as_ref) {
@@ -611,7 +613,10 @@ mod tests {
         let table = [
             (r#"{}"#, ":0 x1 lacks the tag `routed`"),
             (r#"{"Node":null,"Service":null,"Checks":null}"#, ":0 x1 lacks the tag `routed`"),
-            (r#"{"Service":{"Tags":["Routed"]}}"#, ":0 x1 lacks the tag `routed`"),
+            (
+                r#"{"Service":{"Tags":["old", "Routed"]}}"#,
+                ":0 x1 lacks the tag `routed` (`Routed` is another)",
+            ),
             (r#"{"Service":{"Tags":["routed"],"Port":-1}}"#, ":-1 x1 serving"),
             (
                 r#"{"Node":{"Address":"a"},"Service":{"Tags":["routed"],"Weights":{"Passing":-7}}}"#,

@@ -127,7 +127,14 @@ pub fn check_first(path: &Path, kept: &Kept) -> Result<(), FileError> {
 }
 
 fn read(path: &Path) -> Result<String, FileError> {
-    std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.into(), source })
+    let read = || {
+        // To open a FIFO waits for a writer.
+        match std::fs::metadata(path)?.is_file() {
+            true => std::fs::read_to_string(path),
+            false => Err(io::Error::other("it isn't a regular file")),
+        }
+    };
+    read().map_err(|source| FileError::Read { path: path.into(), source })
 }
 
 fn is_good(text: &str) -> Result<(), Vec<Diagnostic>> {
@@ -374,6 +381,9 @@ mod tests {
         }
         fs::remove_file(&path).unwrap();
         says(&mut handle, Some("can't read")).await;
+        let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
+        says(&mut handle, Some("isn't a regular file")).await;
         assert_eq!(shows(&mut handle, &["a", "b"]).await, second);
 
         let new = dir.path().join("catalog.toml.new");
