@@ -24,8 +24,9 @@ impl Tally {
     /// A check has no tests of its own: it counts only when it fails, as one.
     pub fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
         println!("\n== {name}");
-        if let Err(error) = check() {
-            self.fail(name, &error);
+        match check() {
+            Ok(()) => self.passed += 1,
+            Err(error) => self.fail(name, &error),
         }
     }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::release::{Architecture, Release, release};
 use super::{Options, aarch64, image, package};
@@ -39,10 +39,16 @@ const CHECKS: [(&str, Check); 10] = [
 /// Makes the packages and tries them, or only those checks whose name contains `filter`. Returns the .deb.
 pub fn run(tally: &mut Tally, filter: Option<&str>) -> Option<PathBuf> {
     let out = repository::root().join("target/dist");
+    let mut n_checks = 0;
     for (name, check) in CHECKS {
         if filter.is_none_or(|filter| name.contains(filter)) {
             tally.check(&format!("packages: {name}"), || check(&out));
+            n_checks += 1;
         }
+    }
+    if n_checks == 0 {
+        let names = CHECKS.map(|(name, _)| name).join("\n  ");
+        tally.fail("packages", &anyhow!("no check's name contains the filter, only\n  {names}"));
     }
     let release = release(&out).ok()?;
     let deb = out.join(format!("nohop_{}_amd64.deb", release.version));
