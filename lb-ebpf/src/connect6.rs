@@ -85,10 +85,11 @@ fn filter_by_ipv6(ctx: &SockAddrContext, is_ipv6_only: bool) -> FamilyFilter {
         // ip6_dst_lookup_tail(): a mapped source and an address of IPv6 are EAFNOSUPPORT.
         return FamilyFilter::Ipv4;
     }
-    let is_udp = context::protocol(ctx) != IPPROTO_TCP;
-    // While a UDP socket is connected, the source may be the one that the kernel chose then.
-    if is_ipv6_only || !is_unbound && !(is_udp && context::peer_port(ctx) != 0) {
+    // Also one that the kernel chose when a UDP socket was connected: it stays when that connects again,
+    // and what IPv4 peers send doesn't reach it (__ip6_datagram_connect()).
+    if is_ipv6_only || !is_unbound {
         return FamilyFilter::Ipv6;
     }
+    let is_udp = context::protocol(ctx) != IPPROTO_TCP;
     if is_udp { FamilyFilter::Ipv6First } else { FamilyFilter::All }
 }

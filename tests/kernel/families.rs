@@ -218,6 +218,8 @@ enum Bound {
     Ipv6,
     /// `::ffff:127.0.0.1`
     Mapped,
+    /// `::1`, because it is connected to it; by UDP alone.
+    Connected,
 }
 
 impl Bound {
@@ -229,6 +231,10 @@ impl Bound {
             Bound::V6Only => set_ipv6_v6only(&socket, true)?,
             Bound::Ipv6 => bind(&socket, &loopback(VIP6))?,
             Bound::Mapped => bind(&socket, &ways(Ipv4Addr::LOCALHOST, 0)[1])?,
+            Bound::Connected if how == Use::Tcp => bind(&socket, &loopback(VIP6))?,
+            Bound::Connected => {
+                rustix::net::connect(&socket, &SocketAddr::from((Ipv6Addr::LOCALHOST, 9)))?;
+            }
         }
         rustix::net::connect(&socket, &address)?;
         let mut letter = [0];
@@ -261,6 +267,7 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
             (Bound::V6Only, ipv6.address, '6'),
             (Bound::Ipv6, ipv6.address, '6'),
             (Bound::Mapped, ipv4.address, '4'),
+            (Bound::Connected, ipv6.address, '6'),
         ] {
             for how in [Use::Tcp, Use::ConnectedUdp] {
                 let what = format!("{bound:?}, {how:?}, {backends:?}");
@@ -284,7 +291,7 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
             }
         }
     }
-    assert_eq!(n_refused, 3);
+    assert_eq!(n_refused, 4);
 }
 
 /// getaddrinfo(), musl and Go's resolver connect a UDP socket to each address, to see from which
