@@ -766,9 +766,10 @@ fn a_name_that_vanishes_lingers_and_one_that_lost_its_tag_goes() {
 
 #[test]
 fn a_list_without_a_watched_service_leaves_it_to_its_own_answer() {
+    type Change = fn(&mut ServiceStore);
     let now = Instant::now();
     // (what is done to `a` before the list lacks it, what is known then, how many serve)
-    let table: [(fn(&mut ServiceStore), &str, usize); 4] = [
+    let table: [(Change, &str, usize); 4] = [
         (|_| {}, "a? b", 1),
         (|store| store.set_service_problem("a", "it fails"), "(a) b", 0),
         (|store| store.set_live("a", false), "(a) b", 0),
