@@ -525,7 +525,10 @@ impl ServiceStore {
             self.assess_vanishing(name, answer, evidence)
         } else {
             let is_shrink = is_shrink(self.n_served(name, service), answer.n_serving());
-            self.edit_live(name, Live::clear_suspicion);
+            // An answer as empty as the one before is no sign that the service is whole.
+            if answer.instances.as_ref().is_none_or(|listed| !listed.is_empty()) {
+                self.edit_live(name, Live::clear_suspicion);
+            }
             match is_shrink && !evidence.is_consistent {
                 true => Assessment::Confirm,
                 false => Assessment::Apply,

@@ -821,6 +821,7 @@ fn what_acls_hide_of_one_service_they_hide_of_those_that_change_meanwhile() {
     let none = instances([]);
     assert_eq!(handle(&mut store, "a", &none, at(0, IndexMove::Forward)), Apply);
     assert_eq!(handle(&mut store, "b", &none, at(30, IndexMove::Forward)), Apply);
+    assert_eq!(handle(&mut store, "b", &none, at(31, IndexMove::Forward)), Apply);
     // More than a minute after `a`.
     assert_eq!(handle(&mut store, "c", &none, at(70, IndexMove::None)), Withhold);
     assert_eq!(handle(&mut store, "d", &none, at(100, IndexMove::Forward)), Withhold);
