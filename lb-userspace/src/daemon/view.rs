@@ -91,7 +91,10 @@ impl View for DaemonView {
         problems.extend(self.debug_client.problems());
         problems.extend(self.recorder.problem());
         problems.extend(self.drains.problems());
-        problems.extend(self.exposed.clone());
+        let exposed = self.exposed.as_ref();
+        problems.extend(
+            exposed.map(|it| format!("{it}; then restart nohop, which looks at its start")),
+        );
         problems.extend(self.waiting.iter().filter_map(|listener| listener.problem()));
         problems.extend(self.deadline_problem.borrow().clone());
         let routes = self.public_routes.borrow().clone();
