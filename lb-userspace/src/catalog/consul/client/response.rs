@@ -98,9 +98,12 @@ pub fn check_status(
 }
 
 /// Whether the response is Consul's to a key that isn't there, which has an index all the same, so that
-/// one can wait for it. A proxy's "not found" has none, and a text; it says nothing about the key.
+/// one can wait for it. A proxy's "not found" has none, and says nothing about the key; it may be without
+/// a text as Consul's is. Behind a proxy that drops the index the other headers show that it is Consul's.
 pub fn is_absent_key(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> bool {
-    status == StatusCode::NOT_FOUND && (body.is_empty() || index(headers).is_some())
+    let is_consuls = || headers.keys().any(|name| name.as_str().starts_with("x-consul-"));
+    let is_absent = index(headers).is_some() || body.is_empty() && is_consuls();
+    status == StatusCode::NOT_FOUND && is_absent
 }
 
 /// Refuses the response of an agent without a leader, which `discovery_max_stale` can bring, and
@@ -142,23 +145,28 @@ mod tests {
 
     #[test]
     fn only_consul_knows_that_a_key_is_absent() {
-        for (status, index, body, expected) in [
-            (404, Some("7"), "", true),
-            // As of a proxy that drops the header.
-            (404, None, "", true),
-            (404, Some("7"), "no such key", true),
+        let (index, leader) = ("x-consul-index", "x-consul-knownleader");
+        for (status, header, body, expected) in [
+            (404, Some((index, "7")), "", true),
+            // As of a proxy that drops the index.
+            (404, Some((leader, "true")), "", true),
+            (404, Some((index, "7")), "no such key", true),
+            // As of Envoy without a route.
+            (404, Some(("server", "envoy")), "", false),
+            (404, None, "", false),
             (404, None, "<html>404 Not Found", false),
-            (404, Some("none"), "<html>404 Not Found", false),
-            (500, Some("7"), "", false),
+            (404, Some((leader, "true")), "<html>404 Not Found", false),
+            (404, Some((index, "none")), "<html>404 Not Found", false),
+            (500, Some((index, "7")), "", false),
             (200, None, "", false),
         ] {
             let mut headers = HeaderMap::new();
-            if let Some(index) = index {
-                headers.insert("x-consul-index", HeaderValue::from_static(index));
+            if let Some((name, value)) = header {
+                headers.insert(name, HeaderValue::from_static(value));
             }
             let status_code = StatusCode::from_u16(status).unwrap();
             let is_absent = is_absent_key(status_code, &headers, body.as_bytes());
-            assert_eq!(is_absent, expected, "{status} {index:?} {body}");
+            assert_eq!(is_absent, expected, "{status} {header:?} {body}");
         }
     }
 
