@@ -81,6 +81,8 @@ struct Line {
     filtered: bool,
     #[serde(default)]
     index: u64,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    unlisted: bool,
     #[serde(default, skip_serializing_if = "<[_]>::is_empty")]
     instances: Arc<[Instance]>,
 }
@@ -121,6 +123,7 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
             used: remembered.used_at.map(|at| now.millis(at)),
             filtered: remembered.filtered,
             index: remembered.index,
+            unlisted: remembered.unlisted,
             instances: remembered.instances.clone(),
         };
         (name.clone(), line)
@@ -209,6 +212,7 @@ fn remember(body: Body, now: Now, max_age: Duration) -> SavedCatalog {
             answered_at,
             filtered: line.filtered,
             index: line.index,
+            unlisted: line.unlisted,
             used_at: line.used.and_then(|at| now.instant(at, Duration::MAX)),
         };
         (name, remembered)
@@ -255,6 +259,7 @@ mod tests {
             used_at: Some(now),
             filtered: true,
             index: 7,
+            unlisted: true,
         };
         SavedCatalog {
             origin: "here".into(),

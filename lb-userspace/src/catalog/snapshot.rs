@@ -25,7 +25,7 @@ pub struct SavedCatalog {
     pub names_index: u64,
     /// Whether that list had Consul's own service.
     pub lists_consul: bool,
-    /// Every name of the list, and what is known of it.
+    /// Every known name, and what is known of it.
     pub services: BTreeMap<Arc<str>, SavedService>,
 }
 
@@ -64,6 +64,8 @@ pub struct SavedService {
     pub filtered: bool,
     /// The index of that answer; 0 for none.
     pub index: u64,
+    /// Whether the list of names lacked the service.
+    pub unlisted: bool,
     /// When somebody on this node last used it.
     pub used_at: Option<Instant>,
 }

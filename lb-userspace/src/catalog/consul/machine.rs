@@ -212,7 +212,7 @@ impl Machine {
         self.is_off = saved.off;
         self.effects.push(Effect::SetOff(saved.off));
         self.effects.push(Effect::MarkEarlierSuccess(names_at));
-        self.store.restore(saved);
+        self.store.restore(saved, self.started + self.timing().linger);
         let answered = saved.services.iter();
         let answered =
             answered.filter_map(|(name, service)| Some((name.clone(), service.answered_at?)));

@@ -186,9 +186,12 @@ impl ServiceState {
         }
     }
 
-    /// The name as an earlier run saved it.
-    pub fn restored(saved: &SavedService, node: &Node) -> ServiceState {
-        let mut service = ServiceState::new(Presence::Listed);
+    /// The name as an earlier run saved it. One that the list didn't have lingers until then.
+    pub fn restored(saved: &SavedService, until: Instant, node: &Node) -> ServiceState {
+        let mut service = ServiceState::new(match saved.unlisted {
+            true => Presence::Lingering { until },
+            false => Presence::Listed,
+        });
         (service.answered_at, service.is_filtered) = (saved.answered_at, saved.filtered);
         service.index = saved.index;
         if saved.answered_at.is_some() {
@@ -208,6 +211,7 @@ impl ServiceState {
             answered_at,
             used_at: self.used_at,
             filtered: self.is_filtered,
+            unlisted: self.presence != Presence::Listed,
             index: self.index,
         }
     }

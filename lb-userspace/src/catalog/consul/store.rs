@@ -167,13 +167,14 @@ impl ServiceStore {
         }
     }
 
-    /// Adds what an earlier run saved. None of it counts as an answer.
-    pub fn restore(&mut self, saved: &SavedCatalog) {
+    /// Adds what an earlier run saved. None of it counts as an answer. Names that the list didn't have
+    /// linger until then.
+    pub fn restore(&mut self, saved: &SavedCatalog, until: Instant) {
         if let (Node::Unknown, Some(agent)) = (&*self.node, &saved.agent) {
             self.node = Arc::new(Node::Named(agent.clone()));
         }
         for (name, service) in &saved.services {
-            self.insert(name.clone(), ServiceState::restored(service, &self.node));
+            self.insert(name.clone(), ServiceState::restored(service, until, &self.node));
         }
         self.is_list_filtered = saved.names_filtered;
     }
@@ -325,27 +326,47 @@ impl ServiceStore {
         let is_gone = |name: &Arc<str>, service: &ServiceState| match service.presence {
             Presence::Listed => !list.tagged.contains(name),
             Presence::Lingering { .. } => list.others.contains(name),
-            Presence::Found => false,
+            Presence::Found => self.is_renamed(name, &list),
         };
         let gone = self.by_name.iter().filter(|(name, service)| is_gone(name, service));
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
-            match list.others.contains(&name) {
-                true => self.remove(&name),
-                false if self.is_watched(&name) => self.set_presence(&name, Presence::Found),
-                false => self.empty(&name, until, now),
+            if list.others.contains(&name) || self.is_renamed(&name, &list) {
+                self.remove(&name);
+            } else if self.is_watched(&name) {
+                self.set_presence(&name, Presence::Found);
+                // A request that Consul holds is answered; where there are few connections, the next one
+                // would wait for its turn.
+                self.edit_live(&name, |live| {
+                    if live.poller.due().is_some() {
+                        live.poller.restart(now);
+                    }
+                });
+            } else {
+                self.empty(&name, until, now);
             }
         }
         self.add_listed(list.tagged);
     }
 
-    /// Whether the service serves, and its own requests are answered, or will be before the first catalog.
+    /// Whether the service serves, and is live, or will be after the first list. An error of its own
+    /// requests removes nothing.
     fn is_watched(&self, name: &str) -> bool {
-        let Some(service) = self.by_name.get(name) else { return false };
-        let is_answered = match &service.live {
-            Some(live) => live.is_followed && live.problem.is_none(),
-            None => self.is_in_use(name),
+        let is_watched = |service: &ServiceState| {
+            let is_live = service.live.is_some() || !self.has_names && self.is_kernels(name);
+            is_live && service.n_serving() > 0
         };
-        service.n_serving() > 0 && is_answered
+        self.by_name.get(name).is_some_and(is_watched)
+    }
+
+    /// Whether the list has the name in another case of letters, and Consul has answered about that one:
+    /// it answers about either with the instances of both, so this one's answer would never be empty.
+    fn is_renamed(&self, name: &Arc<str>, list: &List) -> bool {
+        let is_followed = |other: &Arc<str>| {
+            let live = self.by_name.get(other).and_then(|service| service.live.as_ref());
+            live.is_some_and(|live| live.is_followed)
+        };
+        let variants = self.of(&name.to_ascii_lowercase());
+        variants.iter().any(|it| it != name && list.tagged.contains(it) && is_followed(it))
     }
 
     /// Removes the instances of a name. It lingers until then, where it is a service's and there is room
@@ -376,7 +397,8 @@ impl ServiceStore {
                     Presence::Lingering { .. } if is_suspicious => {
                         service.presence = Presence::Lingering { until: now + SUSPECT_LINGER };
                     }
-                    Presence::Lingering { .. } if service.is_back() => {
+                    // Only its watch would know of its end.
+                    Presence::Lingering { .. } if service.is_back() && service.live.is_some() => {
                         service.presence = Presence::Found;
                     }
                     Presence::Lingering { .. } => return true,
@@ -525,10 +547,13 @@ impl ServiceStore {
             self.assess_vanishing(name, answer, evidence)
         } else {
             let is_shrink = is_shrink(self.n_served(name, service), answer.n_serving());
-            // An answer as empty as the one before is no sign that the service is whole.
-            if answer.instances.as_ref().is_none_or(|listed| !listed.is_empty()) {
-                self.edit_live(name, Live::clear_suspicion);
-            }
+            // An answer as empty as what is known removes nothing that could be withheld, but is no sign
+            // that the service is whole: what it lost may come back.
+            let is_empty = answer.instances.as_ref().is_some_and(Vec::is_empty);
+            self.edit_live(name, |live| match is_empty {
+                true => live.suspicion = None,
+                false => live.clear_suspicion(),
+            });
             match is_shrink && !evidence.is_consistent {
                 true => Assessment::Confirm,
                 false => Assessment::Apply,
@@ -616,6 +641,8 @@ impl ServiceStore {
                 let (_, instances) = live.lost.take()?;
                 live.suspicion = Some(suspicion);
                 service.contents.set(instances.to_vec(), node);
+                // That of the answer that removed them isn't theirs.
+                service.index = 0;
                 Some(())
             });
         }
@@ -680,10 +707,14 @@ impl ServiceStore {
         }
     }
 
-    /// Whether the kernel serves the name since before this run.
+    /// Whether the kernel serves the name since before this run, and its answer is waited for.
     fn is_in_use(&self, name: &str) -> bool {
-        !self.is_synced
-            && (self.in_use.contains(name) || self.in_use.contains(&*name.to_lowercase()))
+        !self.is_synced && self.is_kernels(name)
+    }
+
+    /// Whether the kernel served the name when this run began.
+    fn is_kernels(&self, name: &str) -> bool {
+        self.in_use.contains(name) || self.in_use.contains(&*name.to_lowercase())
     }
 
     /// Whether answers are suspicious, so that an absent name may exist.

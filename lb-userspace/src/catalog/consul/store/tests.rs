@@ -284,7 +284,7 @@ fn a_cold_service_ages_while_the_machine_is_suspended() {
 fn a_saved_catalog_serves_until_the_answers_come() {
     let (store, first) = synced(&["a", "b"]);
     let mut next = new_store();
-    next.restore(&store.saved());
+    next.restore(&store.saved(), Instant::now());
     assert!(next.publish().is_none(), "Consul is asked first");
     next.serve_saved();
     let served = next.publish().unwrap();
@@ -653,7 +653,7 @@ fn a_token_without_agent_read_identifies_the_node_by_its_address() {
         let mut next = ServiceStore::new(BTreeSet::new(), DISTRUST);
         let mut saved = store.saved();
         saved.services.values_mut().for_each(|web| web.answered_at = Some(Instant::now()));
-        next.restore(&saved);
+        next.restore(&saved, Instant::now());
         next.serve_saved();
         assert_eq!(
             next.publish().unwrap()["a"].groups[0].instances[0].local,
@@ -771,7 +771,7 @@ fn a_list_without_a_watched_service_leaves_it_to_its_own_answer() {
     // (what is done to `a` before the list lacks it, what is known then, how many serve)
     let table: [(Change, &str, usize); 4] = [
         (|_| {}, "a? b", 1),
-        (|store| store.set_service_problem("a", "it fails"), "(a) b", 0),
+        (|store| store.set_service_problem("a", "it fails"), "a? b", 1),
         (|store| store.set_live("a", false), "(a) b", 0),
         (|store| store.set("a", Vec::new()), "(a) b", 0),
     ];
@@ -781,6 +781,98 @@ fn a_list_without_a_watched_service_leaves_it_to_its_own_answer() {
         store.apply_list(List { tagged: names(&["b"]), ..List::default() }, now + S, now);
         assert_eq!((&*shown(&store), serving_ports(&store, "a").len()), (expected, n_expected));
         store.check();
+    }
+}
+
+#[test]
+fn a_restored_service_that_serves_is_left_to_its_own_answer() {
+    let now = Instant::now();
+    let saved = synced(&["a", "b"]).0.saved();
+    let without_a = || List { tagged: names(&["b"]), ..List::default() };
+    // The saved catalog serves before the first list is there.
+    let mut store = ServiceStore::new(names(&["a", "b"]), DISTRUST);
+    store.restore(&saved, now);
+    store.serve_saved();
+    store.apply_list(without_a(), now + S, now);
+    assert_eq!((&*shown(&store), serving_ports(&store, "a").len()), ("a? b", 1));
+
+    // All of its answers were withheld.
+    let mut store = new_store();
+    store.restore(&saved, now);
+    store.with_names(&["a", "b"]);
+    let filtered = Evidence { is_filtered: true, ..evidence(now, true, IndexMove::Forward) };
+    assert_eq!(handle(&mut store, "a", &instances([]), filtered), Assessment::Withhold);
+    store.apply_list(without_a(), now + S, now);
+    assert_eq!((&*shown(&store), serving_ports(&store, "a").len()), ("a? b", 1));
+    store.check();
+}
+
+#[test]
+fn a_suspicion_ends_with_what_it_kept() {
+    let now = Instant::now();
+    let (mut store, _) = synced(&["a", "b"]);
+    let filtered = Evidence { is_filtered: true, ..evidence(now, true, IndexMove::Forward) };
+    assert_eq!(handle(&mut store, "a", &instances([]), filtered), Assessment::Withhold);
+    store.empty(&"a".into(), now + S, now);
+    assert!(store.has_suspicions(now));
+    assert_eq!(handle(&mut store, "a", &instances([]), filtered), Assessment::Apply);
+    assert!(!store.has_suspicions(now) && !store.is_failing(now));
+    store.expire(now + S);
+    assert_eq!(shown(&store), "b");
+    store.check();
+}
+
+#[test]
+fn a_name_in_another_case_replaces_the_former_one_once_it_is_answered() {
+    let now = Instant::now();
+    let (mut store, _) = synced(&["Web", "b"]);
+    let renamed = || List { tagged: names(&["b", "web"]), ..List::default() };
+    store.apply_list(renamed(), now + S, now);
+    store.set_live("web", true);
+    store.apply_list(renamed(), now + S, now);
+    assert_eq!((&*shown(&store), serving_ports(&store, "Web").len()), ("Web? b web", 1));
+    // Consul answers about either name with the instances of both.
+    for name in ["Web", "web"] {
+        store.set(name, vec![instance("n1", "1")]);
+    }
+    store.apply_list(renamed(), now + S, now);
+    assert_eq!(shown(&store), "b web");
+    store.check();
+}
+
+#[test]
+fn the_service_of_a_name_that_left_the_list_is_read_at_once() {
+    let now = Instant::now();
+    let (mut store, _) = synced(&["a", "b"]);
+    for name in ["a", "b"] {
+        store.edit_live(&name.into(), |live| live.poller.answered(Some(7), now, 0.0));
+    }
+    assert_eq!(store.next_query(false, now + 60 * S), None, "they wait for their turns");
+    store.apply_list(List { tagged: names(&["b"]), ..List::default() }, now + S, now);
+    assert_eq!(store.next_query(false, now), Some(("a".into(), ReadMode::Plain)));
+    store.check();
+}
+
+#[test]
+fn a_restored_name_that_the_list_lacked_is_no_loss_of_the_list() {
+    let now = Instant::now();
+    let end = now + 300 * S;
+    let (mut store, _) = synced(&["a", "b", "c"]);
+    store.empty(&"b".into(), end, now);
+    let list = || List { tagged: names(&["a"]), ..List::default() };
+    store.apply_list(list(), end, now);
+    assert_eq!(shown(&store), "a (b) c?");
+    for (is_live, expected) in [(true, "a c?"), (false, "a")] {
+        let mut next = new_store();
+        next.restore(&store.saved(), end);
+        assert_eq!(shown(&next), "a (b) (c)");
+        let same = evidence(now, true, IndexMove::None);
+        assert_eq!(next.assess_list(&list(), false, same), Assessment::Apply);
+        next.apply_list(list(), end, now);
+        next.set_live("c", is_live);
+        next.expire(end);
+        assert_eq!(shown(&next), expected);
+        next.check();
     }
 }
 
@@ -797,7 +889,7 @@ fn a_watch_that_begins_again_compares_with_the_last_index_that_was_applied() {
     // After it was cold, and in another run whose first list lacks it.
     store.set_live("a", false);
     let mut next = ServiceStore::new(names(&["a", "b", "c", "d"]), DISTRUST);
-    next.restore(&store.saved());
+    next.restore(&store.saved(), now);
     next.apply_list(List { tagged: names(&["b", "c", "d"]), ..List::default() }, now, now);
     assert_eq!(shown(&next), "a? b c d");
     for mut store in [store, next] {
@@ -819,14 +911,17 @@ fn what_acls_hide_of_one_service_they_hide_of_those_that_change_meanwhile() {
     let all = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
     let (mut store, _) = synced(&all);
     let none = instances([]);
+    store.edit_live(&"b".into(), |live| live.poller.answered(Some(7), start, 0.0));
     assert_eq!(handle(&mut store, "a", &none, at(0, IndexMove::Forward)), Apply);
     assert_eq!(handle(&mut store, "b", &none, at(30, IndexMove::Forward)), Apply);
+    assert_eq!(store.saved().services["b"].index, 7);
     assert_eq!(handle(&mut store, "b", &none, at(31, IndexMove::Forward)), Apply);
     // More than a minute after `a`.
     assert_eq!(handle(&mut store, "c", &none, at(70, IndexMove::None)), Withhold);
     assert_eq!(handle(&mut store, "d", &none, at(100, IndexMove::Forward)), Withhold);
     let serving = ["a", "b", "c", "d"].map(|name| serving_ports(&store, name).len());
     assert_eq!(serving, [0, 1, 1, 1]);
+    assert_eq!(store.saved().services["b"].index, 0, "it isn't that of what came back");
     // All at the same time, however many follow.
     let end = start + 70 * S + DISTRUST;
     assert!(store.is_suspicious("d", end - S) && !store.has_suspicions(end));
