@@ -81,12 +81,12 @@ fn stdout(nohop: &Nohop, arguments: &str) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// The names in the first column of a list that `--help` has under this heading.
-fn listed(help: &str, heading: &str) -> Names {
-    let lines = help.lines().skip_while(|line| *line != heading).skip(1);
+/// The names in the first column of the list of commands in `--help`, whose texts may be wrapped.
+fn commands_in(help: &str) -> Names {
+    let lines = help.lines().skip_while(|line| *line != "Commands:").skip(1);
     let entries = lines.take_while(|line| line.is_empty() || line.starts_with(' '));
-    let words = entries.flat_map(|line| line.split([' ', ',']).find(|word| !word.is_empty()));
-    words.map(str::to_owned).collect()
+    let first = entries.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    first.filter(|word| !word.is_empty()).map(str::to_owned).collect()
 }
 
 fn commands(page: &Page, nohop: &Nohop) -> Result<()> {
@@ -94,7 +94,7 @@ fn commands(page: &Page, nohop: &Nohop) -> Result<()> {
     let mut open = vec![String::new()];
     while let Some(command) = open.pop() {
         let help = stdout(nohop, &format!("{command} -h"))?;
-        let below = listed(&help, "Commands:").into_iter().filter(|name| name != "help");
+        let below = commands_in(&help).into_iter().filter(|name| name != "help");
         let below: Vec<_> = below.map(|name| format!("{command} {name}")).collect();
         if below.is_empty() {
             let options = help.split_whitespace().map(|word| word.trim_end_matches(','));

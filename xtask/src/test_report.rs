@@ -21,7 +21,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// A check has no tests of its own: it counts only when it fails, as one.
+    /// A check has no tests of its own: it counts as one.
     pub fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
         println!("\n== {name}");
         match check() {

@@ -264,12 +264,17 @@ fn clear_stale(path: &Path, address: &AdminAddress) -> Result<(), BindError> {
 /// Who listens at the other end.
 fn held(stream: &std::os::unix::net::UnixStream, address: &AdminAddress) -> BindError {
     let address = address.clone();
-    let Ok(peer) = rustix::net::sockopt::socket_peercred(stream) else {
+    // The kernel gives 0 for a process of another PID namespace, which rustix's type can't hold.
+    let Ok(peer) = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials)
+    else {
         return BindError::InUse(address);
     };
-    let pid = peer.pid.as_raw_nonzero().get();
+    let (pid, uid) = (peer.pid(), peer.uid());
+    if pid == 0 {
+        return BindError::InUse(address);
+    }
     let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let (command, uid) = (command.trim_end().to_owned(), peer.uid.as_raw());
+    let command = command.trim_end().to_owned();
     BindError::Held { address, pid, command, uid }
 }
 

@@ -15,7 +15,7 @@ use crate::datapath::{
     intercept_problems, is_bpffs, look_at_pins, nearest_directory, route,
 };
 use crate::dns;
-use crate::durable;
+use crate::durable::{self, Ids};
 
 /// The whole report.
 #[derive(Debug, Serialize, Deserialize)]
@@ -117,7 +117,11 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         checks.push(finding("balance.drain_deadline", false, drain_deadline()));
     }
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
-    checks.push(finding("owner of the state directory", false, exposure(&config.state_dir)));
+    checks.push(finding(
+        "owner of the state directory",
+        false,
+        exposure(&config.state_dir, daemon.as_ref().ok()),
+    ));
     for &address in &config.dns.listen {
         let try_bind = || dns::try_bind(address, &config.dns.listen);
         let found = dns_port(address, try_bind, daemon.as_ref().ok());
@@ -496,8 +500,9 @@ fn state_dir(path: &Path) -> CheckResult {
 }
 
 /// Others could change where services lead, where they may write to the state directory.
-fn exposure(path: &Path) -> CheckResult {
-    match durable::exposure(path) {
+fn exposure(path: &Path, daemon: Option<&api::Status>) -> CheckResult {
+    let ids = daemon.and_then(|status| Ids::of(status.pid)).unwrap_or_else(Ids::own);
+    match durable::exposure(path, ids) {
         None => Ok("closed to others".to_owned()),
         Some(problem) => in_two(&problem),
     }

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 
 use super::dns::is_nomads;
 use crate::admin::http;
-use crate::dns;
+use crate::{datapath, dns};
 
 /// What was looked at, and the finding, or the problem and its fix. Nothing of it is required.
 pub type NomadFinding = (String, Result<String, (String, String)>);
@@ -75,14 +75,15 @@ pub fn networks(host: &ContainerHost) -> Vec<NomadFinding> {
     found
 }
 
-/// That Docker's configuration names other resolvers than nohop, which listens at `dns`.
+/// That Docker's configuration names other resolvers than nohop, which listens at `dns`, and those of this
+/// host, which may forward the zone to it.
 fn docker_servers(root: &Path, dns: &[SocketAddr]) -> Option<(String, String)> {
     let text = fs::read(root.join("etc/docker/daemon.json")).ok()?;
     let config: Value = serde_json::from_slice(&text).ok()?;
     let servers = config["dns"].as_array()?.iter().filter_map(Value::as_str);
     let is_other = |server: &&str| {
         let server = server.parse().map(|ip| SocketAddr::new(ip, 53));
-        !server.is_ok_and(|server| dns::leads_to_own(server, dns))
+        !server.is_ok_and(|server| datapath::is_own(&server.ip()) || dns::leads_to_own(server, dns))
     };
     let others: Vec<&str> = servers.filter(is_other).collect();
     let first = others.first()?;

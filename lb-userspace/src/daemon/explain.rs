@@ -237,7 +237,9 @@ pub fn notes(
 }
 
 /// The note that names services whose names are like one that doesn't exist.
+/// None for what can't be a name, which may be long: the comparison takes time by its length.
 pub fn similar<'a>(name: &str, services: impl Iterator<Item = &'a str>) -> Option<String> {
+    check_name(name).ok()?;
     let similarity = |service: &'a str| (strsim::jaro_winkler(name, service), service);
     let mut similar: Vec<_> = services.map(similarity).filter(|(it, _)| *it > 0.85).collect();
     similar.sort_by(|(one, _), (other, _)| other.total_cmp(one));

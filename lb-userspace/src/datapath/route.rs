@@ -166,6 +166,12 @@ fn judge(pool: IpNet, routes: &[Route]) -> Judged {
     Judged { in_place: first, holes }
 }
 
+/// Whether the table `local` has a route that refuses `pool` as a whole.
+fn is_refused(pool: IpNet, routes: &[Route]) -> bool {
+    let refuses = |route: &Route| matches!(route.kind, Kind::Refusing(_));
+    routes.iter().any(|route| route.destination == pool && refuses(route))
+}
+
 /// Makes `pool` unreachable in this network namespace. Returns whether the route had to be added.
 ///
 /// # Errors
@@ -200,7 +206,12 @@ pub async fn remove_unreachable(pool: IpNet) -> Result<bool, RouteError> {
 pub async fn holes(pool: IpNet) -> Result<Vec<String>, RouteError> {
     let (routes, by_rule) = with_handle(async |handle| {
         let routes = local_routes(&handle, pool).await?;
-        Ok((routes, led_by_rule(&handle, pool).await?))
+        // Without it (no daemon has run yet) the pool leads where all of 127.0.0.0/8 does.
+        let by_rule = match is_refused(pool, &routes) {
+            true => led_by_rule(&handle, pool).await?,
+            false => None,
+        };
+        Ok((routes, by_rule))
     })
     .await?;
     let Judged { in_place, holes } = judge(pool, &routes);
@@ -228,8 +239,15 @@ pub async fn holes(pool: IpNet) -> Result<Vec<String>, RouteError> {
 async fn led_by_rule(handle: &Handle, pool: IpNet) -> Result<Option<IpAddr>, RouteError> {
     let unreadable = |error| RouteError::Unreadable(Box::new(error));
     let version = if is_v6(&pool) { IpVersion::V6 } else { IpVersion::V4 };
-    let rules: Vec<RuleMessage> =
-        handle.rule().get(version).execute().try_collect().await.map_err(unreadable)?;
+    let rules: Vec<RuleMessage> = match handle.rule().get(version).execute().try_collect().await {
+        // This kernel has no rules, of this family or any (CONFIG_IP_MULTIPLE_TABLES).
+        Err(rtnetlink::Error::NetlinkError(message))
+            if [-libc::EAFNOSUPPORT, -libc::EOPNOTSUPP].contains(&message.raw_code()) =>
+        {
+            return Ok(None);
+        }
+        rules => rules.map_err(unreadable)?,
+    };
     let named = rules.iter().filter_map(|rule| destination(rule, pool));
     let samples: BTreeSet<IpAddr> = [pool.network()].into_iter().chain(named).collect();
     for address in samples {
@@ -344,6 +362,20 @@ mod tests {
                 holes: holes.iter().map(|&at| routes[at]).collect(),
             };
             assert_eq!(judge(pool.parse().unwrap(), routes), expected, "{routes:?}");
+        }
+    }
+
+    #[test]
+    fn rules_count_where_the_pool_is_refused() {
+        use RouteType::*;
+        let pool = "127.128.0.0/9";
+        for (routes, expected) in [
+            (&[][..], false),
+            (&[route(Local, "127.0.0.0/8", 0)], false),
+            (&[route(Unreachable, "127.200.0.0/16", 0)], false),
+            (&[route(Local, "127.0.0.0/8", 0), route(Unreachable, pool, 0)], true),
+        ] {
+            assert_eq!(is_refused(pool.parse().unwrap(), routes), expected, "{routes:?}");
         }
     }
 

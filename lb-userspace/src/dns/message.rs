@@ -298,6 +298,12 @@ impl<'a> MessageCursor<'a> {
         Some(opt)
     }
 
+    /// The type of the record that begins here.
+    pub(super) fn kind(mut self) -> Option<u16> {
+        self.name()?;
+        self.u16()
+    }
+
     /// Skips a record; returns its EDNS fields if it is OPT.
     fn record(&mut self) -> Option<Option<EdnsInfo>> {
         let is_root = self.bytes.get(self.offset) == Some(&0);

@@ -475,7 +475,9 @@ impl Relay {
             queue.push_back((at, (idx, generation)));
         } else {
             slot.next_hedge = end;
-            self.rounds.push_back((end, (idx, generation)));
+            // A round is planned at different times before its end.
+            let place = self.rounds.partition_point(|(other, _)| *other <= end);
+            self.rounds.insert(place, (end, (idx, generation)));
         }
     }
 

@@ -27,6 +27,9 @@ const NO_ERROR: u8 = 0;
 const SERV_FAIL: u8 = 2;
 const NX_DOMAIN: u8 = 3;
 
+/// A type of record.
+const NS: u16 = 2;
+
 /// Where an OPT record has the upper bits of the response code.
 const OPT_CODE: usize = 5;
 
@@ -124,12 +127,20 @@ impl<'a> UpstreamResponse<'a> {
     /// is a failure of the upstream's, too.
     pub(super) fn is_failure(&self) -> bool {
         match self.code() {
-            ResponseCode::NoError => {
-                self.is_empty() && self.bytes[2] & AA == 0 && self.bytes[3] & RA == 0
-            }
+            ResponseCode::NoError => self.is_referral(),
             ResponseCode::NXDomain | ResponseCode::YXDomain => false,
             _ => true,
         }
+    }
+
+    /// Whether it only names other servers (RFC 2308, section 2.2): an empty answer with SOA, or without
+    /// records, is no data, also by a server that doesn't recurse for us.
+    fn is_referral(&self) -> bool {
+        let first = MessageCursor { bytes: &self.bytes, offset: self.head_len };
+        self.is_empty()
+            && self.bytes[2] & AA == 0
+            && self.bytes[3] & RA == 0
+            && first.kind() == Some(NS)
     }
 
     /// Whether it is negative: NXDOMAIN or no data.

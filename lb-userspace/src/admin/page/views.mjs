@@ -260,7 +260,7 @@ export class Connections extends Component {
 export function Dns() {
   const { dns } = store.status;
   const upstreams = dns.upstreams.map((it) => [
-    html`<code>${it.address}</code>`, html`<${State} of=${it.state} />`, count(it.sent),
+    html`<code>${it.address}</code>`, html`<${State} of=${it.tcp_state === "up" ? it.state : it.tcp_state} />`, count(it.sent),
     ...["answered", "refused", "timeout", "unreachable"].map((result) => count(it.results[result] ?? 0)),
     it.mean_ms == null ? "–" : micros(Math.round(it.mean_ms * 1000))]);
   const names = store.status.datapath.units.find((it) => it.name === "names");

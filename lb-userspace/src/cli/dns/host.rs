@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::config::Config;
-use crate::dns;
+use crate::{datapath, dns};
 
 /// The port of Consul's own DNS.
 const CONSUL_DNS_PORT: u16 = 8600;
@@ -71,8 +71,10 @@ pub fn findings(root: &Path, config: &Config) -> Vec<(String, String)> {
         ));
     }
 
+    // Another resolver of this host may forward the zone to nohop.
     let is_near = |server: &SocketAddr| {
-        server.ip().to_canonical().is_loopback() || dns::leads_to_own(*server, &config.dns.listen)
+        let ip = server.ip().to_canonical();
+        ip.is_loopback() || datapath::is_own(&ip) || dns::leads_to_own(*server, &config.dns.listen)
     };
     let (near, far): (Vec<_>, Vec<_>) = dns::nameservers(&text).partition(is_near);
     if let (Some(near), Some(far)) = (near.first(), far.first()) {
@@ -108,8 +110,8 @@ mod tests {
 
     #[test]
     fn settings_that_bypass_nohop() {
-        let far = "nameserver 192.0.2.1\n";
-        let both = "nameserver 127.0.0.1\nnameserver 192.0.2.1\n";
+        let far = "nameserver 198.51.100.1\n";
+        let both = "nameserver 127.0.0.1\nnameserver 198.51.100.1\n";
         // resolv.conf, a bridge, the domain, and a part of each finding.
         let table: [(&str, &str, &str, &[&str]); 23] = [
             (far, "nomad", "service", &[]),
@@ -118,21 +120,21 @@ mod tests {
             ("nameserver 127.0.0.1\n", "docker0", "service", &["127.0.0.1 is each"]),
             ("nameserver 127.0.0.53\n", "nomad", "service", &["(nomad is there)"]),
             ("nameserver ::1\n", "br-0a1b", "service", &["nameserver ::1 is"]),
-            (both, "docker0", "service", &["nameserver 192.0.2.1 is listed with 127.0.0.1"]),
+            (both, "docker0", "service", &["nameserver 198.51.100.1 is listed with 127.0.0.1"]),
             (
-                "nameserver 192.0.2.1\nnameserver 127.0.0.53\n",
+                "nameserver 198.51.100.1\nnameserver 127.0.0.53\n",
                 "",
                 "service",
-                &["192.0.2.1 is listed"],
+                &["198.51.100.1 is listed"],
             ),
             (
-                "nameserver 203.0.113.53\nnameserver 192.0.2.1\n",
+                "nameserver 203.0.113.53\nnameserver 198.51.100.1\n",
                 "",
                 "service",
                 &["with 203.0.113.53"],
             ),
             ("nameserver 127.0.0.1\nnameserver ::1\n", "", "service", &[]),
-            ("nameserver 192.0.2.1\nnameserver 192.0.2.2\n", "", "service", &[]),
+            ("nameserver 198.51.100.1\nnameserver 198.51.100.2\n", "", "service", &[]),
             ("what is this\nsearch consul\n", "", "service", &["search consul: "]),
             (
                 "search consul\noptions ndots:two edns1 rotate\n",
@@ -164,7 +166,7 @@ mod tests {
             config.dns.domain = domain.to_owned();
             config.dns.listen.push("203.0.113.53:53".parse().unwrap());
             for (route, server) in
-                [("corp.example", "192.0.2.1:53"), ("its.example", "192.0.2.1:8600")]
+                [("corp.example", "198.51.100.1:53"), ("its.example", "198.51.100.1:8600")]
             {
                 config.dns.routes.insert(route.to_owned(), server.parse().unwrap());
             }

@@ -1,7 +1,7 @@
 //! The relay on a made-up clock, with sockets that note what goes through them.
 
 use hickory_proto::op::{Message, OpCode, Query};
-use hickory_proto::rr::rdata::A;
+use hickory_proto::rr::rdata::{A, NS};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 
 use super::*;
@@ -105,7 +105,7 @@ impl Rig {
     fn reply(&mut self, ms: u64, rank: usize, name: &str, what: &str) {
         let (port, query) = &self.notes.sent[&(name.to_owned(), rank)];
         let code = match what {
-            "ok" | "nothing" | "referral" => ResponseCode::NoError,
+            "ok" | "nothing" | "bare" | "referral" => ResponseCode::NoError,
             "nx" => ResponseCode::NXDomain,
             "fail" => ResponseCode::ServFail,
             "malformed" => ResponseCode::FormErr,
@@ -113,12 +113,17 @@ impl Rig {
             other => panic!("{other}"),
         };
         let mut message = Message::error_msg(query.metadata.id, OpCode::Query, code);
-        message.metadata.recursion_available = what != "referral";
+        message.metadata.recursion_available = !matches!(what, "referral" | "bare");
         message.add_query(query.queries[0].clone());
         if what == "ok" {
             let data = RData::A(A::new(192, 0, 2, rank as u8 + 1));
             let name = query.queries[0].name.clone();
             message.add_answer(Record::from_rdata(name, 9, data));
+        }
+        if what == "referral" {
+            let zone = Name::from_ascii("example.").unwrap();
+            let server = RData::NS(NS(Name::from_ascii("ns.example.").unwrap()));
+            message.authorities = vec![Record::from_rdata(zone, 9, server)];
         }
         let (port, bytes) = (*port, message.to_vec().unwrap());
         let now = self.at(ms);
@@ -283,6 +288,9 @@ fn who_is_asked_and_whose_answer_counts() {
                 (4, "ask b.", "b.>1"),
                 (5, "1 b. referral", "b.>2"),
                 (6, "2 b. ok", "b.=NoError2"),
+                // No data, by one that doesn't recurse for us.
+                (7, "ask c.", "c.>1"),
+                (8, "1 c. bare", "c.=NoError"),
             ],
         ),
         (
