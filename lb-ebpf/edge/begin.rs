@@ -301,13 +301,11 @@ extern "C" fn nohop_edge_prepare(record_idx: u64, backend_idx: u64, how: u64) ->
         flags |= FlowWord::LOCAL;
     }
     if packet.protocol == IPPROTO_TCP {
-        // This host itself may drop what comes from a forged address.
-        let is_conclusive = scratch.is_conclusive && !is_local;
-        flags |= outcomes::flags_of(backend, is_conclusive);
+        flags |= outcomes::flags_of(backend, scratch.is_conclusive, is_local);
         if scratch.shows_client {
             flags |= FlowWord::SHOWS_CLIENT;
         }
-        if is_conclusive {
+        if flags & FlowWord::PENDING != 0 {
             sent_us = outcomes::now_us();
         }
     }

@@ -91,7 +91,7 @@ pub struct Scratch {
     pub fib: [u32; 16],
     /// Whether the backend of the flow that is about to begin is shown the client's address.
     pub shows_client: bool,
-    /// Whether a backend that is well answers the SYN that the flow is about to begin with; false for a datagram.
+    /// Whether a backend that is well accepts the SYN that the flow is about to begin with; false for a datagram.
     pub is_conclusive: bool,
     /// Through the options of that SYN.
     pub options: SynOptions,

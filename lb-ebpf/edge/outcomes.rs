@@ -60,11 +60,15 @@ pub fn may_answer(backend_idx: u32, generation: u32) -> bool {
 }
 
 /// The flags of a TCP flow to a backend that is about to begin with its SYN. One that a sound backend may leave without
-/// an answer isn't pending, so nothing follows from that, nor is it a trial.
+/// an answer, or refuse, isn't pending, so nothing follows from that, nor is it a trial. On this host only a refusal
+/// shows something: the host itself may drop what comes from a forged address.
 #[inline(always)]
-pub fn flags_of(backend: BackendPtr, is_conclusive: bool) -> u8 {
+pub fn flags_of(backend: BackendPtr, is_conclusive: bool, is_local: bool) -> u8 {
     if !is_conclusive {
         return FlowWord::IN_FLIGHT;
+    }
+    if is_local {
+        return FlowWord::IN_FLIGHT | FlowWord::SHOWS_REFUSAL;
     }
     let trial = if backend.ejection().is_claimed() { FlowWord::TRIAL } else { 0 };
     FlowWord::IN_FLIGHT | FlowWord::PENDING | trial
@@ -148,8 +152,12 @@ fn settle(record: RecordPtr, record_idx: u32) {
             Some(Sign::Closed)
         } else {
             let is_reset = either & FlowWord::FIN == 0 && word.backend & FlowWord::RST != 0;
-            // What wasn't pending may be refused, too.
-            is_reset.then_some(if is_answered { Sign::Reset } else { Sign::Refused })
+            // Of a SYN that was dropped the RST may be the answer to what came behind it.
+            let is_refused = flags & FlowWord::SHOWS_REFUSAL != 0 && record.packets() == 2;
+            match is_answered {
+                true => is_reset.then_some(Sign::Reset),
+                false => (is_reset && is_refused).then_some(Sign::Refused),
+            }
         };
     }
     if is_open != (flags & FlowWord::IN_FLIGHT != 0) {

@@ -1,4 +1,5 @@
-//! What the silence of a backend after a SYN shows: of some SYNs nothing, as a backend drops them that is well.
+//! What the silence of a backend after a SYN, or its refusal, shows: of some SYNs nothing, as a backend drops or refuses
+//! them that is well.
 
 use aya_ebpf::bindings::__sk_buff;
 use lb_common::{

@@ -6,15 +6,18 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lb_userspace::datapath::{Datapath, EdgeOptions};
+use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket};
 
 use crate::edge::{
-    BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, ends, exchange,
-    options, place, public, request, serve, serve_with, start_server, stop_server, web,
+    BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, end_server, ends,
+    exchange, options, place, public, request, serve, serve_with, start_server, stop_server, web,
 };
 use crate::names::Container;
 use crate::netns::{inside, ip};
+use crate::running_kernel;
 
 const SYN: u8 = 2;
+const ACK: u8 = 16;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
@@ -346,7 +349,7 @@ pub fn packets_that_are_not_right() {
     });
 }
 
-/// Of SYNs that a backend may drop though it is well no failure follows, or anyone could have it ejected.
+/// Of SYNs that a backend may drop or refuse though it is well no failure follows, or anyone could have it ejected.
 pub fn syns_that_show_nothing() {
     inside(|| {
         let (place, network) = (place(), Network::new());
@@ -362,7 +365,7 @@ pub fn syns_that_show_nothing() {
         let cases = [
             ("a hop limit of 2", Spec { hops: 2, ..tcp(client) }),
             ("a hop limit of 2 of IPv6", Spec { hops: 2, ..tcp(client6) }),
-            ("TCP's MD5", Spec { tcp_options: md5, ..tcp(client) }),
+            ("TCP's MD5", Spec { tcp_options: md5.clone(), ..tcp(client) }),
             ("an option beyond its header", Spec { tcp_options: long, ..tcp(client6) }),
             ("a source route", Spec { options: vec![131, 7, 4, 10, 7, 0, 9, 0], ..tcp(client) }),
             ("a routing header", Spec { extension: ROUTING, options: route, ..tcp(client6) }),
@@ -391,17 +394,51 @@ pub fn syns_that_show_nothing() {
         assert_eq!([v4, v6].map(|idx| counters.backend_failures(idx)), [1, 1]);
         assert_eq!([v4, v6].map(|idx| counters.outcomes(idx).in_flight), [0, 0]);
 
-        // That a backend refuses them shows what it always does.
+        // A server that drops one refuses what comes behind it, and it refuses a SYN that joins a connection of
+        // MPTCP which it doesn't have.
         apply(&mut datapath, vec![public("other", &[(BACKEND, PORT).into()], &[vips[0]])]);
-        let packet = Spec { hops: 3, ..tcp(client) }.packet();
-        network.client.run(move || send(macs, &[], &packet));
         let idx = datapath.indices("other").unwrap().backends[&(BACKEND, PORT).into()];
+        let answered = |what: &str, specs: &[Spec]| {
+            let packets: Vec<_> = specs.iter().map(Spec::packet).collect();
+            let n_forwarded = count(&datapath, "forwarded") + packets.len() as u64 + 1;
+            network.client.run(move || packets.iter().for_each(|packet| send(macs, &[], packet)));
+            let start = Instant::now();
+            while count(&datapath, "forwarded") < n_forwarded {
+                assert!(start.elapsed() < LONG, "{what}: {:?}", datapath.edge_counts());
+                std::thread::yield_now();
+            }
+        };
+        let shows_nothing = |what: &str, specs: &[Spec]| {
+            answered(what, specs);
+            assert_eq!(counters.outcomes(idx).in_flight, 0, "{what}");
+            assert!(counters.ejected(idx).is_none(), "{what}");
+        };
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let dropped = Spec { from_port: 7_101, tcp_options: md5, ..tcp(client) };
+        let behind = Spec { tcp_flags: ACK, tcp_options: Vec::new(), ..dropped.clone() };
+        shows_nothing("TCP's MD5, then an ACK", &[dropped, behind]);
+        end_server(&network.backend, BACKEND.into());
+        let listener = network.backend.run(|| {
+            let socket =
+                socket(AddressFamily::INET, SocketType::STREAM, Some(ipproto::MPTCP)).ok()?;
+            bind(&socket, &SocketAddr::from((BACKEND, PORT))).unwrap();
+            listen(&socket, 1).unwrap();
+            Some(socket)
+        });
+        let join = vec![30, 12, 0x10, 2, 0, 0, 0, 7, 0, 0, 0, 9];
+        let join = Spec { from_port: 7_102, tcp_options: join, ..tcp(client) };
+        // Before that it takes such a SYN for one of TCP.
+        if listener.is_some() && running_kernel() >= (6, 1) {
+            shows_nothing("a SYN that joins a connection of MPTCP", std::slice::from_ref(&join));
+        }
+        drop(listener);
+        shows_nothing("a hop limit of 3", &[Spec { from_port: 7_103, hops: 3, ..tcp(client) }]);
+        answered("a usual one", &[Spec { from_port: 7_104, ..tcp(client) }]);
         let start = Instant::now();
         while counters.ejected(idx).is_none() {
             assert!(start.elapsed() < LONG, "{:?}", datapath.edge_counts());
             std::thread::yield_now();
         }
-        assert_eq!(counters.outcomes(idx).in_flight, 0);
     });
 }
 

@@ -183,6 +183,8 @@ impl FlowWord {
     pub const TRIAL: u8 = 16;
     /// The backend is shown the client's address ([`EdgeServiceRef::shows_client`]).
     pub const SHOWS_CLIENT: u8 = 32;
+    /// It isn't pending, but that its SYN is refused shows what it does for one that is.
+    pub const SHOWS_REFUSAL: u8 = 64;
 
     /// For how long nothing may have come after a RST before a packet shows that the RST wasn't its sender's, in
     /// milliseconds. Packets that were sent before it may come after it.

@@ -1,5 +1,5 @@
-//! Which SYNs a backend answers that is well. Others show nothing by their silence: anyone outside could have backends
-//! ejected by them.
+//! Which SYNs a backend accepts that is well. That others get no answer, or a RST, shows nothing: anyone outside could
+//! have backends ejected by them.
 
 use crate::edge::checksum::{fold, sum};
 use crate::edge::header::ip_len;
@@ -17,6 +17,10 @@ const NOP: u8 = 1;
 /// The options by which a segment is authenticated (RFC 2385, RFC 5925). Who doesn't expect one drops the segment.
 const MD5: u8 = 19;
 const AUTHENTICATION: u8 = 29;
+/// MPTCP (RFC 8684, section 3.2): its number, and in the upper half of the third octet that of a SYN which joins a
+/// connection. A listener without that connection refuses it, so another backend than the connection's does.
+const MPTCP: u8 = 30;
+const JOIN: u8 = 1;
 
 /// Whether the IP header's checksum is right; IPv6 has none.
 #[inline(always)]
@@ -53,7 +57,8 @@ pub enum SynOption {
     Ignorable = 0,
     /// The end: there is no other.
     End = 1,
-    /// One for which a host may drop the SYN: of authentication, or one that can't be read.
+    /// One for which a host may drop or refuse the SYN: of authentication, one by which it joins a connection of
+    /// MPTCP, or one that can't be read.
     Refusable = 2,
 }
 
@@ -77,6 +82,7 @@ impl SynOptions {
             END => return SynOption::End,
             NOP => self.at += 1,
             MD5 | AUTHENTICATION => return SynOption::Refusable,
+            MPTCP if window.octet(at + 2) >> 4 == JOIN => return SynOption::Refusable,
             _ if at + 1 >= end || len < 2 || at + len > end => return SynOption::Refusable,
             _ => self.at += len,
         }
@@ -127,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn options_for_which_a_syn_is_dropped() {
+    fn options_for_which_a_syn_is_not_accepted() {
         let md5 = [&[1, 1, 19, 18][..], &[7; 16]].concat();
         let mss = [2, 4, 5, 180];
         for (options, expected) in [
@@ -147,6 +153,9 @@ mod tests {
             (std::vec![99, 4, 1, 2], SynOption::End),
             (md5.clone(), SynOption::Refusable),
             ([&mss[..], &[29, 4, 0, 0]].concat(), SynOption::Refusable),
+            // That connection is to be one of MPTCP; that it joins one.
+            ([&mss[..], &[30, 4, 1, 0x81]].concat(), SynOption::End),
+            ([&mss[..], &[30, 12, 0x10, 2, 0, 0, 0, 7, 0, 0, 0, 9]].concat(), SynOption::Refusable),
             (std::vec![8, 99, 0, 0], SynOption::Refusable),
             (std::vec![2, 4, 5, 180, 8, 1, 1, 1], SynOption::Refusable),
             (std::vec![1, 1, 1, 8], SynOption::Refusable),
