@@ -34,7 +34,15 @@ pub fn passes_and_fails() {
             networks.push(network.parse().unwrap());
         }
         let mut datapath = serve_with(&place, vec![near], EdgeOptions { networks, ..options() });
-        // As if no neighbour had been verified for long: that is left to packets that leave.
+        // As if no neighbour had been verified for long: that is left to packets that leave. One that has no hardware
+        // address isn't verified anyway.
+        let neighbours =
+            [("198.51.100.3", "out"), ("fd51::3", "out"), ("10.7.0.2", "in"), ("fd07::2", "in")];
+        for (address, device) in neighbours {
+            ip(&format!(
+                "neigh replace {address} lladdr 02:00:00:00:00:07 nud permanent dev {device}"
+            ));
+        }
         let pin = MapData::from_pin(place.pin("v3/maps/EDGE_NEIGHBOURS")).unwrap();
         let mut times: Array<_, u32> = Map::Array(pin).try_into().unwrap();
         (0..times.len()).for_each(|idx| times.set(idx, u32::MAX / 2, 0).unwrap());
