@@ -28,7 +28,8 @@ impl Tmpfs {
                 let _ = unmount(path, UnmountFlags::DETACH);
             }
         });
-        let options = std::ffi::CString::new(format!("size={size}"))?;
+        // By default everyone may write to its root, as to /tmp.
+        let options = std::ffi::CString::new(format!("size={size},mode=0755"))?;
         mount("tmpfs", tempdir.path(), "tmpfs", MountFlags::empty(), Some(options.as_c_str()))
             .with_context(|| format!("mount a tmpfs at {}", tempdir.path().display()))?;
         Ok(Tmpfs { _cleanup: cleanup, tempdir })
