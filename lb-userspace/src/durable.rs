@@ -50,34 +50,34 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(contents)
 }
 
-/// A user and a group, by their ids.
+/// The user and the group of a process, by their ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ids {
+pub struct ProcessOwner {
     /// The user's.
     pub uid: u32,
     /// The group's.
     pub gid: u32,
 }
 
-impl Ids {
-    /// Those of this process.
-    pub fn own() -> Ids {
+impl ProcessOwner {
+    /// That of this process.
+    pub fn own() -> ProcessOwner {
         let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
-        Ids { uid: uid.as_raw(), gid: gid.as_raw() }
+        ProcessOwner { uid: uid.as_raw(), gid: gid.as_raw() }
     }
 
-    /// Those of a process, if it is there.
-    pub fn of(pid: u32) -> Option<Ids> {
+    /// That of a process, if it is there.
+    pub fn of(pid: u32) -> Option<ProcessOwner> {
         let found = fs::metadata(format!("/proc/{pid}")).ok()?;
-        Some(Ids { uid: found.uid(), gid: found.gid() })
+        Some(ProcessOwner { uid: found.uid(), gid: found.gid() })
     }
 }
 
 /// Why others than root and the daemon, which has these ids, could change what is in a directory, which is
 /// trusted, and the fix; `None` where they can't. It may not exist yet: then the directories above it decide.
-pub fn exposure(directory: &Path, daemon: Ids) -> Option<String> {
+pub fn exposure(directory: &Path, daemon: ProcessOwner) -> Option<String> {
     const STICKY: u32 = 0o1000;
-    let Ids { uid: own, gid: group } = daemon;
+    let ProcessOwner { uid: own, gid: group } = daemon;
     let resolved = fs::canonicalize(directory);
     let directory = resolved.as_deref().unwrap_or(directory);
     directory.ancestors().find_map(|path| {
@@ -264,7 +264,7 @@ mod tests {
             let _ = fs::remove_file(&link);
             symlink(&state, &link).unwrap();
             for path in [&state, &link] {
-                let found = exposure(path, Ids::own());
+                let found = exposure(path, ProcessOwner::own());
                 let part = expected.unwrap_or_default();
                 let is_right = match &found {
                     Some(found) => expected.is_some() && found.contains(part),
@@ -279,18 +279,20 @@ mod tests {
         for (gid, is_open) in [(rustix::process::getegid().as_raw(), false), (65534, true)] {
             // Only root may give it away.
             if chown(&state, None, Some(gid)).is_ok() {
-                assert_eq!(exposure(&state, Ids::own()).is_some(), is_open, "{gid}");
+                assert_eq!(exposure(&state, ProcessOwner::own()).is_some(), is_open, "{gid}");
             }
         }
         // What is the daemon's own is open to nobody else.
-        let daemon = Ids { uid: 65533, gid: 65533 };
+        let daemon = ProcessOwner { uid: 65533, gid: 65533 };
         if chown(&state, Some(daemon.uid), Some(daemon.gid)).is_ok() {
             assert_eq!(exposure(&state, daemon), None);
-            assert!(exposure(&state, Ids::own()).unwrap().contains("uid 65533"));
+            assert!(exposure(&state, ProcessOwner::own()).unwrap().contains("uid 65533"));
         }
         // One that isn't there yet.
         set(&above, 0o777).unwrap();
-        assert!(exposure(&above.join("new/state"), Ids::own()).unwrap().contains("chmod go-w"));
+        assert!(
+            exposure(&above.join("new/state"), ProcessOwner::own()).unwrap().contains("chmod go-w")
+        );
     }
 
     #[test]

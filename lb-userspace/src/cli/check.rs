@@ -15,7 +15,7 @@ use crate::datapath::{
     intercept_problems, is_bpffs, look_at_pins, nearest_directory, route,
 };
 use crate::dns;
-use crate::durable::{self, Ids};
+use crate::durable::{self, ProcessOwner};
 
 /// The whole report.
 #[derive(Debug, Serialize, Deserialize)]
@@ -501,7 +501,8 @@ fn state_dir(path: &Path) -> CheckResult {
 
 /// Others could change where services lead, where they may write to the state directory.
 fn exposure(path: &Path, daemon: Option<&api::Status>) -> CheckResult {
-    let ids = daemon.and_then(|status| Ids::of(status.pid)).unwrap_or_else(Ids::own);
+    let ids =
+        daemon.and_then(|status| ProcessOwner::of(status.pid)).unwrap_or_else(ProcessOwner::own);
     match durable::exposure(path, ids) {
         None => Ok("closed to others".to_owned()),
         Some(problem) => in_two(&problem),

@@ -245,8 +245,9 @@ fn work<S: Snapshot>(
 /// answer.
 pub async fn exposure(state_dir: &Path) -> Option<String> {
     let state_dir = state_dir.to_owned();
-    let looking =
-        tokio::task::spawn_blocking(move || durable::exposure(&state_dir, durable::Ids::own()));
+    let looking = tokio::task::spawn_blocking(move || {
+        durable::exposure(&state_dir, durable::ProcessOwner::own())
+    });
     let found = tokio::time::timeout(READ_TIMEOUT, looking).await;
     let problem = found.ok()?.ok()?;
     problem.inspect(|problem| tracing::warn!("{problem}"))
