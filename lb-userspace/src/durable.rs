@@ -282,7 +282,7 @@ mod tests {
                 assert_eq!(exposure(&state, ProcessOwner::own()).is_some(), is_open, "{gid}");
             }
         }
-        // What is the daemon's own is open to nobody else.
+        // What is the daemon's own is closed to others.
         let daemon = ProcessOwner { uid: 65533, gid: 65533 };
         if chown(&state, Some(daemon.uid), Some(daemon.gid)).is_ok() {
             assert_eq!(exposure(&state, daemon), None);

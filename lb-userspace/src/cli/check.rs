@@ -501,9 +501,8 @@ fn state_dir(path: &Path) -> CheckResult {
 
 /// Others could change where services lead, where they may write to the state directory.
 fn exposure(path: &Path, daemon: Option<&api::Status>) -> CheckResult {
-    let ids =
-        daemon.and_then(|status| ProcessOwner::of(status.pid)).unwrap_or_else(ProcessOwner::own);
-    match durable::exposure(path, ids) {
+    let owner = daemon.and_then(|status| ProcessOwner::of(status.pid));
+    match durable::exposure(path, owner.unwrap_or_else(ProcessOwner::own)) {
         None => Ok("closed to others".to_owned()),
         Some(problem) => in_two(&problem),
     }
