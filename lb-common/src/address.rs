@@ -32,6 +32,13 @@ impl Address {
         }
     }
 
+    /// The octets of an IPv4 address as a word, in the order in which they lie in memory.
+    #[inline(always)]
+    pub const fn v4_word(self) -> u32 {
+        let [_, low] = self.words();
+        (low >> 32) as u32
+    }
+
     /// The octets as two words, in the order in which they lie in memory.
     #[inline(always)]
     pub const fn words(self) -> [u64; 2] {
@@ -66,6 +73,7 @@ mod tests {
         let mapped = Address::v4([10, 0, 0, 7]);
         assert_eq!(core::net::Ipv6Addr::from(mapped.octets).to_string(), "::ffff:10.0.0.7");
         assert_eq!(mapped.to_v4(), Some([10, 0, 0, 7]));
+        assert_eq!(mapped.v4_word().to_ne_bytes(), [10, 0, 0, 7]);
         let ipv6: core::net::Ipv6Addr = "fd00::ffff:a00:7".parse().unwrap();
         assert_eq!(Address { octets: ipv6.octets() }.to_v4(), None);
     }

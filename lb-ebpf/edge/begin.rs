@@ -13,7 +13,7 @@ use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
 use crate::forward;
 use crate::maps::{self, count};
 use crate::skb::Skb;
-use crate::{hops, outcomes, syn, tables, trace};
+use crate::{hops, outcomes, settings, syn, tables, trace};
 
 /// What becomes of a packet instead of a flow: it goes on as it came. No [`Found`] has these numbers.
 pub const PASS: u64 = 0;
@@ -74,7 +74,7 @@ extern "C" fn nohop_edge_admit() -> u64 {
     if packet.is_error != 0 {
         return PASS;
     }
-    if !maps::may_begin() {
+    if !settings::may_begin() {
         return PASS;
     }
     let Some(service) = maps::service_of(packet) else {
@@ -92,7 +92,9 @@ extern "C" fn nohop_edge_admit() -> u64 {
         return RESET;
     }
     // No host sends to itself by this one, and no packet of this edge's comes back to it.
-    if packet.source == packet.destination || maps::is_source(&packet.source, packet.is_ipv6 != 0) {
+    if packet.source == packet.destination
+        || settings::is_source(&packet.source, packet.is_ipv6 != 0)
+    {
         trace::refused(EdgeCounter::Martian);
         return DROP;
     }
@@ -250,7 +252,7 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
         let has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
         if has_port && flows::nohop_edge_insert_key(record_idx, 0) != 0 {
             if is_local != 0 {
-                maps::set_local();
+                settings::set_local();
             }
             return Found::of(record_idx as u32, false, is_local != 0).0;
         }
@@ -356,7 +358,7 @@ fn low_at(address: *const Address) -> u32 {
 /// The source address, and the port, of the nth try; 0 where there is none.
 #[inline(always)]
 fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) -> u16 {
-    let n_sources = maps::n_sources(is_ipv6);
+    let n_sources = settings::n_sources(is_ipv6);
     if n_sources == 0 {
         return 0;
     }
@@ -365,9 +367,9 @@ fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) 
     else {
         return 0;
     };
-    let Some(from) = maps::source(is_ipv6, nth_source) else { return 0 };
+    let Some(from) = settings::source(is_ipv6, nth_source) else { return 0 };
     match from {
-        maps::Source::V4(address) => {
+        settings::Source::V4(address) => {
             // SAFETY: as above.
             unsafe {
                 source.cast::<u64>().write_volatile(0);
@@ -375,7 +377,7 @@ fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) 
                 source.cast::<u64>().add(1).write_volatile(mapped);
             }
         }
-        maps::Source::V6(address) => copy(address, source),
+        settings::Source::V6(address) => copy(address, source),
     }
     port
 }

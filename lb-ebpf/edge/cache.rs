@@ -7,7 +7,7 @@ use lb_common::{
     CacheKey, CacheLine, DEFAULT_MAX_FLOWS, FlowRef, N_CACHED, cached_flow, n_cache_lines,
 };
 
-use crate::{hops, maps};
+use crate::{hops, settings};
 
 /// Its elements begin at a page, so each is a cache line, as those of arrays that can be mapped do.
 #[btf_map]
@@ -28,7 +28,7 @@ pub struct CachePtr {
 #[inline(always)]
 pub fn place<const N: usize>(ends: &[u32; N], protocol: u8) -> Option<CachePtr> {
     let key = CacheKey::of(ends, protocol);
-    let line = EDGE_CACHE.get_ptr_mut(key.line(n_cache_lines(maps::n_records())))?;
+    let line = EDGE_CACHE.get_ptr_mut(key.line(n_cache_lines(settings::n_records())))?;
     Some(CachePtr { line: line.cast(), key })
 }
 

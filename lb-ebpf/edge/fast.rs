@@ -11,10 +11,11 @@ use lb_common::{
 
 use crate::cache::{self, CachePtr};
 use crate::fib::{self, Fib, Question, Route};
-use crate::flows::Side;
 use crate::headers::Headers;
 use crate::hops::{self, NextHop};
-use crate::maps::{self, RecordPtr};
+use crate::maps;
+use crate::record::RecordPtr;
+use crate::settings::{self, Side};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -79,7 +80,7 @@ impl Family<N_ENDS4> for V4 {
 
     #[inline(always)]
     fn side(ends: &[u32; N_ENDS4]) -> Side {
-        maps::side4(ends[1])
+        settings::side4(ends[1])
     }
 
     #[inline(always)]
@@ -127,7 +128,7 @@ impl Family<N_ENDS6> for V6 {
     #[inline(always)]
     fn side(ends: &[u32; N_ENDS6]) -> Side {
         let [.., a, b, c, d, _] = *ends;
-        maps::side6(u64::from(a) | u64::from(b) << 32, u64::from(c) | u64::from(d) << 32)
+        settings::side6(u64::from(a) | u64::from(b) << 32, u64::from(c) | u64::from(d) << 32)
     }
 
     #[inline(always)]

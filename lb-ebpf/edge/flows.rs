@@ -5,19 +5,9 @@ use lb_common::{
     Target,
 };
 
-use crate::maps::{self, RecordPtr, count};
-use crate::{outcomes, random};
-
-/// Whose packet one may be, by where it goes to.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// No flow's.
-    None,
-    /// A client's, to a VIP.
-    Vip,
-    /// A backend's, to a source address.
-    Source,
-}
+use crate::maps::{self, count};
+use crate::record::RecordPtr;
+use crate::{outcomes, random, settings};
 
 /// A flow and the side that a packet is of, as a number, because functions that the verifier follows once
 /// return numbers: the record's index and one more, and bits. Zero for none.
@@ -85,8 +75,8 @@ pub fn find(packet: &Packet) -> Option<(u32, bool)> {
 /// A packet's key.
 #[inline(always)]
 pub fn key4(packet: &Packet) -> FlowKey4 {
-    let from = (low(&packet.source).to_ne_bytes(), packet.source_port);
-    let to = (low(&packet.destination).to_ne_bytes(), packet.destination_port);
+    let from = (packet.source.v4_word().to_ne_bytes(), packet.source_port);
+    let to = (packet.destination.v4_word().to_ne_bytes(), packet.destination_port);
     FlowKey4::of(from, to, packet.protocol)
 }
 
@@ -129,13 +119,6 @@ fn key6_of(record: RecordPtr, idx: u32, is_back: bool) -> Option<FlowKey6> {
     Some(FlowKey6::of((read(from), ports.0), (read(to), ports.1), protocol))
 }
 
-/// An IPv4 address as it lies in memory.
-#[inline(always)]
-pub fn low(address: &Address) -> u32 {
-    let [_, low] = address.words();
-    (low >> 32) as u32
-}
-
 /// Whether a record is of a packet's flow: it may have become another one's since it was found.
 #[inline(always)]
 pub fn is_of(record: RecordPtr, idx: u32, packet: &Packet, is_back: bool) -> bool {
@@ -167,7 +150,7 @@ pub fn is_of(record: RecordPtr, idx: u32, packet: &Packet, is_back: bool) -> boo
     }
     let (from, to) =
         if is_back { (record.backend(), record.source()) } else { (record.client(), record.vip()) };
-    from == low(&packet.source) && to == low(&packet.destination)
+    from == packet.source.v4_word() && to == packet.destination.v4_word()
 }
 
 /// Follows a flow by the packet that was read, and sets where it goes to. Returns 1, or 0 where there is no
@@ -358,7 +341,7 @@ pub extern "C" fn nohop_edge_claim(now_ms: u64, may_take: u64) -> u64 {
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn nohop_edge_jump() -> u64 {
-    let n_records = maps::n_records();
+    let n_records = settings::n_records();
     if let Some(cursors) = maps::cursors()
         && n_records != 0
     {
@@ -370,7 +353,7 @@ pub extern "C" fn nohop_edge_jump() -> u64 {
 /// The index of a record, counted on from the last one to the first.
 #[inline(always)]
 fn within(place: u64) -> u32 {
-    let n_records = maps::n_records();
+    let n_records = settings::n_records();
     let place = place as u32;
     if place >= n_records { place.wrapping_sub(n_records) } else { place }
 }
@@ -398,7 +381,7 @@ extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
     let Some(record) = maps::record(idx) else { return 0 };
     if record.claims() != 0 {
         let (state, idle_ms) = (record.word().state(), idle_ms(record, now_ms as u32));
-        if idle_ms < maps::timeout_ms(state) {
+        if idle_ms < settings::timeout_ms(state) {
             return match state {
                 FlowState::Closed | FlowState::UdpUnanswered if idle_ms >= CLOSED_MS => SPENT,
                 FlowState::SynSent | FlowState::SynReceived if idle_ms >= PENDING_MS => PENDING,

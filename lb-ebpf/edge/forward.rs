@@ -19,7 +19,8 @@ use zerocopy::IntoBytes as _;
 
 use crate::fib::{self, Fib, Question, Route};
 use crate::flows::Found;
-use crate::maps::{self, RecordPtr, Scratch, count};
+use crate::maps::{self, Scratch, count};
+use crate::record::RecordPtr;
 use crate::skb::{IP, Skb};
 use crate::{answer, hops};
 

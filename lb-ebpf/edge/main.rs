@@ -24,7 +24,9 @@ mod maps;
 mod outcomes;
 #[path = "../src/random.rs"]
 mod random;
+mod record;
 mod reset;
+mod settings;
 mod skb;
 mod syn;
 #[path = "../src/tables.rs"]
@@ -38,8 +40,9 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use lb_common::{EdgeCounter, FlowState, NoFlow, is_first_syn, parse_ipv4, parse_ipv6};
 
-use crate::flows::{Found, Side};
+use crate::flows::Found;
 use crate::maps::count;
+use crate::settings::Side;
 use crate::skb::Skb;
 
 #[unsafe(link_section = "license")]
@@ -111,7 +114,7 @@ pub fn nohop_edge(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn nohop_edge_out(ctx: TcContext) -> i32 {
     let skb = Skb::of(&ctx);
-    if !maps::has_local() || nohop_edge_read(skb.0) != 0 {
+    if !settings::has_local() || nohop_edge_read(skb.0) != 0 {
         return TC_ACT_UNSPEC;
     }
     let found = Found(nohop_edge_find());

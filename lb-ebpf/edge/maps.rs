@@ -3,19 +3,16 @@
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_NOEXIST};
 use aya_ebpf::btf_maps::{Array, HashMap, PerCpuArray, RingBuf};
 use aya_ebpf::macros::btf_map;
-use core::hint::black_box;
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     ANY_PORT, Address, BackendEntry, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_FLOWS,
-    DEFAULT_MAX_SERVICES, EDGE_HEARTBEAT_NS, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter,
-    EdgeCounters, EdgeServiceRef, Event, EventKind, FlowAddresses6, FlowEvent, FlowKey4, FlowKey6,
-    FlowRecord, FlowRef, FlowState, FlowWord, Frontend, Frontend6, GlobalCounters, IPPROTO_ICMPV6,
-    IPPROTO_TCP, MAX_EDGE_NETWORKS, MAX_EDGE_SOURCES, MAX_OWN_ADDRESSES, N_EDGE_ACCOUNTS,
-    N_FLOW_STATES, OptionWalk, PROOF_GENERATION, Packet, PortCursor, PortPlace, ServiceRef,
-    ServiceStats, SynOptions, Target, Window,
+    DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, EdgeControl, EdgeCounter, EdgeCounters,
+    EdgeServiceRef, Event, EventKind, FlowAddresses6, FlowEvent, FlowKey4, FlowKey6, FlowRecord,
+    FlowRef, Frontend, Frontend6, GlobalCounters, IPPROTO_ICMPV6, IPPROTO_TCP, MAX_OWN_ADDRESSES,
+    N_EDGE_ACCOUNTS, OptionWalk, Packet, PortCursor, PortPlace, ServiceRef, ServiceStats,
+    SynOptions, Target, Window,
 };
 
-use crate::flows::{Side, low};
+use crate::record::RecordPtr;
 pub use crate::tables::add_one;
 use crate::tables::{BACKENDS, control as table_control};
 
@@ -39,7 +36,7 @@ static EDGE_RECORDS: Array<FlowRecord, N_RECORDS, MMAPABLE> = Array::new();
 #[btf_map]
 static EDGE_ADDRESSES6: Array<FlowAddresses6, N_RECORDS, MMAPABLE> = Array::new();
 #[btf_map]
-static EDGE_CONTROL: Array<EdgeControl, 1, MMAPABLE> = Array::new();
+pub static EDGE_CONTROL: Array<EdgeControl, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static EDGE_COUNTERS: Array<EdgeCounters, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -148,150 +145,10 @@ pub fn now_ms() -> u32 {
     (now_ns() / 1_000_000) as u32
 }
 
-macro_rules! control_word {
-    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because the daemon
-    // writes it.
-    ($control:ident . $($field:tt)+) => {
-        unsafe { (&raw const (*$control).$($field)+).read_volatile() }
-    };
-}
-
-/// Whose packet it may be that goes to this address, as it lies in memory.
-#[inline(always)]
-pub fn side4(address: u32) -> Side {
-    let Some(control) = EDGE_CONTROL.get_ptr(0) else { return Side::None };
-    let mut idx = 0;
-    while idx < MAX_EDGE_NETWORKS {
-        let [network, mask] = control_word!(control.settings.networks[idx]);
-        if address & mask == network {
-            return Side::Vip;
-        }
-        idx += 1;
-    }
-    let mut idx = 0;
-    while idx < MAX_EDGE_SOURCES {
-        if address == control_word!(control.settings.sources[idx]) {
-            return Side::Source;
-        }
-        idx += 1;
-    }
-    Side::None
-}
-
-/// The same of an IPv6 address, by its halves.
-#[inline(always)]
-pub fn side6(high: u64, low: u64) -> Side {
-    let Some(control) = EDGE_CONTROL.get_ptr(0) else { return Side::None };
-    let mut idx = 0;
-    while idx < MAX_EDGE_NETWORKS {
-        let [network, mask] = control_word!(control.settings.networks6[idx]);
-        if high & mask == network {
-            return Side::Vip;
-        }
-        idx += 1;
-    }
-    let mut idx = 0;
-    while idx < MAX_EDGE_SOURCES {
-        if [high, low] == control_word!(control.settings.sources6[idx]).words() {
-            return Side::Source;
-        }
-        idx += 1;
-    }
-    Side::None
-}
-
-/// Whether flows may begin: not while connections are only counted, nor after a daemon of another version has
-/// run that doesn't keep the frontends.
-#[inline(always)]
-pub fn may_begin() -> bool {
-    use lb_common::ControlWords as _;
-    let (Some(daemon), Some(control)) = (table_control(), EDGE_CONTROL.get_ptr(0)) else {
-        return false;
-    };
-    // A daemon that stops takes its heartbeat back, not when its table was right.
-    let last_ns = daemon.heartbeat_ns().max(daemon.table_ns());
-    let kept_ns = control_word!(control.settings.heartbeat_ns);
-    !daemon.is_shadow() && last_ns < kept_ns.saturating_add(EDGE_HEARTBEAT_NS)
-}
-
-/// Whether flows go to backends on this host.
-#[inline(always)]
-pub fn has_local() -> bool {
-    EDGE_CONTROL.get_ptr(0).is_some_and(|control| control_word!(control.has_local) != 0)
-}
-
-/// See [`has_local`].
-#[inline(always)]
-pub fn set_local() {
-    if let Some(control) = EDGE_CONTROL.get_ptr_mut(0) {
-        // SAFETY: an array's element stays, and this is an aligned word of it, which is only ever set to 1.
-        unsafe { (&raw mut (*control).has_local).write_volatile(1) };
-    }
-}
-
 /// Whether an address is this host's.
 #[inline(always)]
 pub fn is_own(address: &Address) -> bool {
     EDGE_OWN.get_ptr(address).is_some()
-}
-
-/// The number of records.
-#[inline(always)]
-pub fn n_records() -> u32 {
-    EDGE_CONTROL.get_ptr(0).map_or(0, |control| control_word!(control.settings.n_records))
-}
-
-/// After how long without a packet a flow of this state ends, in milliseconds.
-#[inline(always)]
-pub fn timeout_ms(state: FlowState) -> u32 {
-    let state = state as usize & (N_FLOW_STATES - 1);
-    EDGE_CONTROL
-        .get_ptr(0)
-        .map_or(u32::MAX, |control| control_word!(control.settings.timeouts_ms[state]))
-}
-
-/// A source address.
-pub enum Source {
-    /// As it lies in memory.
-    V4(u32),
-    /// Where it is.
-    V6(*const Address),
-}
-
-/// Whether an address is one of this edge's sources.
-#[inline(always)]
-pub fn is_source(address: &Address, is_ipv6: bool) -> bool {
-    let side = if is_ipv6 {
-        let [high, low] = address.words();
-        side6(high, low)
-    } else {
-        side4(low(address))
-    };
-    side == Side::Source
-}
-
-/// The nth source address of a family.
-#[inline(always)]
-pub fn source(is_ipv6: bool, nth: u32) -> Option<Source> {
-    let control = EDGE_CONTROL.get_ptr(0)?;
-    // The compiler may know that the mask changes nothing, but the verifier doesn't.
-    let nth = (black_box(nth) & (MAX_EDGE_SOURCES as u32 - 1)) as usize;
-    Some(match is_ipv6 {
-        // SAFETY: an array's element stays, and the index is within the field.
-        true => Source::V6(unsafe { &raw const (*control).settings.sources6[nth] }),
-        false => Source::V4(control_word!(control.settings.sources[nth])),
-    })
-}
-
-/// How many source addresses of a family there are.
-#[inline(always)]
-pub fn n_sources(is_ipv6: bool) -> u32 {
-    let Some(control) = EDGE_CONTROL.get_ptr(0) else { return 0 };
-    if is_ipv6 {
-        control_word!(control.settings.n_sources6)
-    } else {
-        control_word!(control.settings.n_sources)
-    }
 }
 
 /// The place of the source address and port that a flow to a backend tries, the nth of them. Two processors that get the
@@ -465,218 +322,6 @@ pub fn count(counter: EdgeCounter) {
     if let Some(counters) = EDGE_COUNTERS.get_ptr_mut(0) {
         // SAFETY: the counter is a word within the element, which stays.
         add_one(unsafe { counters.cast::<u64>().add(counter as usize) });
-    }
-}
-
-/// A flow's record.
-#[derive(Clone, Copy)]
-pub struct RecordPtr(*mut FlowRecord);
-
-macro_rules! field {
-    ($(#[$doc:meta])* $name:ident, $kind:ty $(, $set:ident)?) => {
-        $(#[$doc])*
-        #[inline(always)]
-        pub fn $name(self) -> $kind {
-            // SAFETY: an array's element stays, and this is an aligned field of it; volatile, because other
-            // processors write it.
-            unsafe { (&raw const (*self.0).$name).read_volatile() }
-        }
-        $(
-            /// Sets it.
-            #[inline(always)]
-            pub fn $set(self, value: $kind) {
-                // SAFETY: as above.
-                unsafe { (&raw mut (*self.0).$name).write_volatile(value) }
-            }
-        )?
-    };
-}
-
-macro_rules! address {
-    ($name:ident) => {
-        /// The address as it lies in memory: as a word, since four octets would be loaded one by one.
-        #[inline(always)]
-        pub fn $name(self) -> u32 {
-            // SAFETY: an array's element stays, and this is four octets of it at a multiple of four.
-            unsafe { (&raw const (*self.0).$name).cast::<u32>().read_volatile() }
-        }
-    };
-}
-
-/// See the fields of [`FlowRecord`].
-impl RecordPtr {
-    field!(claims, u32);
-
-    /// What it is, by one load.
-    #[inline(always)]
-    pub fn word(self) -> FlowWord {
-        // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because other
-        // processors write it.
-        zerocopy::transmute!(unsafe { (&raw const (*self.0).word).cast::<u32>().read_volatile() })
-    }
-
-    field!(backend_idx, u32);
-    field!(generation, u32);
-    field!(last_ms, u32, set_last_ms);
-    field!(begun_ms, u32);
-    field!(client_port, u16);
-    field!(vip_port, u16);
-    field!(backend_port, u16);
-    field!(source_port, u16);
-    address!(client);
-    address!(vip);
-    address!(backend);
-    address!(source);
-
-    /// Adds to the claims.
-    #[inline(always)]
-    pub fn add_claims(self, n: i32) {
-        // SAFETY: an array's element stays; this word of it is written by atomic addition only. The result
-        // is unused, which makes this XADD: the verifier of 5.10 rejects a fetching addition.
-        unsafe {
-            let claims = &raw mut (*self.0).claims;
-            atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(claims, n.cast_unsigned());
-        }
-    }
-
-    /// Whether it is that of the daemon's proof.
-    #[inline(always)]
-    pub fn is_proof(self) -> bool {
-        self.generation() == PROOF_GENERATION
-    }
-
-    /// Whether the flow has come to be over, or isn't one yet.
-    #[inline(always)]
-    pub fn is_none(self) -> bool {
-        // SAFETY: an array's element stays, and this is a field of it.
-        unsafe { (&raw const (*self.0).word.client).read_volatile() == 0 }
-    }
-
-    /// Makes it no flow's.
-    #[inline(always)]
-    pub fn clear(self) {
-        // SAFETY: as above. Who claimed it alone does.
-        unsafe { (&raw mut (*self.0).word.client).write_volatile(0) };
-    }
-
-    /// Makes it a flow's: the last step.
-    #[inline(always)]
-    pub fn begin(self) {
-        // SAFETY: as above.
-        unsafe { (&raw mut (*self.0).word.client).write_volatile(FlowWord::FIRST) };
-    }
-
-    /// Sets what a side has shown.
-    #[inline(always)]
-    pub fn set_shown(self, is_back: bool, shown: u8) {
-        // SAFETY: as above; a byte of its own.
-        unsafe {
-            let word = &raw mut (*self.0).word;
-            if is_back {
-                (&raw mut (*word).backend).write_volatile(shown);
-            } else {
-                (&raw mut (*word).client).write_volatile(shown);
-            }
-        }
-    }
-
-    /// Sets the flags. Who claimed it alone does.
-    #[inline(always)]
-    pub fn set_flags(self, flags: u8) {
-        // SAFETY: as above.
-        unsafe { (&raw mut (*self.0).word.flags).write_volatile(flags) };
-    }
-
-    /// When its SYN was sent on, while it is pending, in microseconds.
-    #[inline(always)]
-    pub fn sent_us(self) -> u32 {
-        // SAFETY: as above.
-        unsafe { ((&raw const (*self.0).bytes).read_volatile() >> 32) as u32 }
-    }
-
-    /// Has its bytes be bytes alone: see [`FlowRecord::bytes`].
-    #[inline(always)]
-    pub fn clear_sent_us(self) {
-        let upper = if cfg!(target_endian = "little") { 1 } else { 0 };
-        // SAFETY: as above: half of an aligned word, which others add to whole.
-        unsafe { (&raw mut (*self.0).bytes).cast::<u32>().add(upper).write_volatile(0) };
-    }
-
-    /// Their bytes: see [`FlowRecord::n_bytes`].
-    #[inline(always)]
-    pub fn bytes(self) -> u64 {
-        // SAFETY: as above.
-        let bytes = unsafe { (&raw const (*self.0).bytes).read_volatile() };
-        let is_pending = self.word().flags & FlowWord::PENDING != 0;
-        if is_pending { bytes & u64::from(u32::MAX) } else { bytes }
-    }
-
-    /// The packets of both directions.
-    #[inline(always)]
-    pub fn packets(self) -> u64 {
-        // SAFETY: as above.
-        unsafe { (&raw const (*self.0).packets).read_volatile() }
-    }
-
-    /// Adds a packet.
-    #[inline(always)]
-    pub fn add_packet(self, bytes: u32) {
-        // SAFETY: as above.
-        unsafe {
-            add_one(&raw mut (*self.0).packets);
-            let all = &raw mut (*self.0).bytes;
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(all, bytes.into());
-        }
-    }
-
-    /// Sets the backend.
-    #[inline(always)]
-    pub fn set_backend(self, backend_idx: u32, generation: u32) {
-        // SAFETY: an array's element stays, and these are aligned fields of it. Who claimed it alone
-        // writes them.
-        unsafe {
-            (&raw mut (*self.0).backend_idx).write_volatile(backend_idx);
-            (&raw mut (*self.0).generation).write_volatile(generation);
-        }
-    }
-
-    /// Sets the ports: the client's, the VIP's, the backend's, and the source's.
-    #[inline(always)]
-    pub fn set_ports(self, [client, vip, backend, source]: [u16; 4]) {
-        // SAFETY: as above.
-        unsafe {
-            (&raw mut (*self.0).client_port).write_volatile(client);
-            (&raw mut (*self.0).vip_port).write_volatile(vip);
-            (&raw mut (*self.0).backend_port).write_volatile(backend);
-            (&raw mut (*self.0).source_port).write_volatile(source);
-        }
-    }
-
-    /// Sets the addresses, likewise.
-    #[inline(always)]
-    pub fn set_addresses(self, [client, vip, backend, source]: [u32; 4]) {
-        // SAFETY: as above.
-        unsafe {
-            (&raw mut (*self.0).client).cast::<u32>().write_volatile(client);
-            (&raw mut (*self.0).vip).cast::<u32>().write_volatile(vip);
-            (&raw mut (*self.0).backend).cast::<u32>().write_volatile(backend);
-            (&raw mut (*self.0).source).cast::<u32>().write_volatile(source);
-        }
-    }
-
-    /// Sets that it begins now. `sent_us` is 0 where it is never pending.
-    #[inline(always)]
-    pub fn set_begun(self, protocol: u8, flags: u8, now_ms: u32, sent_us: u32) {
-        // SAFETY: as above.
-        unsafe {
-            (&raw mut (*self.0).word.backend).write_volatile(0);
-            (&raw mut (*self.0).word.protocol).write_volatile(protocol);
-            (&raw mut (*self.0).word.flags).write_volatile(flags);
-            (&raw mut (*self.0).begun_ms).write_volatile(now_ms);
-            (&raw mut (*self.0).last_ms).write_volatile(now_ms);
-            (&raw mut (*self.0).packets).write_volatile(0);
-            (&raw mut (*self.0).bytes).write_volatile(u64::from(sent_us) << 32);
-        }
     }
 }
 

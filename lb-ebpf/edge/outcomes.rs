@@ -7,7 +7,8 @@ use lb_common::{
 };
 
 use crate::choice::Kernel;
-use crate::maps::{self, RecordPtr, Scratch};
+use crate::maps::{self, Scratch};
+use crate::record::RecordPtr;
 use crate::tables::{self, BackendPtr};
 use crate::trace;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};

@@ -9,8 +9,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use lb_common::{WINDOW_LEN, Window};
 
-use crate::flows::Side;
-use crate::maps;
+use crate::settings::{self, Side};
 
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
@@ -127,14 +126,14 @@ impl Skb {
                 let at = (data + DESTINATION6) as *const u64;
                 [at.read_unaligned(), at.add(1).read_unaligned()]
             };
-            maps::side6(high, low)
+            settings::side6(high, low)
         } else {
             if data + DESTINATION4 + 4 > data_end {
                 return Side::None;
             }
             // SAFETY: as above.
             let address = unsafe { ((data + DESTINATION4) as *const u32).read_unaligned() };
-            maps::side4(address)
+            settings::side4(address)
         }
     }
 

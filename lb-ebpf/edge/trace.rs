@@ -10,7 +10,8 @@ use lb_common::{
     is_sampled,
 };
 
-use crate::maps::{self, RecordPtr, count};
+use crate::maps::{self, count};
+use crate::record::RecordPtr;
 
 /// It isn't pinned: each daemon has its own.
 #[btf_map]

@@ -12,6 +12,7 @@ mod clock;
 mod headers;
 mod maps;
 mod packet;
+mod receiver;
 mod reply;
 mod skb;
 
@@ -20,9 +21,10 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use lb_common::{ListenKey, NAMES_HEARTBEAT_NS, NameRecord, read_query};
 
-use crate::headers::{Headers, Receiver, UDP_LEN};
+use crate::headers::{Headers, UDP_LEN};
 use crate::maps::{ControlPtr, DaemonState, RecordPtr, Scratch};
 use crate::packet::Words;
+use crate::receiver::{Receiver, receiver};
 use crate::reply::nohop_names_fail;
 use crate::skb::Skb;
 
@@ -68,9 +70,7 @@ pub fn nohop_names(ctx: TcContext) -> i32 {
     scratch.headers = headers;
     maps::forget();
     // A broadcast has a unicast's IP address in a forged packet.
-    if !skb.is_for_host()
-        || listener == ListenKey::SHARED && headers::receiver(&skb) == Receiver::Own
-    {
+    if !skb.is_for_host() || listener == ListenKey::SHARED && receiver(&skb) == Receiver::Own {
         return TC_ACT_UNSPEC;
     }
     match decide(&skb, control, scratch) {
@@ -132,7 +132,7 @@ fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
         return Decision::Fail { is_daemons };
     }
     // A query about a cold service is a demand for it.
-    if is_cold && !is_probe && is_alive && headers::receiver(skb) != Receiver::None {
+    if is_cold && !is_probe && is_alive && receiver(skb) != Receiver::None {
         return Decision::Pass;
     }
     record.count(now_ns);

@@ -9,43 +9,10 @@ use core::arch::asm;
 use lb_common::{DnsMessage, MAX_QUERY_LEN, folded};
 
 use crate::headers::{ETHERNET_LEN, Headers, IPV4_LEN, IPV6_LEN, UDP_LEN};
-use crate::skb::Skb;
+use crate::skb::{Skb, field, set_field};
 
 /// The longest datagram that is summed up.
 const MAX_SUMMED_LEN: u32 = (UDP_LEN + MAX_QUERY_LEN).next_multiple_of(8);
-
-/// Reads a field at a constant offset. In assembly, because the compiler would put an unaligned field
-/// together byte by byte.
-macro_rules! field {
-    ($base:expr, $offset:expr, $kind:ident) => {{
-        let field: u64;
-        // SAFETY: the caller has compared the end of the header with the packet's end.
-        unsafe {
-            core::arch::asm!(
-                concat!("{field} = *(", stringify!($kind), " *)({base} + {offset})"),
-                field = lateout(reg) field, base = in(reg) $base, offset = const $offset,
-                options(pure, readonly, nostack)
-            );
-        }
-        field as $kind
-    }};
-}
-pub(crate) use field;
-
-/// Writes a field at a constant offset, likewise.
-macro_rules! set_field {
-    ($base:expr, $offset:expr, $kind:ident, $field:expr) => {{
-        let field: $kind = $field;
-        // SAFETY: the caller has compared the end of the header with the packet's end.
-        unsafe {
-            core::arch::asm!(
-                concat!("*(", stringify!($kind), " *)({base} + {offset}) = {field}"),
-                field = in(reg) u64::from(field), base = in(reg) $base, offset = const $offset,
-                options(nostack)
-            );
-        }
-    }};
-}
 
 /// What begins with a UDP header or with the message after it.
 pub struct Words {

@@ -10,9 +10,10 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail};
 use lb_common::{DnsMessage, IPPROTO_UDP, answer, answer_len, fail, folded, is_query};
 
-use crate::headers::{Headers, Receiver, UDP_LEN, receiver};
+use crate::headers::{Headers, UDP_LEN};
 use crate::maps::{self, ControlPtr, RecordPtr, Scratch};
 use crate::packet::{Words, add, halves, turn};
+use crate::receiver::{Receiver, receiver};
 use crate::skb::{LOOPBACK, Skb};
 
 /// Makes the packet its answer, about a name's addresses, and sends it on its way: on `lo` it goes on up to

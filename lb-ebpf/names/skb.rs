@@ -8,6 +8,41 @@ use aya_ebpf::programs::TcContext;
 pub const LOOPBACK: u32 = 1;
 /// From linux/if_packet.h.
 const PACKET_HOST: u32 = 0;
+
+/// Reads a field at a constant offset. In assembly, because the compiler would put an unaligned field
+/// together byte by byte.
+macro_rules! field {
+    ($base:expr, $offset:expr, $kind:ident) => {{
+        let field: u64;
+        // SAFETY: the caller has compared the end of the header with the packet's end.
+        unsafe {
+            core::arch::asm!(
+                concat!("{field} = *(", stringify!($kind), " *)({base} + {offset})"),
+                field = lateout(reg) field, base = in(reg) $base, offset = const $offset,
+                options(pure, readonly, nostack)
+            );
+        }
+        field as $kind
+    }};
+}
+pub(crate) use field;
+
+/// Writes a field at a constant offset, likewise.
+macro_rules! set_field {
+    ($base:expr, $offset:expr, $kind:ident, $field:expr) => {{
+        let field: $kind = $field;
+        // SAFETY: the caller has compared the end of the header with the packet's end.
+        unsafe {
+            core::arch::asm!(
+                concat!("*(", stringify!($kind), " *)({base} + {offset}) = {field}"),
+                field = in(reg) u64::from(field), base = in(reg) $base, offset = const $offset,
+                options(nostack)
+            );
+        }
+    }};
+}
+pub(crate) use set_field;
+
 /// A packet, from its Ethernet header on.
 #[derive(Clone, Copy)]
 pub struct Skb(pub *mut __sk_buff);

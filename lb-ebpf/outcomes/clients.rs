@@ -11,8 +11,8 @@ use lb_common::{
     NOT_COUNTED, RevNat, client_of,
 };
 
-use crate::maps;
-use crate::sockops::{layout, socket};
+use crate::maps::{self, layout};
+use crate::socket::{read, socket};
 
 /// The addresses of edges that are trusted, as they lie in memory; 0 for none.
 #[unsafe(no_mangle)]
@@ -27,13 +27,6 @@ const SOL_TCP: i32 = 6;
 const TCP_SAVE_SYN: i32 = 27;
 /// Look in the SYN that was kept, rather than in the segment at hand.
 const BPF_LOAD_HDR_OPT_TCP_SYN: u64 = 1;
-
-macro_rules! read {
-    // SAFETY: the kernel hands every program a valid context, and this is a field of it.
-    ($ctx:ident . $($field:tt)+) => {
-        unsafe { (&raw const (*$ctx.ops).$($field)+).read_volatile() }
-    };
-}
 
 #[inline(always)]
 fn trusted(nth: usize) -> u32 {

@@ -8,6 +8,7 @@
 
 mod clients;
 mod maps;
+mod socket;
 mod sockops;
 mod trace;
 

@@ -8,8 +8,8 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     ANY_PORT, BackendEntry, BalanceSettings, ConnRecord, Control, Counter, DEFAULT_MAX_BACKENDS,
     DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, EjectionLimits, EjectionWord, Event, EventKind,
-    FRONTENDS_PER_SERVICE, Frontend, Frontend6, GlobalCounters, IPPROTO_TCP, N_CONNS, RevNat,
-    ServiceRef, ServiceStats, TraceSwitch,
+    FRONTENDS_PER_SERVICE, Frontend, Frontend6, GlobalCounters, IPPROTO_TCP, LAYOUT, N_CONNS,
+    RevNat, ServiceRef, ServiceStats, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -41,6 +41,17 @@ static SK_REVNAT: SkStorage<RevNat> = SkStorage::new();
 
 #[btf_map]
 static CONNS: Array<ConnRecord, { N_CONNS as usize }, MMAPABLE> = Array::new();
+
+/// The layout that the maps have.
+#[unsafe(no_mangle)]
+static MAP_LAYOUT: u32 = LAYOUT as u32;
+
+/// See [`MAP_LAYOUT`].
+#[inline(always)]
+pub fn layout() -> u16 {
+    // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
+    unsafe { (&raw const MAP_LAYOUT).read_volatile() as u16 }
+}
 
 /// What the record of the socket with this cookie has; null where the socket has none.
 #[inline(always)]

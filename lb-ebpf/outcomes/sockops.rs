@@ -10,33 +10,22 @@
 //! record or storage. Callbacks of state changes come for the sockets that ask for them alone, which the
 //! program has a translated socket do when it sends its SYN (`tcp_connect`).
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
     BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE, BPF_TCP_ESTABLISHED,
     bpf_sock,
 };
-use aya_ebpf::helpers::bpf_get_socket_cookie;
-use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock};
+use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use lb_common::{
-    COUNTED_ESTABLISHED, COUNTED_PENDING, COUNTED_TRIAL, EjectionWord, LAYOUT, NOT_COUNTED, RevNat,
-    Sign, TraceKind, is_silent, peak_average_us,
+    COUNTED_ESTABLISHED, COUNTED_PENDING, COUNTED_TRIAL, EjectionWord, NOT_COUNTED, RevNat, Sign,
+    TraceKind, is_silent, peak_average_us,
 };
 
-use crate::maps::{self, BackendPtr};
+use crate::maps::{self, BackendPtr, layout};
+use crate::socket::{cookie, error, read, socket};
 use crate::{clients, trace};
-
-/// The layout that the maps have.
-#[unsafe(no_mangle)]
-static MAP_LAYOUT: u32 = LAYOUT as u32;
-/// Where in the kernel's `struct sock` the word `sk_err` is; 0 where it isn't known.
-#[unsafe(no_mangle)]
-static SOCKET_ERROR_OFFSET: u32 = 0;
-/// Where in the kernel's `struct sock` the word `skc_cookie` is; 0 where it isn't known.
-#[unsafe(no_mangle)]
-static COOKIE_OFFSET: u32 = 0;
 
 const PROCEED: u32 = 1;
 const AF_INET6: u32 = 10;
@@ -46,20 +35,6 @@ const ECONNABORTED: u32 = 103;
 const ECONNRESET: u32 = 104;
 /// A RST that answered the SYN.
 const ECONNREFUSED: u32 = 111;
-
-macro_rules! read {
-    // SAFETY: the kernel hands every program a valid context, and this is a field of it.
-    ($ctx:ident . $($field:tt)+) => {
-        unsafe { (&raw const (*$ctx.ops).$($field)+).read_volatile() }
-    };
-}
-
-macro_rules! setting {
-    // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
-    ($name:ident) => {
-        unsafe { core::ptr::read_volatile(&raw const $name) }
-    };
-}
 
 /// Attached to BPF_CGROUP_SOCK_OPS.
 #[sock_ops]
@@ -292,21 +267,6 @@ fn how_it_ended(ctx: &SockOpsContext, socket: *mut bpf_sock) -> Option<Sign> {
     (error == 0).then_some(Sign::Closed)
 }
 
-/// A socket's `sk_err`; none where it can't be read.
-#[inline(always)]
-fn error(socket: *mut bpf_sock) -> Option<u32> {
-    let offset = setting!(SOCKET_ERROR_OFFSET);
-    if offset == 0 || socket.is_null() {
-        return None;
-    }
-    // SAFETY: the helper takes the context's socket, and the verifier knows the structure that it
-    // returns. The offset is that of a word in it, as the kernel's own type information says.
-    unsafe {
-        let socket = bpf_skc_to_tcp_sock(socket.cast()).cast::<u8>();
-        (!socket.is_null()).then(|| socket.add(offset as usize).cast::<u32>().read_volatile())
-    }
-}
-
 /// CLOCK_MONOTONIC.
 #[inline(always)]
 fn now_ns() -> u64 {
@@ -344,24 +304,6 @@ fn find(socket: *mut bpf_sock, cookie: u64) -> Option<Kept> {
     }
 }
 
-/// A socket's cookie; 0 where it has none yet. The helper would give it one.
-#[inline(always)]
-fn cookie(ctx: &SockOpsContext, socket: *mut bpf_sock) -> u64 {
-    let offset = setting!(COOKIE_OFFSET);
-    if offset == 0 {
-        // SAFETY: the context is valid.
-        return unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    }
-    if socket.is_null() {
-        return 0;
-    }
-    // SAFETY: as in `error`.
-    unsafe {
-        let socket = bpf_skc_to_tcp_sock(socket.cast()).cast::<u8>();
-        if socket.is_null() { 0 } else { socket.add(offset as usize).cast::<u64>().read_volatile() }
-    }
-}
-
 /// Whether a socket is being connected to what is kept of it. Where hooks were detached in between
 /// it may be something else.
 #[inline(always)]
@@ -381,14 +323,4 @@ fn is_sent_to(ctx: &SockOpsContext, kept: &RevNat) -> bool {
     };
     word(read!(ctx.remote_ip6[0]), read!(ctx.remote_ip6[1])) == first
         && word(read!(ctx.remote_ip6[2]), read!(ctx.remote_ip6[3])) == second
-}
-
-#[inline(always)]
-pub fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
-    read!(ctx.__bindgen_anon_2.sk)
-}
-
-#[inline(always)]
-pub fn layout() -> u16 {
-    setting!(MAP_LAYOUT) as u16
 }
