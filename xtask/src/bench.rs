@@ -11,6 +11,9 @@ use clap::{Subcommand, ValueEnum};
 
 use crate::{compile, process};
 
+/// Names the object that nohop is compared with to the suite `cost`.
+const MEASURE: &str = "NOHOP_MEASURE";
+
 /// Further commands of the benchmarks.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Task {
@@ -65,17 +68,27 @@ pub enum Suite {
     Discovery,
 }
 
-/// Runs setup, then these suites, or all that compare where none is named.
+/// Runs setup, then these suites, or all that compare where none is named; of `cost` only these cases, if any are named.
 ///
 /// # Errors
 /// Without root rights, on one processor, when setup lacks something, or when a suite fails.
-pub fn run(suites: &[Suite], quick: bool, force: bool, seed: Option<u64>) -> Result<()> {
+pub fn run(
+    suites: &[Suite],
+    cases: &[String],
+    quick: bool,
+    force: bool,
+    seed: Option<u64>,
+) -> Result<()> {
+    ensure!(
+        cases.is_empty() || suites.contains(&Suite::Cost),
+        "only `cost` has cases that can be named: `cargo xtask bench cost --case PART`"
+    );
     look_around()?;
     crate::setup::run(crate::setup::Purpose::Test)?;
     let (alone, compared): (Vec<Suite>, Vec<Suite>) =
         suites.iter().partition(|suite| suite.bench().is_some());
     for suite in &alone {
-        run_alone(*suite, quick)?;
+        run_alone(*suite, quick, cases)?;
     }
     if compared.is_empty() && !alone.is_empty() {
         return Ok(());
@@ -141,13 +154,29 @@ fn look_around() -> Result<()> {
     Ok(())
 }
 
-fn run_alone(suite: Suite, quick: bool) -> Result<()> {
+/// Has the suite `cost` go through all its cases once, to show that each still measures what it should.
+///
+/// # Errors
+/// When a build fails, or a case.
+pub fn try_cost() -> Result<()> {
+    let compile::CostBench { program, measure } = compile::cost_bench()?;
+    let mut bench = if process::is_root() {
+        Command::new(program)
+    } else {
+        let mut sudo = Command::new("sudo");
+        sudo.arg("-E").arg(program);
+        sudo
+    };
+    process::stream(bench.arg("--once").env(MEASURE, measure))
+}
+
+fn run_alone(suite: Suite, quick: bool, cases: &[String]) -> Result<()> {
     let Some(bench) = suite.bench() else { return Ok(()) };
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--package", "lb-tests", "--bench", bench, "--"]);
     cargo.args(quick.then_some("--quick"));
     if suite == Suite::Cost {
-        cargo.env("NOHOP_MEASURE", compile::bench_object("nohop-measure")?);
+        cargo.args(cases).env(MEASURE, compile::bench_object("nohop-measure")?);
     }
     if suite == Suite::Discovery {
         // The daemon as it ships, and the backends, which it finds next to itself.

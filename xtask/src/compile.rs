@@ -77,11 +77,46 @@ pub fn harness() -> Result<PathBuf> {
 /// # Errors
 /// When the build fails.
 pub fn bench_object(name: &str) -> Result<PathBuf> {
-    let target = crate::repository::root().join("target/measure");
+    bench_object_in(&crate::repository::root().join("target/measure"), name)
+}
+
+fn bench_object_in(target: &Path, name: &str) -> Result<PathBuf> {
     let mut cargo = toolchain::command("cargo");
     cargo.args(["build", "--release", "--locked", "--bin", name, "--target-dir"]);
-    process::stream(cargo.arg(&target).current_dir(crate::repository::root().join("lb-ebpf")))?;
+    process::stream(cargo.arg(target).current_dir(crate::repository::root().join("lb-ebpf")))?;
     Ok(target.join("bpfel-unknown-none/release").join(name))
+}
+
+/// The benchmark of costs as tests are built.
+pub struct CostBench {
+    /// Its program.
+    pub program: PathBuf,
+    /// The object that nohop is compared with.
+    pub measure: PathBuf,
+}
+
+/// Builds it where the tests and the daemon's objects are built already, whose dependencies it shares.
+///
+/// # Errors
+/// When a build fails.
+pub fn cost_bench() -> Result<CostBench> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["test", "--no-run", "--workspace", "--bench", "cost"]);
+    let (mut program, mut out_dir) = (None, None);
+    messages(cargo, |message| match message["reason"].as_str() {
+        Some("build-script-executed") if package(message) == Some("lb-userspace") => {
+            out_dir = message["out_dir"].as_str().map(PathBuf::from);
+        }
+        Some("compiler-artifact") if message["target"]["name"] == "cost" => {
+            program = message["executable"].as_str().map(PathBuf::from);
+        }
+        _ => {}
+    })?;
+    let target = out_dir.context("cargo reported no kernel objects")?.join("object");
+    Ok(CostBench {
+        program: program.context("cargo reported no benchmark `cost`")?,
+        measure: bench_object_in(&target, "nohop-measure")?,
+    })
 }
 
 /// The in-kernel tests, a program of their own, and the daemon as tests run it.

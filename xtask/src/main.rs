@@ -80,6 +80,9 @@ enum Task {
         /// What to measure; all that compare where none is named
         #[arg(value_enum)]
         suites: Vec<bench::Suite>,
+        /// Of `cost` only the cases whose name contains this, and those with "empty"
+        #[arg(long = "case", value_name = "PART")]
+        cases: Vec<String>,
         /// Fewer and shorter rounds
         #[arg(long)]
         quick: bool,
@@ -169,8 +172,8 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench { task: Some(bench::Task::Simulate { arguments }), .. } => {
             bench::simulate(&arguments)?;
         }
-        Task::Bench { task: None, suites, quick, force, seed } => {
-            bench::run(&suites, quick, force, seed)?;
+        Task::Bench { task: None, suites, cases, quick, force, seed } => {
+            bench::run(&suites, &cases, quick, force, seed)?;
         }
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
         Task::Machine { deb, shell } => {

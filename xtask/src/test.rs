@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::bench;
 use crate::dist;
 use crate::machine;
 use crate::process::{self, is_root};
@@ -47,6 +48,7 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
 
     run_tests(tally, filter, extent);
     if filter.is_none() {
+        tally.check("the benchmark of costs, each case once", bench::try_cost);
         // A program of its own, because it makes itself root by becoming sudo. The tests built it.
         match std::env::current_exe() {
             Ok(xtask) => tally.command("demo", Command::new(xtask).args(["demo", "--built"])),

@@ -21,8 +21,12 @@ impl Figures {
     }
 
     /// Adds a round: a mean for each case.
+    ///
+    /// # Panics
+    /// When a case's program never ran.
     pub fn add(&mut self, round: impl Iterator<Item = f64>) {
-        for ((_, means), mean) in self.cases.iter_mut().zip(round) {
+        for ((name, means), mean) in self.cases.iter_mut().zip(round) {
+            assert!(mean.is_finite(), "{name}: the program never ran");
             means.push(mean);
         }
     }

@@ -70,24 +70,35 @@ fn main() -> ExitCode {
     };
     // Programs at the ingress of `lo` meet this benchmark's packets alone.
     unshare();
-    let quick = std::env::args().any(|argument| argument == "--quick");
+    let is_given = |flag: &str| std::env::args().any(|argument| argument == flag);
     // Cases by parts of their names; all, where none is named.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
-    let (n_rounds, n_calls) = (15, if quick { 200 } else { 2_000 });
+    let is_once = is_given("--once");
+    let (n_rounds, n_calls) = match (is_once, is_given("--quick")) {
+        (true, _) => (1, 10),
+        (false, true) => (15, 200),
+        (false, false) => (15, 2_000),
+    };
+    // Figures of so few calls mean nothing.
+    let print = |figures: Figures, goals: &[Goal]| match is_once {
+        true => println!("each case has run\n"),
+        false => figures.print(goals),
+    };
     println!(
-        "Linux {}: {n_rounds} interleaved rounds of {n_calls} calls each; a program's mean run time\n\
+        "Linux {}: interleaved rounds ({n_rounds}) of {n_calls} calls each; a program's mean run time\n\
          in ns by the kernel's BPF statistics, two readings of the clock included.\n",
         rustix::system::uname().release().to_string_lossy()
     );
-    measure(Path::new(&object), &wanted, n_rounds, n_calls).print(&GOALS);
+    print(measure(Path::new(&object), &wanted, n_rounds, n_calls), &GOALS);
     if wanted.is_empty() || wanted.iter().any(|part| "loopback".contains(part)) {
         println!("\nA megabyte by TCP, and a datagram, on `lo`, in ns:\n");
         let mut bed = Bed::new();
         bed.apply(Vec::new());
         serve_names(&mut bed);
         let attach = move || Compared::load(Path::new(&object));
-        loopback::measure(10 * n_rounds, n_calls / 10, unshare, attach).print(&loopback::GOALS);
+        let figures = loopback::measure(10 * n_rounds, n_calls / 10, unshare, attach);
+        print(figures, &loopback::GOALS);
     }
     ExitCode::SUCCESS
 }

@@ -145,14 +145,16 @@ impl Network {
 impl Edge {
     /// One whose services are a chain.
     pub fn start(network: Network) -> Rc<Edge> {
+        let parsed = |text: &str| text.parse().expect("a network");
         let mut bed = Bed::with(|options| {
             let eject = &mut options.balance.eject;
             (eject.refused, eject.failures, eject.silence) = (0, 0, 0);
         });
         bed.datapath.configure_edge(Some(EdgeOptions {
             interfaces: vec![INTERFACE.to_owned()],
-            // Of both kinds of VIPs.
-            networks: vec!["10.64.0.0/10".parse().expect("a network")],
+            // Of both kinds of VIPs; and one of the source itself, or what one flow sends on would be a martian to the
+            // next one of the chain, which comes from there. No packet that goes to a VIP is compared with it.
+            networks: vec![parsed("10.64.0.0/10"), parsed(&format!("{SOURCE}/32"))],
             sources: vec![SOURCE.into()],
             max_flows: MAX_FLOWS,
             timeouts: EdgeTimeouts::default(),
