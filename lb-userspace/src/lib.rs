@@ -16,6 +16,7 @@ mod durable;
 mod file_state;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+mod interfaces;
 mod logging;
 pub mod ordmap;
 pub mod table;

@@ -103,7 +103,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     checks.extend(clients.map(|found| finding("addresses of clients", false, found)));
     if config.edge.is_on() {
         let running = daemon.as_ref().ok().and_then(|status| status.edge.as_ref());
-        let found = edge_check::check(&config, &host, edge_check::is_own, running);
+        let found = edge_check::check(&config, &host, running);
         checks.extend(found.into_iter().map(|(what, required, it)| finding(&what, required, it)));
     }
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));

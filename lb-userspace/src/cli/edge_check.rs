@@ -89,7 +89,6 @@ impl EdgeHost {
 pub fn check(
     config: &Config,
     host: &EdgeHost,
-    is_own: impl Fn(IpAddr) -> bool,
     running: Option<&api::EdgeDocument>,
 ) -> Vec<EdgeFinding> {
     let edge = &config.edge;
@@ -105,7 +104,7 @@ pub fn check(
         }
     }
     for source in &edge.source {
-        found.push((format!("edge.source {source}"), true, source_address(*source, &is_own)));
+        found.push((format!("edge.source {source}"), true, source_address(*source, host)));
     }
     if !edge.client_address.is_empty() {
         found.push(("edge.client_address".to_owned(), false, sent_clients(edge)));
@@ -152,11 +151,6 @@ fn own_address(config: &Config, host: &EdgeHost) -> Option<(String, String)> {
         "write networks of public VIPs alone, such as one /32 or /28 in place of the whole network"
             .to_owned(),
     ))
-}
-
-/// Whether an address is this host's. That one can be bound to proves nothing (net.ipv4.ip_nonlocal_bind).
-pub fn is_own(source: IpAddr) -> bool {
-    crate::datapath::is_own(&source)
 }
 
 /// What servers' nodes need for the addresses of clients that this edge sends.
@@ -334,11 +328,9 @@ fn rp_filter(name: &str, host: &EdgeHost) -> Result<String, (String, String)> {
     }
 }
 
-fn source_address(
-    source: IpAddr,
-    is_own: &impl Fn(IpAddr) -> bool,
-) -> Result<String, (String, String)> {
-    if is_own(source) {
+fn source_address(source: IpAddr, host: &EdgeHost) -> Result<String, (String, String)> {
+    // That an address can be bound to proves nothing (net.ipv4.ip_nonlocal_bind).
+    if host.addresses.iter().any(|(_, own, _)| *own == source) {
         return Ok("an address of this host".to_owned());
     }
     Err((
@@ -411,7 +403,7 @@ mod tests {
             sys: root.path().join("sys"),
             sysctl: root.path().join("sysctl"),
             devices: Vec::new(),
-            addresses: Vec::new(),
+            addresses: vec![("eth0".to_owned(), "10.0.0.2".parse().unwrap(), 24)],
             kernel: Some((6, 1)),
         };
         write(root.path(), "sys/class/net/eth0/operstate", "up\n");
@@ -431,9 +423,8 @@ mod tests {
         config.edge.source = ["10.0.0.2", "10.0.0.3"].map(|it| it.parse().unwrap()).into();
         config.vip.public = vec!["2001:db8::/64".parse().unwrap()];
         config.edge.client_address = vec!["web".to_owned()];
-        let is_own = |address: IpAddr| address.to_string() == "10.0.0.2";
         let findings = |host: &EdgeHost, running: Option<&api::EdgeDocument>| {
-            let found = check(&config, host, is_own, running);
+            let found = check(&config, host, running);
             let found = found.into_iter().map(|(what, _, found)| match found {
                 Ok(detail) => (what, Ok(detail)),
                 Err((problem, fix)) => {

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 
 use super::dns::is_nomads;
 use crate::admin::http;
-use crate::{datapath, dns};
+use crate::{dns, interfaces};
 
 /// What was looked at, and the finding, or the problem and its fix. Nothing of it is required.
 pub type NomadFinding = (String, Result<String, (String, String)>);
@@ -83,7 +83,8 @@ fn docker_servers(root: &Path, dns: &[SocketAddr]) -> Option<(String, String)> {
     let servers = config["dns"].as_array()?.iter().filter_map(Value::as_str);
     let is_other = |server: &&str| {
         let server = server.parse().map(|ip| SocketAddr::new(ip, 53));
-        !server.is_ok_and(|server| datapath::is_own(&server.ip()) || dns::leads_to_own(server, dns))
+        !server
+            .is_ok_and(|server| interfaces::is_own(server.ip()) || dns::leads_to_own(server, dns))
     };
     let others: Vec<&str> = servers.filter(is_other).collect();
     let first = others.first()?;
@@ -498,6 +499,8 @@ mod tests {
             (r#"{"dns": ["192.0.2.1", "169.254.53.53"]}"#, "has the DNS server 192.0.2.1,"),
             (r#"{"dns": ["192.0.2.1", "nonsense"]}"#, "192.0.2.1, nonsense,"),
             (r#"{"dns": ["169.254.53.53"]}"#, ""),
+            // systemd-resolved, say: each address of loopback is this host's.
+            (r#"{"dns": ["127.0.0.53", "127.0.0.1"]}"#, ""),
             (r#"{"dns": []}"#, ""),
             (r#"{"dns": "192.0.2.1"}"#, ""),
             (r#"{"data-root": "/srv"}"#, ""),

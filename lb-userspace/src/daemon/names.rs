@@ -116,7 +116,7 @@ fn interfaces(reached: &BTreeSet<IpAddr>, links: &[HostLink]) -> Vec<IngressInte
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::dns::Interfaces;
+    use crate::interfaces::Interfaces;
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()

@@ -15,7 +15,7 @@ use rtnetlink::{Handle, MulticastGroup};
 use tokio::sync::watch;
 
 use crate::datapath::IngressInterface;
-use crate::dns::Interfaces;
+use crate::interfaces::Interfaces;
 
 /// How long further changes are awaited after one: they come in groups.
 const SETTLE: Duration = Duration::from_millis(50);

@@ -50,7 +50,7 @@ pub use bpf::{AttachType, netns_cookie};
 pub use control::{COUNTERS, Datapath, exclusion_problems};
 pub use edge::{
     Device, EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeOptions, EdgeStatus,
-    EdgeTimeouts, FlowReader, Proof, interface_addresses, interfaces, is_own,
+    EdgeTimeouts, FlowReader, Proof, interface_addresses, interfaces,
 };
 pub use ejected::{BackendRef, Ejected};
 pub use error::DatapathError;

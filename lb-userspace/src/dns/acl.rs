@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use super::interfaces::Interfaces;
 use crate::config::{Allowed, DnsConfig};
+use crate::interfaces::Interfaces;
 
 /// How long the list of this host's networks is reused for clients that are in none of them.
 const NETWORKS_AGE: Duration = Duration::from_secs(1);
@@ -127,6 +127,15 @@ impl Acl {
         *self.local.write().unwrap_or_else(PoisonError::into_inner) = (now, local);
         is_local
     }
+}
+
+/// The networks of the clients in `dns.allow`, on a host with these interfaces.
+pub fn allowed_networks(allow: &[Allowed], interfaces: &Interfaces) -> Vec<IpNet> {
+    let networks = |allowed: &Allowed| match allowed {
+        Allowed::Network(network) => vec![*network],
+        Allowed::Local => interfaces.networks.clone(),
+    };
+    allow.iter().flat_map(networks).collect()
 }
 
 /// One client: an IPv4 address, or an IPv6 /64, all of whose addresses one host may use.

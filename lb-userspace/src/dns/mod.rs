@@ -15,7 +15,6 @@ mod encode;
 mod forward;
 pub mod fuzzing;
 mod handler;
-mod interfaces;
 mod loop_detection;
 mod mailbox;
 mod message;
@@ -45,9 +44,9 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use acl::allowed_networks;
 pub use bind::{DnsError, bind, try_bind, try_bind_tls};
 pub use debug_query::{DebugClient, DebugQueryError, ask};
-pub use interfaces::{Interfaces, allowed_networks, reached_at};
 pub use origin::AnswerOrigin;
 pub use resolv_conf::{is_stub, nameservers};
 pub use server::DnsServer;
@@ -55,4 +54,4 @@ pub use sockets::{Sockets, Transport};
 pub use stats::DnsStats;
 pub use tls::server_config as tls_server_config;
 pub use upstream::{BUCKETS_US, UpstreamState, UpstreamStats};
-pub use upstreams::leads_to_own;
+pub use upstreams::{leads_to_own, reached_at};

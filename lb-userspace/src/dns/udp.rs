@@ -11,7 +11,7 @@ use nix::sys::socket::{
 use rustix::net::{MMsgHdr, SendAncillaryBuffer, SendFlags, SocketAddrAny, sendmmsg};
 use tracing::debug;
 
-use super::interfaces::socket_address;
+use crate::interfaces::socket_address;
 
 /// The longest query that is received: more than any client sends.
 pub(super) const MAX_QUESTION_LEN: usize = 4096;

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use super::domain::Domain;
-use super::interfaces::Interfaces;
 use super::loop_detection::UpstreamPath;
 use super::message::WireName;
 use super::resolv_conf::ResolvConf;
 use super::upstream::Upstream;
 use crate::config::{DnsConfig, Forward, Unrouted};
+use crate::interfaces::Interfaces;
 
 /// systemd-resolved's list of its own upstreams, without those of single links.
 const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
@@ -244,6 +244,22 @@ impl Upstreams {
         *self.plan.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(plan);
         self.version.fetch_add(1, Ordering::Release);
     }
+}
+
+/// The addresses at which a server is reached that listens on these: for an unspecified one, all of this
+/// host's.
+pub fn reached_at(listen: &[SocketAddr]) -> Vec<SocketAddr> {
+    let mut all = Vec::new();
+    for address in listen {
+        if address.ip().is_unspecified() {
+            let addresses = Interfaces::read().addresses.into_iter();
+            let same_family = addresses.filter(|ip| ip.is_ipv4() || address.is_ipv6());
+            all.extend(same_family.map(|ip| SocketAddr::new(ip, address.port())));
+        } else {
+            all.push(*address);
+        }
+    }
+    all
 }
 
 /// Whether a query to `server` would arrive at a server that listens on `own`.

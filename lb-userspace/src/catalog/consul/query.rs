@@ -13,9 +13,10 @@ use super::hold_down::{self, InstanceKey};
 use super::index::ReadMode;
 use super::kill_switch;
 use super::node::{AgentSelf, Node};
-use crate::catalog::host::{self, Own};
+use crate::catalog::host::Own;
 use crate::catalog::inspection::Inspection;
 use crate::config::CatalogConfig;
+use crate::interfaces::is_own;
 use crate::table::Instance;
 
 /// Identifies a request.
@@ -158,9 +159,8 @@ pub async fn fetch(
         }
         Query::Agent => {
             let is_on_bridge = |address| Own::read().is_on_bridge(address, None);
-            let response = |agent: AgentSelf, peer| {
-                Response::Agent(agent.node(peer, host::is_own, is_on_bridge))
-            };
+            let response =
+                |agent: AgentSelf, peer| Response::Agent(agent.node(peer, is_own, is_on_bridge));
             match get(client, "/v1/agent/self".into(), options, response).await {
                 Err(QueryFailure { is_denied: true, .. }) => Ok(Answer {
                     index: None,

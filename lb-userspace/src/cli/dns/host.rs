@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::config::Config;
-use crate::{datapath, dns};
+use crate::{dns, interfaces};
 
 /// The port of Consul's own DNS.
 const CONSUL_DNS_PORT: u16 = 8600;
@@ -73,8 +73,7 @@ pub fn findings(root: &Path, config: &Config) -> Vec<(String, String)> {
 
     // Another resolver of this host may forward the zone to nohop.
     let is_near = |server: &SocketAddr| {
-        let ip = server.ip().to_canonical();
-        ip.is_loopback() || datapath::is_own(&ip) || dns::leads_to_own(*server, &config.dns.listen)
+        interfaces::is_own(server.ip()) || dns::leads_to_own(*server, &config.dns.listen)
     };
     let (near, far): (Vec<_>, Vec<_>) = dns::nameservers(&text).partition(is_near);
     if let (Some(near), Some(far)) = (near.first(), far.first()) {

@@ -50,7 +50,7 @@ use crate::table::{Service, Table};
 pub use device::{Device, all as interfaces};
 pub use flows::FlowReader;
 use kernel::{EdgeMaps, Heartbeat, RawFlow, now_ms};
-pub use sources::{is_own, of_interfaces as interface_addresses};
+pub use sources::of_interfaces as interface_addresses;
 pub use status::{EdgeFlow, EdgeFlowState, EdgeInterface, EdgeMode, EdgeStatus, Proof};
 use xdp::Fast;
 pub use xdp::PIN_PREFIX;

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use lb_common::{Address, EdgeSettings, MAX_EDGE_SOURCES};
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
-use nix::sys::socket::SockaddrStorage;
+
+use crate::interfaces::ip;
 
 /// Sets the addresses that new flows get. Former ones follow, as far as there is room and they are this host's
 /// still: flows have them.
@@ -42,50 +43,30 @@ fn of(settings: &EdgeSettings) -> Vec<IpAddr> {
     v4.chain(v6.map(|source| IpAddr::from(source.octets))).collect()
 }
 
-/// Whether an address is this host's, in this network namespace.
-pub fn is_own(address: &IpAddr) -> bool {
-    let is_it = |one: InterfaceAddress| {
-        let Some(own) = one.address else { return false };
-        match address {
-            IpAddr::V4(ip) => own.as_sockaddr_in().is_some_and(|own| own.ip() == *ip),
-            IpAddr::V6(ip) => own.as_sockaddr_in6().is_some_and(|own| own.ip() == *ip),
-        }
-    };
-    getifaddrs().is_ok_and(|mut all| all.any(is_it))
-}
-
 /// The addresses of interfaces, each with the length of its network's prefix. Those of a link alone are left out.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn of_interfaces() -> io::Result<Vec<(String, IpAddr, u8)>> {
-    let ip = |address: SockaddrStorage| -> Option<IpAddr> {
-        let v4 = address.as_sockaddr_in().map(|own| own.ip().into());
-        v4.or_else(|| address.as_sockaddr_in6().map(|own| own.ip().into()))
-    };
     let ones = |mask: IpAddr| match mask {
         IpAddr::V4(mask) => mask.to_bits().leading_ones() as u8,
         IpAddr::V6(mask) => mask.to_bits().leading_ones() as u8,
     };
     let network = |one: InterfaceAddress| {
-        let address = ip(one.address?)?;
+        let address = ip(one.address.as_ref()?)?;
         let is_of_link = matches!(address, IpAddr::V6(ip) if ip.is_unicast_link_local());
-        Some((one.interface_name, address, ones(ip(one.netmask?)?))).filter(|_| !is_of_link)
+        Some((one.interface_name, address, ones(ip(one.netmask.as_ref()?)?)))
+            .filter(|_| !is_of_link)
     };
     Ok(getifaddrs()?.filter_map(network).collect())
 }
 
-/// This host's addresses, in this network namespace.
+/// The addresses that this host's interfaces have, in this network namespace.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn all_own() -> io::Result<BTreeSet<IpAddr>> {
-    let ip = |one: InterfaceAddress| {
-        let own = one.address?;
-        let v4 = own.as_sockaddr_in().map(|own| own.ip().into());
-        v4.or_else(|| own.as_sockaddr_in6().map(|own| own.ip().into()))
-    };
-    Ok(getifaddrs()?.filter_map(ip).collect())
+    Ok(getifaddrs()?.filter_map(|one| ip(&one.address?)).collect())
 }
 
 #[cfg(test)]

@@ -7,8 +7,6 @@ use nix::net::if_::InterfaceFlags;
 use nix::sys::socket::SockaddrStorage;
 use tracing::warn;
 
-use crate::config::Allowed;
-
 /// The addresses of this host, as getifaddrs(3) reports them. Binding to an address proves nothing:
 /// with `net.ipv4.ip_nonlocal_bind`, which VRRP hosts set, that succeeds for any.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,12 +21,13 @@ pub struct Interfaces {
 
 impl Interfaces {
     /// Reads them; an error is logged, and then there are none.
-    pub(super) fn read() -> Interfaces {
+    pub fn read() -> Interfaces {
         let interfaces = match nix::ifaddrs::getifaddrs() {
             Ok(interfaces) => interfaces,
             Err(error) => {
                 warn!(
-                    "can't read this host's networks, so \"local\" in dns.allow matches none: {error}"
+                    "can't list the addresses of this host's interfaces, so none counts as its own, and \
+                     \"local\" in dns.allow matches no network: {error}"
                 );
                 return Interfaces::default();
             }
@@ -54,45 +53,26 @@ impl Interfaces {
     }
 
     /// Whether a message to this address, in canonical form, stays on this host.
-    pub(super) fn have(&self, ip: IpAddr) -> bool {
+    pub fn have(&self, ip: IpAddr) -> bool {
         ip.is_loopback()
             || self.addresses.contains(&ip)
             || ip.is_ipv4() && self.loopback.iter().any(|network| network.contains(&ip))
     }
 }
 
-/// The addresses at which a server is reached that listens on these: for an unspecified one, all of this
-/// host's.
-pub fn reached_at(listen: &[SocketAddr]) -> Vec<SocketAddr> {
-    let mut all = Vec::new();
-    for address in listen {
-        if address.ip().is_unspecified() {
-            let addresses = Interfaces::read().addresses.into_iter();
-            let same_family = addresses.filter(|ip| ip.is_ipv4() || address.is_ipv6());
-            all.extend(same_family.map(|ip| SocketAddr::new(ip, address.port())));
-        } else {
-            all.push(*address);
-        }
-    }
-    all
-}
-
-/// The networks of the clients in `dns.allow`, on a host with these interfaces.
-pub fn allowed_networks(allow: &[Allowed], interfaces: &Interfaces) -> Vec<IpNet> {
-    let networks = |allowed: &Allowed| match allowed {
-        Allowed::Network(network) => vec![*network],
-        Allowed::Local => interfaces.networks.clone(),
-    };
-    allow.iter().flat_map(networks).collect()
+/// Whether a connection to this address stays on this host, in this network namespace. Where the kernel doesn't
+/// list its addresses, only loopback's do.
+pub fn is_own(address: IpAddr) -> bool {
+    Interfaces::read().have(address.to_canonical())
 }
 
 /// The address of a socket address of the internet.
-fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
+pub fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
     socket_address(address).map(|address| address.ip())
 }
 
 /// The socket address, where it is one of the internet.
-pub(super) fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+pub fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
     let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
     v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
 }
@@ -100,6 +80,17 @@ pub(super) fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn own_addresses_are_known() {
+        for own in ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"] {
+            assert!(is_own(own.parse().unwrap()), "{own}");
+        }
+        for others in ["192.0.2.77", "2001:db8::77", "0.0.0.0"] {
+            assert!(!is_own(others.parse().unwrap()), "{others}");
+        }
+        assert!(Interfaces::read().addresses.into_iter().all(is_own));
+    }
 
     #[test]
     fn what_stays_on_this_host() {
