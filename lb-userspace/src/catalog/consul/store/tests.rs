@@ -1,12 +1,17 @@
 //! The store, by what it publishes after what it was given.
 
-use super::super::query::n_serving;
+use super::super::index::{IndexMove, ReadMode};
+use super::super::query::{List, ServiceAnswer, n_serving};
 use super::super::service::IDLE_TIMEOUT;
+use super::super::suspicion::{Assessment, Evidence};
+use super::derived::QueryQueue;
+use super::list::MAX_LINGERING;
+use super::problems::AGENT_DENIED;
 use super::*;
 use crate::catalog::host::Own;
 use crate::catalog::publisher::Publisher;
 use crate::catalog::snapshot::Agent;
-use crate::table::{HealthStatus, NodeIdentity, Watch};
+use crate::table::{HealthStatus, NodeIdentity, ServiceId, ServiceRecord, Watch};
 
 const DISTRUST: Duration = Duration::from_secs(300);
 const S: Duration = Duration::from_secs(1);
