@@ -6,10 +6,10 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::config::AdminAddress;
@@ -66,7 +66,15 @@ pub enum BindError {
         #[source]
         source: io::Error,
     },
-    /// bind() or listen() failed for another reason.
+    /// A TCP address can't be listened on.
+    #[error("can't listen on {address}, of admin.listen: {}", cause(*address, source))]
+    Tcp {
+        /// The address.
+        address: SocketAddr,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// A path can't be listened on, for another reason.
     #[error("can't listen on {address}: choose an address of your own with --admin-listen")]
     Refused {
         /// The address.
@@ -93,32 +101,78 @@ pub enum Listener {
 #[derive(Debug)]
 pub struct WaitingListener {
     address: SocketAddr,
-    is_over: AtomicBool,
+    /// Why it waits, by the last try; `None` once it listens.
+    problem: Mutex<Option<String>>,
 }
 
 impl WaitingListener {
+    fn new(address: SocketAddr, source: io::Error) -> WaitingListener {
+        let waiting = WaitingListener { address, problem: Mutex::default() };
+        waiting.fail(source);
+        waiting
+    }
+
     /// What is wrong, and the fix, while it waits.
     pub fn problem(&self) -> Option<String> {
-        let WaitingListener { address, is_over } = self;
-        let port = address.port();
-        (!is_over.load(Ordering::Relaxed)).then(|| {
-            format!(
-                "can't listen on {address}, of admin.listen: another process does; see who with ss -tlpn 'sport \
-                 = :{port}' and stop it, or choose another port"
-            )
-        })
+        self.lock().clone()
     }
 
     /// Listens as soon as the address is free, which is tried every `pause`.
     pub(super) async fn listener(&self, pause: Duration) -> TcpListener {
         loop {
-            if let Ok(listener) = listen_tcp(self.address) {
-                tracing::info!("listening on {}: it is free now", self.address);
-                self.is_over.store(true, Ordering::Relaxed);
-                return listener;
+            match listen_tcp(self.address) {
+                Ok(listener) => {
+                    tracing::info!("listening on {}: it is free now", self.address);
+                    *self.lock() = None;
+                    return listener;
+                }
+                Err(error) => self.fail(error),
             }
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// Takes the error of a try, and logs it where it isn't that of the last one.
+    fn fail(&self, source: io::Error) {
+        let problem = Some(BindError::Tcp { address: self.address, source }.to_string());
+        let mut last = self.lock();
+        if *last != problem {
+            tracing::error!("{}", problem.as_deref().unwrap_or_default());
+            *last = problem;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a TCP address can't be listened on, and the fix.
+fn cause(address: SocketAddr, error: &io::Error) -> String {
+    let (ip, port) = (address.ip(), address.port());
+    match Errno::from_io_error(error) {
+        Some(Errno::ADDRINUSE) => format!(
+            "another process does; see who with ss -tlpn 'sport = :{port}' and stop it, or choose another port"
+        ),
+        Some(Errno::ADDRNOTAVAIL) => format!(
+            "no interface of this host has {ip}; see those that they have with ip address, and add it to one or \
+             choose another"
+        ),
+        Some(Errno::ACCESS | Errno::PERM) if port < FIRST_UNPRIVILEGED_PORT => format!(
+            "this process isn't allowed to ({error}); run nohop as root, give it CAP_NET_BIND_SERVICE, or choose \
+             a port from {FIRST_UNPRIVILEGED_PORT} on"
+        ),
+        Some(Errno::ACCESS | Errno::PERM) => format!(
+            "this process isn't allowed to ({error}), by a security module or a program at its cgroup's bind \
+             hook; allow it there, or choose another address"
+        ),
+        Some(Errno::AFNOSUPPORT) => {
+            format!(
+                "this kernel has no {}; choose another address",
+                if ip.is_ipv4() { "IPv4" } else { "IPv6" }
+            )
+        }
+        _ => format!("{error}; choose another address"),
     }
 }
 
@@ -193,12 +247,9 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
                 if error.kind() == ErrorKind::AddrInUse
                     && socket_address.port() >= FIRST_UNPRIVILEGED_PORT =>
             {
-                let is_over = AtomicBool::new(false);
-                let waiting = WaitingListener { address: *socket_address, is_over };
-                tracing::error!("{}", waiting.problem().unwrap_or_default());
-                Ok(Listener::Waiting(Arc::new(waiting)))
+                Ok(Listener::Waiting(Arc::new(WaitingListener::new(*socket_address, error))))
             }
-            Err(error) => Err(refused(error)),
+            Err(source) => Err(BindError::Tcp { address: *socket_address, source }),
         },
     }
 }
@@ -365,6 +416,33 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 
+    #[tokio::test]
+    async fn why_an_address_cannot_be_listened_on() {
+        // TEST-NET-1 (RFC 5737), which no interface has.
+        let absent = AdminAddress::Tcp("192.0.2.77:9153".parse().unwrap());
+        let error = bind(&[absent]).unwrap_err().to_string();
+        assert!(error.contains("no interface of this host has 192.0.2.77"), "{error}");
+        for (address, errno, expected) in [
+            (
+                "127.0.0.1:80",
+                libc::EADDRINUSE,
+                "another process does; see who with ss -tlpn 'sport = :80'",
+            ),
+            ("127.0.0.1:80", libc::EACCES, "CAP_NET_BIND_SERVICE"),
+            ("127.0.0.1:9153", libc::EACCES, "bind hook"),
+            ("127.0.0.1:9153", libc::EPERM, "bind hook"),
+            ("[::1]:9153", libc::EAFNOSUPPORT, "this kernel has no IPv6"),
+            ("127.0.0.1:9153", libc::ENOBUFS, "No buffer space"),
+        ] {
+            let (address, source) = (address.parse().unwrap(), io::Error::from_raw_os_error(errno));
+            let error = BindError::Tcp { address, source }.to_string();
+            assert!(
+                error.contains(address.to_string().as_str()) && error.contains(expected),
+                "{error}"
+            );
+        }
+    }
+
     /// Any user may hold such a port.
     #[tokio::test]
     async fn a_port_in_use_is_named_and_waited_for() {
@@ -373,9 +451,14 @@ mod tests {
         let listeners = bind(&[AdminAddress::Tcp(address)]).unwrap();
         let [waiting] = &waiting(&listeners)[..] else { panic!("{listeners:?}") };
         assert!(waiting.problem().unwrap().contains(&address.to_string()));
+        // What keeps it waiting may be another cause by now.
+        let other = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+        waiting.fail(other);
+        assert!(waiting.problem().unwrap().contains("no interface of this host has 127.0.0.1"));
         let pause = Duration::from_millis(1);
         // It is polled once.
         tokio::time::timeout(Duration::ZERO, waiting.listener(pause)).await.unwrap_err();
+        assert!(waiting.problem().unwrap().contains("another process does"));
         drop(holder);
         assert_eq!(waiting.listener(pause).await.local_addr().unwrap(), address);
         assert_eq!(waiting.problem(), None);
