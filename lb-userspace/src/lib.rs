@@ -19,5 +19,6 @@ pub mod fuzzing;
 mod interfaces;
 mod logging;
 pub mod ordmap;
+mod regular_file;
 pub mod table;
 mod terminal;

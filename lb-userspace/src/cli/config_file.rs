@@ -14,7 +14,7 @@ use crate::catalog;
 use crate::config::keys::{toml, values};
 use crate::config::migrate::{self, Migrated};
 use crate::config::{Config, ConfigErrors, DEFAULT_PATH, Flag, LoadedConfig};
-use crate::durable;
+use crate::{durable, regular_file};
 
 /// The result of `nohop config check`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,8 +59,8 @@ struct MigrationReport {
 /// whole, and the former one stays beside it.
 pub fn migrate(file: Option<&Path>, apply: bool, json: bool) -> anyhow::Result<ExitCode> {
     let file = file.unwrap_or(Path::new(DEFAULT_PATH));
-    let before =
-        fs::read_to_string(file).with_context(|| format!("can't read {}", file.display()))?;
+    let before = regular_file::read_to_string(file)
+        .with_context(|| format!("can't read {}", file.display()))?;
     let Migrated { text, changes } = migrate::migrate(&before);
     if let Err(errors) = LoadedConfig::parse(file, text.as_bytes(), &[], &environment) {
         errors.0.iter().for_each(|problem| print_error(&problem.to_string()));

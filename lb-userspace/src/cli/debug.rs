@@ -18,7 +18,7 @@ use super::process::{environment, load, print, runtime};
 use super::{check, config_file, version};
 use crate::admin::client;
 use crate::config::{AdminAddress, Config, Token};
-use crate::terminal;
+use crate::{regular_file, terminal};
 use archive::archive;
 use secrets::Secrets;
 
@@ -192,7 +192,9 @@ fn secrets(config: &Config, pid: Option<u64>) -> Secrets {
         }
     }
     match &config.consul.token {
-        Some(Token::File(path)) => secrets.add(&fs::read_to_string(path).unwrap_or_default()),
+        Some(Token::File(path)) => {
+            secrets.add(&regular_file::read_to_string(path).unwrap_or_default())
+        }
         Some(Token::Literal(token)) => secrets.add(token),
         None => {}
     }
@@ -208,7 +210,7 @@ fn json(document: &impl Serialize) -> Result<String, String> {
 /// Files one after another, each after its name; those that aren't there have none.
 fn files<const N: usize>(paths: [PathBuf; N]) -> String {
     let parts = paths.iter().filter_map(|path| {
-        let text = fs::read(path).ok()?;
+        let text = regular_file::read(path).ok()?;
         Some(format!("== {}\n{}\n", path.display(), String::from_utf8_lossy(&text)))
     });
     parts.collect()

@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 
 use super::address::check_url_host;
 use super::builder::{ConfigBuilder, FlagValue};
+use crate::regular_file;
 
 /// How to reach the Consul agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -345,7 +346,7 @@ const MAX_PEM: u64 = 4 << 20;
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     use io::Read;
     let mut pem = Vec::new();
-    let file = std::fs::File::open(path).map_err(|error| unread(&error))?;
+    let file = regular_file::open(path).map_err(|error| unread(&error))?;
     file.take(MAX_PEM).read_to_end(&mut pem).map_err(|error| unread(&error))?;
     Ok(pem)
 }

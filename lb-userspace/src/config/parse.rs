@@ -10,6 +10,7 @@ use super::builder::{ConfigBuilder, Flag, FlagValue, SourceName};
 use super::keys::{KEYS, Key, is_other_section, unknown};
 use super::toml_value::{InvalidValue, TomlValue, kind};
 use super::{Config, ConfigErrors, DEFAULT_PATH, Location, Problem, SourceKind, consul, validate};
+use crate::regular_file;
 
 /// A configuration, and where its values come from.
 #[derive(Clone, Debug)]
@@ -49,7 +50,7 @@ impl LoadedConfig {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<LoadedConfig, ConfigErrors> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
-        let bytes = match std::fs::read(file) {
+        let bytes = match regular_file::read_or_null(file) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.is_none() => {
                 Vec::new()

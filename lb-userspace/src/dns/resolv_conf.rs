@@ -1,6 +1,5 @@
 //! The reader of /etc/resolv.conf and of systemd-resolved's list of uplinks.
 
-use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
@@ -11,6 +10,7 @@ use resolv_conf::{Config, ScopedIp};
 use tracing::{debug, warn};
 
 use crate::file_state::{FileState, file_state};
+use crate::regular_file;
 
 /// The pause before an unreadable file is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -88,9 +88,9 @@ impl ResolvConf {
 
     /// The nameservers in the file, and those behind them.
     fn named(&self) -> io::Result<Vec<SocketAddr>> {
-        let mut named: Vec<_> = nameservers(&fs::read(&self.path)?).collect();
+        let mut named: Vec<_> = nameservers(&regular_file::read_or_null(&self.path)?).collect();
         if !named.is_empty() && named.iter().all(is_stub) {
-            match fs::read(&self.uplinks) {
+            match regular_file::read_or_null(&self.uplinks) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 uplinks => named.extend(nameservers(&uplinks?)),
             }
@@ -175,6 +175,8 @@ fn scope_id(scope: &str) -> io::Result<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn show(servers: &[SocketAddr]) -> String {

@@ -1,12 +1,14 @@
 //! The watch of the token file: a blocking query has the token of its start.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 
 use crate::config::Token;
+use crate::regular_file;
 
 /// Reports that the token file holds another token. Dropping it ends the watch.
 pub struct TokenWatch {
@@ -35,6 +37,16 @@ impl TokenWatch {
     }
 }
 
+/// Reads a token file.
+///
+/// # Errors
+/// As [`regular_file::read_to_string`].
+pub async fn read(path: &Path) -> io::Result<String> {
+    let path = path.to_owned();
+    let reading = spawn_blocking(move || regular_file::read_to_string(&path));
+    reading.await.unwrap_or_else(|ended| Err(io::Error::other(ended)))
+}
+
 /// The token in a file's text, which may begin with a byte order mark.
 pub fn of_text(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text).trim()
@@ -44,7 +56,7 @@ async fn watch_file(path: PathBuf, every: Duration, changed: watch::Sender<()>) 
     let mut last: Option<String> = None;
     loop {
         // A file that can't be read, or is being written, is for the questions to complain of.
-        let text = tokio::fs::read_to_string(&path).await.unwrap_or_default();
+        let text = read(&path).await.unwrap_or_default();
         let token = of_text(&text);
         let is_other = !token.is_empty() && last.as_deref() != Some(token);
         if is_other && last.replace(token.into()).is_some() {

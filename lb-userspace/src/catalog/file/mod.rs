@@ -38,6 +38,7 @@ use tokio::task;
 use super::publisher::Publisher;
 use super::usage::{SourceCommand, UsageReceiver};
 use crate::file_state::{FileState, file_state};
+use crate::regular_file;
 use crate::table::Catalog;
 use chunks::Chunks;
 use follow::FileWatcher;
@@ -127,14 +128,8 @@ pub fn check_first(path: &Path, kept: &Kept) -> Result<(), FileError> {
 }
 
 fn read(path: &Path) -> Result<String, FileError> {
-    let read = || {
-        // To open a FIFO waits for a writer.
-        match std::fs::metadata(path)?.is_file() {
-            true => std::fs::read_to_string(path),
-            false => Err(io::Error::other("it isn't a regular file")),
-        }
-    };
-    read().map_err(|source| FileError::Read { path: path.into(), source })
+    regular_file::read_to_string(path)
+        .map_err(|source| FileError::Read { path: path.into(), source })
 }
 
 fn is_good(text: &str) -> Result<(), Vec<Diagnostic>> {
@@ -383,7 +378,7 @@ mod tests {
         says(&mut handle, Some("can't read")).await;
         let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
         rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
-        says(&mut handle, Some("isn't a regular file")).await;
+        says(&mut handle, Some("it is a FIFO, and no regular file")).await;
         assert_eq!(shows(&mut handle, &["a", "b"]).await, second);
 
         let new = dir.path().join("catalog.toml.new");

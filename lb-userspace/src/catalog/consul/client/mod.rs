@@ -197,7 +197,7 @@ impl Client {
             None => return Ok(None),
             Some(Token::Literal(token)) => (token.clone(), "as the token".to_owned()),
             Some(Token::File(path)) => {
-                let text = tokio::fs::read_to_string(path).await;
+                let text = token::read(path).await;
                 let text =
                     text.map_err(|source| QueryError::TokenFile { path: path.clone(), source })?;
                 (text, format!("to {}", path.display()))
