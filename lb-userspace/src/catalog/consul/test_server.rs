@@ -17,6 +17,8 @@ pub enum Fault {
     Status(u16, &'static str),
     /// A connection that closes in the middle of the body.
     Cut,
+    /// This status and body, without a header of Consul's.
+    Bare(u16, &'static str),
     /// A good answer with this body instead.
     Body(&'static str),
     /// No answer at all.
@@ -214,6 +216,11 @@ async fn answer(question: &str, state: &watch::Sender<State>) -> Option<(String,
     match fault {
         None => say(200, &body),
         Some(Fault::Status(code, body)) => say(code, body),
+        Some(Fault::Bare(code, body)) => {
+            let length = body.len();
+            let said = format!("HTTP/1.1 {code} Said\r\nContent-Length: {length}\r\n\r\n{body}");
+            Some((said, Then::Next))
+        }
         Some(Fault::Body(body)) => say(200, body),
         Some(Fault::Cut) => {
             let said = headers(200, "Content-Length: 1000\r\n") + "\r\n[{\"Node\"";

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use reqwest::StatusCode;
 
+use super::super::kill_switch::PATH as SWITCH_PATH;
+
 /// Why there is no answer, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
@@ -104,6 +106,23 @@ pub enum QueryError {
     Denied {
         /// The first line of the body.
         message: String,
+    },
+    /// 404 without one of Consul's headers: a proxy's, or Consul's by a proxy that drops them.
+    #[error(
+        "what answers at {address} has no {path} (404, without Consul's headers): a proxy before Consul doesn't \
+         pass the path on, or drops headers such as X-Consul-Index; have it pass both, or write the address of \
+         the agent itself as consul.address{}",
+        if *.path == SWITCH_PATH {
+            "; or set the key, so that its value shows that Consul has answered: consul kv put nohop/off false"
+        } else {
+            ""
+        }
+    )]
+    NotFound {
+        /// Where Consul should be.
+        address: String,
+        /// What was requested.
+        path: String,
     },
     /// Another status that isn't 200.
     #[error("Consul failed ({code}, `{message}`): look at its agent's log")]
@@ -230,6 +249,7 @@ impl QueryError {
             QueryError::Redirected { .. } => Some("redirected"),
             QueryError::Busy { busy: Busy::Status { code, .. } }
             | QueryError::Status { code, .. } => Some(code.as_str()),
+            QueryError::NotFound { .. } => Some("404"),
             QueryError::NoLeader | QueryError::Stale { .. } => Some("200"),
             QueryError::Gateway { code } => Some(code.as_str()),
             QueryError::Cut { .. }

@@ -143,7 +143,8 @@ impl Client {
         let body = if is_absent { b"null".to_vec() } else { body };
         if !is_absent {
             let has_auth = self.headers.contains_key(AUTHORIZATION);
-            response::check_status(status, &headers, &body, &self.address, has_auth)?;
+            let asked = (&self.address, &*request.path);
+            response::check_status(status, &headers, &body, asked, has_auth)?;
         }
         response::check_leader(&headers)?;
         let is_filtered = response::is_filtered(&headers);

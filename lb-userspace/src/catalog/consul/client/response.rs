@@ -64,12 +64,12 @@ pub fn parse<T: DeserializeOwned>(body: &[u8], address: &ConsulAddress) -> Resul
 /// Go's response, on port 8501, to a request without TLS.
 const WANTS_TLS: &str = "HTTP request to an HTTPS server";
 
-/// Refuses every status but 200. `address` was asked, and `has_auth` with a user and a password.
+/// Refuses every status but 200. `address` was asked for `path`, and `has_auth` with a user and a password.
 pub fn check_status(
     code: StatusCode,
     headers: &HeaderMap,
     body: &[u8],
-    address: &ConsulAddress,
+    (address, path): (&ConsulAddress, &str),
     has_auth: bool,
 ) -> Result<(), QueryError> {
     if code == StatusCode::OK {
@@ -93,17 +93,24 @@ pub fn check_status(
             address: address.to_string(),
             to: to.unwrap_or_default().chars().take(200).collect(),
         },
+        StatusCode::NOT_FOUND if !has_consuls(headers) => {
+            QueryError::NotFound { address: address.to_string(), path: path.to_owned() }
+        }
         _ => QueryError::Status { code, message },
     })
 }
 
 /// Whether the response is Consul's to a key that isn't there, which has an index all the same, so that
 /// one can wait for it. A proxy's "not found" has none, and says nothing about the key; it may be without
-/// a text as Consul's is. Behind a proxy that drops the index the other headers show that it is Consul's.
+/// a text as Consul's is. Behind a proxy that drops the index the other headers show that it is Consul's;
+/// behind one that drops all of them it can't be told from the proxy's own.
 pub fn is_absent_key(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> bool {
-    let is_consuls = || headers.keys().any(|name| name.as_str().starts_with("x-consul-"));
-    let is_absent = index(headers).is_some() || body.is_empty() && is_consuls();
+    let is_absent = index(headers).is_some() || body.is_empty() && has_consuls(headers);
     status == StatusCode::NOT_FOUND && is_absent
+}
+
+fn has_consuls(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| name.as_str().starts_with("x-consul-"))
 }
 
 /// Refuses the response of an agent without a leader, which `discovery_max_stale` can bring, and

@@ -156,6 +156,25 @@ async fn an_absent_key_is_null() {
     assert_eq!(output.stats().requests()["404"], 1);
 }
 
+/// Behind a proxy that drops Consul's headers an absent key can't be told from a path that the proxy hides.
+#[tokio::test]
+async fn a_404_without_consuls_headers_names_the_proxy() {
+    const SWITCH: &str = "/v1/kv/nohop/off";
+    let fake = Fake::start().await;
+    let (client, output) = client(config(fake.address));
+    for (path, body, has_key) in
+        [(SWITCH, "", true), (SWITCH, "<html>404", true), (NAMES, "", false)]
+    {
+        fake.break_path(path, Some(Fault::Bare(404, body)));
+        let error = client.get::<Value>(&request(path), LIMIT).await.unwrap_err().to_string();
+        let parts = [path, "drops headers such as X-Consul-Index", "consul.address"];
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        assert_eq!(error.contains("consul kv put nohop/off false"), has_key, "{error}");
+        fake.break_path(path, None);
+    }
+    assert_eq!(output.stats().requests()["404"], 3);
+}
+
 /// What can't be a token isn't sent: the answer would be that it isn't known.
 #[tokio::test]
 async fn a_token_file_has_a_token_and_nothing_else() {
@@ -471,7 +490,8 @@ async fn a_response_that_is_not_consuls_is_reported_with_cause_and_fix() {
     };
     let address = ConsulAddress::Http("c:80".into());
     let code = StatusCode::MOVED_PERMANENTLY;
-    let error = response::check_status(code, &headers(moved), b"", &address, false).unwrap_err();
+    let error =
+        response::check_status(code, &headers(moved), b"", (&address, NAMES), false).unwrap_err();
     let expected = "Consul at c:80 redirects to https://consul.example/: write the address of the \
                     agent itself as consul.address or CONSUL_HTTP_ADDR";
     assert_eq!(error.to_string(), expected);
