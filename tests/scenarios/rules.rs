@@ -11,10 +11,11 @@ const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/prometheus/
 
 /// Nodes, each with its series by minute and the alerts that it has after an hour. Each alert is some
 /// node's, and each node but the first ones is there for one alert.
-const NODES: [(&str, &[&str], &[&str]); 19] = [
+const NODES: [(&str, &[&str], &[&str]); 21] = [
     (
         "good",
         &[
+            "up 1x60",
             "nohop_ready 1x60",
             "nohop_mode{mode=\"shadow\"} 0x60",
             "nohop_datapath_attached{unit=\"connect\"} 1x60",
@@ -51,7 +52,10 @@ const NODES: [(&str, &[&str], &[&str]); 19] = [
         ],
         &[],
     ),
-    ("drained", &["nohop_edge_announced 0x60", "nohop_drains 1x60"], &[]),
+    ("drained", &["nohop_edge_announced 0x60", "nohop_drains{kind=\"edge\"} 1x60"], &[]),
+    // An upgrade.
+    ("restarted", &["up 1x50 0x2 1x8"], &[]),
+    ("dead", &["up 1x50 0x10"], &["NohopDown"]),
     ("once", &["nohop_datapath_attached{unit=\"connect\"} 1x58 0 1"], &[]),
     ("down", &["nohop_ready 0x60", "nohop_mode{mode=\"shadow\"} 0x60"], &["NohopNotReady"]),
     ("detached", &["nohop_datapath_attached{unit=\"connect\"} 1x50 0x10"], &["NohopDetached"]),
@@ -87,7 +91,16 @@ const NODES: [(&str, &[&str], &[&str]); 19] = [
         &["nohop_datapath_events_total{event=\"inconsistent\"} 0x50 0+1x10"],
         &["NohopKernelErrors"],
     ),
-    ("withdrawn", &["nohop_edge_announced 0x60", "nohop_drains 0x60"], &["NohopEdgeNotAnnounced"]),
+    // A drain of a backend doesn't silence an edge.
+    (
+        "withdrawn",
+        &[
+            "nohop_edge_announced 0x60",
+            "nohop_drains{kind=\"edge\"} 0x60",
+            "nohop_drains{kind=\"node\"} 1x60",
+        ],
+        &["NohopEdgeNotAnnounced"],
+    ),
     (
         "busy",
         &["nohop_edge_flows 95x60", "nohop_edge_flows_capacity 100x60"],

@@ -46,7 +46,8 @@ pub struct Readings {
     pub(super) n_ejected: usize,
     /// Ejections that the daemon's probes ended.
     pub(super) n_returned: u64,
-    pub(super) n_drains: usize,
+    /// Drains by hand, by what is drained.
+    pub(super) drains: Vec<(&'static str, usize)>,
     pub(super) reloads: ReloadReadings,
     /// `None` where /proc can't be read.
     pub(super) process: Option<ProcessStats>,
@@ -227,8 +228,11 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     let help = "Whether the last reload was applied (1; also before the first), or refused (0).";
     let is_applied = u8::from(!readings.reloads.is_last_refused);
     text.single("nohop_last_reload_successful", MetricType::Gauge, help, is_applied);
-    let help = "Drains by hand: nohop drain.";
-    text.single("nohop_drains", MetricType::Gauge, help, readings.n_drains);
+    let help = "Drains by hand (nohop drain), by what is drained.";
+    let mut family = text.family("nohop_drains", MetricType::Gauge, help);
+    for (kind, n) in &readings.drains {
+        family.sample(&[("kind", kind)], n);
+    }
     let help = "The generation of the table in force; 0 before the first.";
     text.single("nohop_generation", MetricType::Gauge, help, readings.generation);
     let help = "The time from the news of a change to the maps that connections read.";
@@ -464,7 +468,7 @@ mod tests {
             counts_in_flight: true,
             n_ejected: 2,
             n_returned: 8,
-            n_drains: 3,
+            drains: vec![("node", 3), ("edge", 1)],
             reloads: ReloadReadings { applied: 4, refused: 1, is_last_refused: true },
             process: Some(ProcessStats {
                 cpu_seconds: 1.25,
@@ -551,7 +555,8 @@ mod tests {
             (r#"nohop_ejections_total{service="web-0"}"#, 0.0),
             ("nohop_ejected_backends", 2.0),
             ("nohop_probed_returns_total", 8.0),
-            ("nohop_drains", 3.0),
+            (r#"nohop_drains{kind="node"}"#, 3.0),
+            (r#"nohop_drains{kind="edge"}"#, 1.0),
             (r#"nohop_reloads_total{result="refused"}"#, 1.0),
             ("nohop_last_reload_successful", 0.0),
             ("process_cpu_seconds_total", 1.25),

@@ -34,7 +34,9 @@ use crate::datapath::{
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
-use crate::table::{BackendState, Drain, DrainTarget, Service, SharedWaits, Table, Watch};
+use crate::table::{
+    BackendState, DRAIN_KINDS, Drain, DrainTarget, Drains, Service, SharedWaits, Table, Watch,
+};
 
 /// The longest wait for what a source has of a name.
 const INSPECT_LIMIT: Duration = Duration::from_secs(2);
@@ -331,7 +333,7 @@ impl View for DaemonView {
             counts_in_flight: self.datapath.counts_in_flight(),
             n_ejected,
             n_returned: self.n_returned.load(Ordering::Relaxed),
-            n_drains: self.drains.drains().len(),
+            drains: drains_by_kind(&self.drains.drains()),
             reloads: self.reload_counts.read(),
             process: ProcessStats::read(),
             events,
@@ -516,6 +518,12 @@ fn watch_status(watches: &Watches) -> api::WatchStatus {
         requests_per_hour: watches.budget_requests,
         bytes_per_hour: watches.budget_bytes,
     }
+}
+
+/// How many there are of each kind, also where that is none.
+fn drains_by_kind(drains: &Drains) -> Vec<(&'static str, usize)> {
+    let count = |kind| drains.iter().filter(|(target, _)| target.kind() == kind).count();
+    DRAIN_KINDS.into_iter().map(|kind| (kind, count(kind))).collect()
 }
 
 /// That lines of the log were lost.

@@ -52,6 +52,9 @@ pub enum DrainTarget {
 /// The argument that names [`DrainTarget::Edge`].
 pub const EDGE: &str = "edge";
 
+/// The kinds of targets. An argument may begin with each but the last, to say which it means.
+pub const DRAIN_KINDS: [&str; 5] = ["node", "address", "instance", "allocation", EDGE];
+
 impl DrainTarget {
     /// What it is: `node`, `address`, `instance`, `allocation` or `edge`.
     pub fn kind(&self) -> &'static str {
@@ -313,9 +316,6 @@ fn listed(targets: &[DrainTarget]) -> String {
     }
 }
 
-/// The kinds that an argument may begin with, to say which it means.
-const KINDS: [&str; 4] = ["node", "address", "instance", "allocation"];
-
 /// An argument: a name, and its kind where that is given, as in `node:web-1`.
 #[derive(Clone, Copy, Debug)]
 struct Wanted<'a> {
@@ -325,8 +325,9 @@ struct Wanted<'a> {
 
 impl Wanted<'_> {
     fn parse(text: &str) -> Result<Wanted<'_>, DrainError> {
-        let (kind, name) = KINDS
+        let (kind, name) = DRAIN_KINDS
             .into_iter()
+            .filter(|kind| *kind != EDGE)
             .find_map(|kind| Some((Some(kind), text.strip_prefix(kind)?.strip_prefix(':')?)))
             .unwrap_or((None, text));
         match (kind, name) {

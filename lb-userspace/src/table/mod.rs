@@ -30,7 +30,8 @@ use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable, SharedWaits, Waits};
 pub use drains::{
-    Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, allocation, resolve_drained,
+    DRAIN_KINDS, Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, allocation,
+    resolve_drained,
 };
 pub use index::CatalogIndex;
 pub use input::{
