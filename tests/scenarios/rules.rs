@@ -11,7 +11,7 @@ const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/prometheus/
 
 /// Nodes, each with its series by minute and the alerts that it has after an hour. Each alert is some
 /// node's, and each node but the first ones is there for one alert.
-const NODES: [(&str, &[&str], &[&str]); 21] = [
+const NODES: [(&str, &[&str], &[&str]); 22] = [
     (
         "good",
         &[
@@ -26,6 +26,7 @@ const NODES: [(&str, &[&str], &[&str]); 21] = [
             "nohop_connects_refused_total{service=\"web\",reason=\"no_backend\"} 0+1x60",
             "nohop_ejected_backends 0x60",
             "nohop_dns_upstream_up{upstream=\"192.0.2.1:53\"} 1x60",
+            "nohop_dns_upstream_tcp_up{upstream=\"192.0.2.1:53\"} 1x60",
             "nohop_last_reload_successful 1x60",
             "nohop_datapath_events_total{event=\"inconsistent\"} 0x60",
             "nohop_datapath_events_total{event=\"bypassed\"} 0+9x60",
@@ -82,7 +83,18 @@ const NODES: [(&str, &[&str], &[&str]); 21] = [
     ("ejected", &["nohop_ejected_backends 2x60"], &["NohopEjected"]),
     (
         "no-resolver",
-        &["nohop_dns_upstream_up{upstream=\"192.0.2.1:53\"} 0x60"],
+        &[
+            "nohop_dns_upstream_up{upstream=\"192.0.2.1:53\"} 0x60",
+            "nohop_dns_upstream_tcp_up{upstream=\"192.0.2.1:53\"} 0x60",
+        ],
+        &["NohopUpstreamDown"],
+    ),
+    (
+        "no-resolver-by-tcp",
+        &[
+            "nohop_dns_upstream_up{upstream=\"192.0.2.1:53\"} 1x60",
+            "nohop_dns_upstream_tcp_up{upstream=\"192.0.2.1:53\"} 0x60",
+        ],
         &["NohopUpstreamDown"],
     ),
     ("unloaded", &["nohop_last_reload_successful 1x30 0x30"], &["NohopReloadRefused"]),

@@ -493,9 +493,10 @@ impl BackendStatus {
 /// One element of `GET /v1/drain`: what is drained by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainStatus {
-    /// `node`, `address`, `instance` or `allocation`.
+    /// `node`, `address`, `instance`, `allocation` or `edge`.
     pub kind: String,
-    /// Its name among those; `kind:name` is the argument that undrains it.
+    /// Its name among those; `kind:name` is the argument that undrains it. Empty for `edge`, which is the whole
+    /// argument.
     pub name: String,
     /// Since when, by RFC 3339.
     pub since: String,

@@ -29,7 +29,7 @@ GET /metrics
 GET /healthz
 GET /readyz
 GET /readyz/edge
-GET answers HEAD, too. /v1/dns and POST are answered on the unix socket only, /v1/trace and /v1/flows
+GET answers HEAD, too, except for /v1/dns, /v1/trace and /v1/stream. /v1/dns and POST are answered on the unix socket only, /v1/trace and /v1/flows
 over TCP only with admin.trace = \"tcp\". On the others of /v1, ?after=REVISION (of X-Nohop-Revision,
 or of `revision` in the status) answers once anything has changed since, or after &wait=SECONDS (60 by
 default, at most 600; over TCP at most 60).
@@ -296,6 +296,8 @@ pub fn drain_path(is_drain: bool, target: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     #[test]
@@ -380,6 +382,29 @@ mod tests {
         assert_eq!(route(&Method::POST, "/v1/log", Some("filter=info%2Ca%3Db")), Ok((set, None)));
         assert!(route(&Method::POST, "/v1/log", None).is_err());
         assert_eq!(route(&Method::POST, "/nowhere", None), Err(EndpointError::Path));
+    }
+
+    #[test]
+    fn methods_are_those_of_the_page() {
+        let page = include_str!("../../../docs/api.md");
+        let mut documented: BTreeMap<&str, String> = BTreeMap::new();
+        for line in page.lines().filter(|line| line.starts_with("| `/")) {
+            let [_, paths, methods, _] = line.splitn(4, '|').collect::<Vec<_>>()[..] else {
+                panic!("{line}")
+            };
+            for path in paths.split('`').filter(|word| word.starts_with('/')) {
+                let path = path.split('?').next().unwrap_or(path);
+                *documented.entry(path).or_default() += methods;
+            }
+        }
+        assert!(documented.len() > 15, "{documented:?}");
+        for (path, methods) in documented {
+            for method in [Method::GET, Method::HEAD, Method::POST, Method::DELETE] {
+                let is_allowed =
+                    !matches!(route(&method, path, None), Err(EndpointError::Method(_)));
+                assert_eq!(is_allowed, methods.contains(method.as_str()), "{method} {path}");
+            }
+        }
     }
 
     #[test]

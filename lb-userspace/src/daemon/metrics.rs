@@ -152,11 +152,17 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
         .iter()
         .map(|upstream| (upstream.address.to_string(), upstream))
         .collect();
-    let help = "Whether a resolver that names are forwarded to answers (1), or is asked last (0).";
+    let is_up = |state: dns::UpstreamState| u8::from(state != dns::UpstreamState::Out);
+    let help =
+        "Whether a resolver that names are forwarded to answers (1) by UDP, or is asked last (0).";
     let mut family = text.family("nohop_dns_upstream_up", MetricType::Gauge, help);
     for (address, upstream) in &named {
-        family
-            .sample(&[("upstream", address)], u8::from(upstream.state != dns::UpstreamState::Out));
+        family.sample(&[("upstream", address)], is_up(upstream.state));
+    }
+    let help = "The same by TCP, which clients' questions by TCP and long answers take.";
+    let mut family = text.family("nohop_dns_upstream_tcp_up", MetricType::Gauge, help);
+    for (address, upstream) in &named {
+        family.sample(&[("upstream", address)], is_up(upstream.tcp_state));
     }
     let help = "Queries to a resolver whose answers are waited for.";
     let mut family = text.family("nohop_dns_upstream_in_flight", MetricType::Gauge, help);
@@ -419,6 +425,7 @@ fn room(text: &mut Exposition, readings: &Readings) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::time::Duration;
 
     use super::*;
@@ -582,6 +589,7 @@ mod tests {
             ("nohop_edge_flows_capacity", 16.0),
             (r#"nohop_edge_packets_total{result="forwarded"}"#, 9.0),
             (r#"nohop_dns_upstream_up{upstream="192.0.2.1:53"}"#, 0.0),
+            (r#"nohop_dns_upstream_tcp_up{upstream="192.0.2.1:53"}"#, 1.0),
             (r#"nohop_dns_upstream_queries_total{upstream="192.0.2.1:53",result="timeout"}"#, 2.0),
             (r#"nohop_dns_upstream_seconds_bucket{upstream="192.0.2.1:53",le="0.0005"}"#, 3.0),
             (r#"nohop_dns_upstream_seconds_count{upstream="192.0.2.1:53"}"#, 4.0),
@@ -597,6 +605,28 @@ mod tests {
         let n_others = strict::read(&exposition(&readings(0))).unwrap().len();
         let n_all = strict::read(&exposition(&readings(10_000))).unwrap().len();
         assert_eq!(n_all, n_others + 6 * 10_000);
+    }
+
+    #[test]
+    fn every_metric_is_on_the_dashboard_or_has_an_alert() {
+        let text = exposition(&readings(1));
+        let names =
+            text.lines().filter_map(|line| line.strip_prefix("# TYPE nohop_")?.split(' ').next());
+        let shown = [
+            include_str!("../../../contrib/prometheus/nohop.rules.yml"),
+            include_str!("../../../contrib/grafana/nohop.json"),
+        ];
+        let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let words: BTreeSet<&str> = shown
+            .iter()
+            .flat_map(|text| text.split(|c| !is_part(c)))
+            .filter_map(|word| word.strip_prefix("nohop_"))
+            .collect();
+        let is_shown = |name: &&str| {
+            ["", "_bucket"].iter().any(|suffix| words.contains(&*format!("{name}{suffix}")))
+        };
+        let hidden: Vec<&str> = names.filter(|name| !is_shown(name)).collect();
+        assert!(hidden.is_empty(), "{hidden:?}");
     }
 
     #[test]
