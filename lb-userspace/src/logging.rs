@@ -12,6 +12,8 @@ use clap::ValueEnum;
 use tracing::{Level, Metadata, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime as _, SystemTime};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, reload};
@@ -36,7 +38,10 @@ const MAX_QUEUED: usize = 1 << 20;
 const MAX_LINE: usize = 16 << 10;
 
 /// The replacement for a JSON event that is longer than that.
-const TOO_LONG: &str = r#"{"level":"WARN","fields":{"message":"a line too long was left out"}}"#;
+const TOO_LONG: &str = "a line too long was left out";
+
+/// The target of lines that come from the log itself, and of the process's last error.
+const TARGET: &str = "nohop";
 
 /// The filter where RUST_LOG names none.
 const DEFAULT_FILTER: &str = "info";
@@ -53,16 +58,13 @@ static QUEUE: OnceLock<Queue> = OnceLock::new();
 /// The filter of the daemon, once it logs.
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
-/// The priorities of lines for the journal (sd-daemon(3), syslog(3)).
-const ERROR: &str = "<3>";
-const WARNING: &str = "<4>";
-
 /// Lines on their way to stderr.
 #[derive(Clone, Debug, Default)]
 struct Queue(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
+    format: LogFormat,
     /// Whether the journal reads the lines.
     is_journal: bool,
     lines: Mutex<Lines>,
@@ -82,8 +84,12 @@ struct Lines {
 
 impl Queue {
     /// A queue and the thread that empties it into `out`.
-    fn start(mut out: impl Write + Send + 'static, is_journal: bool) -> io::Result<Queue> {
-        let queue = Queue(Arc::new(Shared { is_journal, ..Shared::default() }));
+    fn start(
+        mut out: impl Write + Send + 'static,
+        format: LogFormat,
+        is_journal: bool,
+    ) -> io::Result<Queue> {
+        let queue = Queue(Arc::new(Shared { format, is_journal, ..Shared::default() }));
         let of_thread = queue.clone();
         std::thread::Builder::new().name("log".into()).spawn(move || {
             capabilities::none();
@@ -120,20 +126,32 @@ impl Queue {
         lines.is_writing = true;
         let n_unreported = std::mem::take(&mut lines.n_unreported);
         if n_unreported > 0 {
-            let priority = self.priority(WARNING);
-            line.extend(
-                format!(
-                    "{priority}{n_unreported} lines of the log were dropped: stderr isn't read fast enough\n"
-                )
-                .into_bytes(),
+            let message = format!(
+                "{n_unreported} lines of the log were dropped: stderr isn't read fast enough"
             );
+            line.extend(self.own_line(Level::WARN, &message).into_bytes());
         }
         line
     }
 
-    /// The prefix with this priority, where one is read.
-    fn priority(&self, priority: &'static str) -> &'static str {
-        if self.0.is_journal { priority } else { "" }
+    /// A line that isn't an event's.
+    fn own_line(&self, level: Level, message: &str) -> String {
+        let line = match self.0.format {
+            LogFormat::Text => terminal::escape(message),
+            LogFormat::Json => own_event(level, message),
+        };
+        self.priority(level).to_owned() + &line + "\n"
+    }
+
+    /// The prefix with the priority of a line, where one is read (sd-daemon(3), syslog(3)).
+    fn priority(&self, level: Level) -> &'static str {
+        match level {
+            _ if !self.0.is_journal => "",
+            Level::ERROR => "<3>",
+            Level::WARN => "<4>",
+            Level::INFO => "<6>",
+            Level::DEBUG | Level::TRACE => "<7>",
+        }
     }
 
     fn wrote(&self, is_lost: bool) {
@@ -169,13 +187,13 @@ enum Style {
 struct Event<'a> {
     queue: &'a Queue,
     style: Style,
-    priority: &'static str,
+    level: Level,
 }
 
 impl Write for Event<'_> {
     /// The subscriber writes each event by one call.
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        let line = self.queue.priority(self.priority).to_owned() + &line(event, self.style);
+        let line = self.queue.priority(self.level).to_owned() + &line(event, self.style);
         self.queue.push(line.as_bytes());
         Ok(event.len())
     }
@@ -194,11 +212,25 @@ fn line(event: &[u8], style: Style) -> String {
         Style::Plain => terminal::escape(&text),
         Style::Coloured => terminal::escape_but_sequences(&text),
         // A part of a document is none.
-        Style::Json if is_cut => TOO_LONG.to_owned(),
+        Style::Json if is_cut => own_event(Level::WARN, TOO_LONG),
         Style::Json => terminal::escape_json(&text),
     };
     line.push('\n');
     line
+}
+
+/// A JSON event, by the keys that the subscriber's have.
+fn own_event(level: Level, message: &str) -> String {
+    let mut timestamp = String::new();
+    // Writing to a string can't fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut timestamp));
+    let event = serde_json::json!({
+        "timestamp": timestamp,
+        "level": level.as_str(),
+        "fields": { "message": message },
+        "target": TARGET,
+    });
+    terminal::escape_json(&event.to_string())
 }
 
 struct Events {
@@ -210,17 +242,11 @@ impl<'a> MakeWriter<'a> for Events {
     type Writer = Event<'a>;
 
     fn make_writer(&'a self) -> Event<'a> {
-        Event { queue: &self.queue, style: self.style, priority: "<6>" }
+        Event { queue: &self.queue, style: self.style, level: Level::INFO }
     }
 
     fn make_writer_for(&'a self, event: &Metadata<'_>) -> Event<'a> {
-        let priority = match *event.level() {
-            Level::ERROR => ERROR,
-            Level::WARN => WARNING,
-            Level::INFO => "<6>",
-            Level::DEBUG | Level::TRACE => "<7>",
-        };
-        Event { priority, ..self.make_writer() }
+        Event { level: *event.level(), ..self.make_writer() }
     }
 }
 
@@ -290,7 +316,8 @@ fn is_journal(variable: Option<&OsStr>) -> bool {
         .is_ok_and(|stat| (device.parse(), inode.parse()) == (Ok(stat.st_dev), Ok(stat.st_ino)))
 }
 
-/// What formats events: without the time, which the journal has itself.
+/// What formats events: without the time, which the journal has itself. For programs they have their
+/// targets, by which those of the query log and the access log are known.
 fn subscriber(
     filter: reload::Layer<EnvFilter, Registry>,
     format: LogFormat,
@@ -299,7 +326,7 @@ fn subscriber(
     let is_journal = events.queue.0.is_journal;
     let has_colour = events.style == Style::Coloured;
     let lines = tracing_subscriber::fmt::layer()
-        .with_target(false)
+        .with_target(format == LogFormat::Json)
         .with_ansi(has_colour)
         .with_writer(events);
     let registry = tracing_subscriber::registry().with(filter);
@@ -319,7 +346,7 @@ pub fn start(format: LogFormat) -> io::Result<()> {
     let (filter, complaint) = filter(std::env::var_os("RUST_LOG").as_deref());
     let (filter, handle) = reload::Layer::new(filter);
     let is_journal = is_journal(std::env::var_os("JOURNAL_STREAM").as_deref());
-    let queue = Queue::start(io::stderr(), is_journal)?;
+    let queue = Queue::start(io::stderr(), format, is_journal)?;
     // A process logs once.
     let _ = QUEUE.set(queue.clone());
     let _ = FILTER.set(handle);
@@ -338,11 +365,11 @@ pub fn start(format: LogFormat) -> io::Result<()> {
     Ok(())
 }
 
-/// Prints a message of the process itself: by the queue once it logs, else directly.
-pub fn write_line(message: &str) {
+/// Prints an error of the process itself as a line: by the queue once it logs, else directly.
+pub fn write_error(message: &str) {
     match QUEUE.get() {
-        Some(queue) => queue.push(format!("{}{message}\n", queue.priority(ERROR)).as_bytes()),
-        None => eprintln!("{message}"),
+        Some(queue) => queue.push(queue.own_line(Level::ERROR, message).as_bytes()),
+        None => eprintln!("{}", terminal::escape(message)),
     }
 }
 
@@ -385,7 +412,7 @@ mod tests {
     #[test]
     fn a_stderr_that_is_not_read_holds_nobody_up_and_what_is_lost_is_counted() {
         let ((turn, turns), (out, written)) = (mpsc::channel(), mpsc::channel());
-        let queue = Queue::start(Stalled { turns, out }, false).unwrap();
+        let queue = Queue::start(Stalled { turns, out }, LogFormat::Json, false).unwrap();
         let long = vec![b'x'; MAX_QUEUED / 8];
         for _ in 0..20 {
             queue.push(&long); // returns at once
@@ -396,8 +423,12 @@ mod tests {
         for _ in 0..2 {
             turn.send(()).unwrap();
         }
-        let lines: String = written.iter().take(2).collect();
-        assert!(lines.contains("lines of the log were dropped"), "the log reports it");
+        let lines: Vec<String> = written.iter().take(2).collect();
+        // One of them follows a long line.
+        let report = lines.iter().find_map(|line| Some(&line[line.find('{')?..]));
+        let report = &events(report.expect("the log reports it"))[0];
+        let message = report["fields"]["message"].as_str().unwrap();
+        assert!(message.contains("lines of the log were dropped"), "{message}");
         drop(turn);
         queue.drain(Duration::from_secs(60));
         assert!(queue.lock().lines.is_empty());
@@ -413,7 +444,24 @@ mod tests {
         assert_eq!(line(b"{\"a\":\"b\\n\"}\n", Style::Json), "{\"a\":\"b\\n\"}\n");
         let long = vec![b'x'; 2 * MAX_LINE];
         assert_eq!(line(&long, Style::Plain).len(), MAX_LINE + 1);
-        serde_json::from_str::<serde_json::Value>(&line(&long, Style::Json)).unwrap();
+        assert_eq!(events(&line(&long, Style::Json))[0]["fields"]["message"], TOO_LONG);
+    }
+
+    /// What a program that reads JSON makes of lines: each is an object with the keys that
+    /// docs/operations.md has.
+    fn events(lines: &str) -> Vec<serde_json::Value> {
+        let events: Vec<serde_json::Value> =
+            lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for event in &events {
+            assert_eq!(keys(event), "fields level target timestamp");
+            let timestamp = event["timestamp"].as_str().unwrap();
+            assert!(timestamp.len() == 27 && timestamp.ends_with('Z'), "{timestamp}");
+        }
+        events
+    }
+
+    fn keys(value: &serde_json::Value) -> String {
+        value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ")
     }
 
     /// What a subscriber writes for a warning and an event of debugging that is let through later.
@@ -430,7 +478,7 @@ mod tests {
                 Ok(())
             }
         }
-        let queue = Queue::start(Out(out), is_journal).unwrap();
+        let queue = Queue::start(Out(out), format, is_journal).unwrap();
         let style = if format == LogFormat::Json { Style::Json } else { Style::Plain };
         let (filter, handle) = reload::Layer::new(EnvFilter::new("info"));
         let events = Events { queue: queue.clone(), style };
@@ -438,7 +486,8 @@ mod tests {
             tracing::warn!(service = "web", "a warning");
             tracing::debug!("not logged");
             handle.reload(parse("debug").unwrap()).unwrap();
-            tracing::debug!("logged");
+            tracing::debug!(target: "nohop::access", "logged");
+            queue.push(queue.own_line(Level::ERROR, "the \u{1b}end").as_bytes());
         });
         queue.drain(Duration::from_secs(60));
         String::from_utf8(written.try_iter().flatten().collect()).unwrap()
@@ -447,23 +496,19 @@ mod tests {
     #[test]
     fn lines_for_the_journal_have_priorities() {
         let lines = written(LogFormat::Text, true);
-        assert_eq!(lines, "<4>a warning service=\"web\"\n<7>logged\n");
+        assert_eq!(lines, "<4>a warning service=\"web\"\n<7>logged\n<3>the \\u{1b}end\n");
         let lines = written(LogFormat::Text, false);
         assert!(lines.contains("Z  WARN a warning service") && !lines.contains('<'), "{lines}");
     }
 
-    /// The keys that docs/operations.md has.
     #[test]
     fn json_lines_have_stable_keys() {
-        let lines = written(LogFormat::Json, false);
-        let events: Vec<serde_json::Value> =
-            lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let keys = |value: &serde_json::Value| {
-            value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ")
-        };
-        assert_eq!(keys(&events[0]), "fields level timestamp");
+        let events = events(&written(LogFormat::Json, false));
         assert_eq!(keys(&events[0]["fields"]), "message service");
-        assert_eq!((&events[0]["level"], &events[1]["level"]), (&"WARN".into(), &"DEBUG".into()));
+        assert_eq!(events[1]["target"], "nohop::access");
+        assert_eq!(events[2]["fields"]["message"], "the \u{1b}end");
+        let levels: Vec<_> = events.iter().map(|event| event["level"].as_str().unwrap()).collect();
+        assert_eq!(levels, ["WARN", "DEBUG", "ERROR"]);
         assert!(written(LogFormat::Json, true).starts_with("<4>{"));
     }
 

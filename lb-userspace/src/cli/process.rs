@@ -60,7 +60,7 @@ pub fn write<T: Serialize + DeserializeOwned>(
 
 /// Prints one line to stderr, or through the log if there is one.
 pub fn print_error(message: &str) {
-    logging::write_line(&terminal::escape(message));
+    logging::write_error(message);
 }
 
 /// Prints one of several documents, as text or as JSON in one line; false once stdout is closed.
