@@ -154,5 +154,5 @@ export async function get(path) {
   const answer = await fetch(path);
   const isJson = answer.headers.get("content-type")?.startsWith("application/json");
   if (isJson) return parse(await answer.text());
-  throw new Error((await answer.text()).trim() || answer.statusText);
+  throw Object.assign(new Error((await answer.text()).trim() || answer.statusText), { status: answer.status });
 }

@@ -109,12 +109,14 @@ class Fetched extends Component {
   async load() {
     const { path } = this.props;
     this.seen = store.status;
-    if (this.loading === path) return;
+    if (this.loading === path || this.forbidden === path) return;
     this.loading = path;
     try {
       const document = await get(path);
       if (path === this.props.path) this.setState({ document, error: null });
     } catch (error) {
+      // The configuration decides on that, so each further request would be refused as well.
+      if (error.status === 403) this.forbidden = path;
       if (path === this.props.path) this.setState({ error: error.message });
     }
     this.loading = null;
