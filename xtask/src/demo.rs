@@ -87,7 +87,7 @@ impl Demo {
             self.curl_hello()?;
         }
 
-        heading("nohop's status, and the kernel's maps");
+        heading("What nohop follows, and what is in the kernel's maps");
         let services = self.nohop.cli("services")?;
         println!("{}", prompt("nohop services"));
         println!("{}", String::from_utf8_lossy(&services.stdout).trim_end());
