@@ -263,9 +263,10 @@ pub(super) fn unknown(name: &str) -> String {
 /// The known key that is nearest to an unknown one.
 fn suggestion(unknown: &str) -> String {
     let leaf = |key: &str| key.rsplit('.').next().map(str::to_owned);
+    let is_longer = |key: &str| key.strip_prefix(unknown).is_some_and(|rest| rest.starts_with('_'));
     let distance = |key: &str| match levenshtein(unknown, key) {
-        // The right key in the wrong section.
-        far if far > 2 && leaf(unknown) == leaf(key) => 2,
+        // The right key in the wrong section, or a word of it.
+        far if far > 2 && (leaf(unknown) == leaf(key) || is_longer(key)) => 2,
         far => far,
     };
     let known = KEYS.iter().flat_map(|key| [Some(key.name), key.section()]).flatten();

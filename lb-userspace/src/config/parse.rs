@@ -56,10 +56,7 @@ impl LoadedConfig {
                 Vec::new()
             }
             Err(error) => {
-                let what = format!(
-                    "can't read {}: {error}; name a readable file with --config",
-                    file.display()
-                );
+                let what = format!("can't read {}: {error}; name a readable file", file.display());
                 return Err(ConfigErrors(vec![Problem { location: None, key: None, what }]));
             }
         };
@@ -105,7 +102,12 @@ impl ConfigBuilder {
             let location = self.location(text.as_bytes(), offset);
             // The parser reports several errors for one mistake; the first of a line is the best.
             if !bad_lines.contains(&location) {
-                let what = format!("not TOML: {}", error.message());
+                let what = match (error.message(), error.span().and_then(|span| text.get(span))) {
+                    ("duplicate key", Some(key)) => {
+                        format!("not TOML: duplicate key {key}; remove one")
+                    }
+                    (message, _) => format!("not TOML: {message}"),
+                };
                 let location = Some(location.clone());
                 self.problems.push(Problem { location, key: None, what });
             }

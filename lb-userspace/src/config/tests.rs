@@ -310,16 +310,23 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
     let table: &[(&str, &[&str])] = &[
         // Not TOML.
         ("state_dir = ", &["f:1: not TOML: string values must be quoted, expected literal string"]),
-        ("\n[dns]\nttl = 5\nttl = 6", &["f:4: not TOML: duplicate key"]),
+        ("\n[dns]\nttl = 5\nttl = 6", &["f:4: not TOML: duplicate key ttl; remove one"]),
         // Unknown keys.
         (
             "[dns]\ndomian = 'x'",
             &["f:2: dns.domian: unknown key; did you mean dns.domain? else remove it"],
         ),
         ("pool = 'x'", &["f:1: pool: unknown key; did you mean vip.pool? else remove it"]),
+        (
+            "consul.token = 'x'",
+            &["f:1: consul.token: unknown key; did you mean consul.token_file? else remove it"],
+        ),
         ("[dsn]\nttl = 3", &["f:1: dsn: unknown key; did you mean dns? else remove it"]),
         ("zebra = 1", &["f:1: zebra: unknown key; remove it"]),
-        ("vip.pins.a.b = '127.0.0.1:80'", &["f:1: vip.pins.a: expected a string, found a table"]),
+        (
+            "vip.pins.a.b = '127.0.0.1:80'",
+            &["f:1: vip.pins.a: expected a string, found a table; write one in quotes"],
+        ),
         // Keys of later versions.
         (
             "catalog.health = 'any'",
@@ -358,7 +365,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
                  hosts can't use; write one such as 203.0.113.0/24",
                 "f:2: vip.public: ::/0 overlaps ::/64, whose addresses clients of other hosts can't \
                  use; write one such as 203.0.113.0/24",
-                "f:2: vip.public: expected a string, found an integer",
+                "f:2: vip.public: expected a string, found an integer; write one in quotes",
             ],
         ),
         (
@@ -479,10 +486,22 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         ("[plane]", &["f:1: plane: is called datapath now; rename it"]),
         // Wrong types.
         ("dns = 5", &["f:1: dns: expected a table, found an integer; write [dns]"]),
-        ("[dns]\nttl = '30'", &["f:2: dns.ttl: expected an integer, found a string"]),
-        ("vip.ports = 80", &["f:1: vip.ports: expected an array, found an integer"]),
-        ("state_dir = true", &["f:1: state_dir: expected a string, found a boolean"]),
-        ("balance.eject = 3", &["f:1: balance.eject: expected a table, found an integer"]),
+        (
+            "[dns]\nttl = '30'",
+            &["f:2: dns.ttl: expected an integer, found a string; write one without quotes"],
+        ),
+        (
+            "vip.ports = 80",
+            &["f:1: vip.ports: expected an array, found an integer; write a list in brackets"],
+        ),
+        (
+            "state_dir = true",
+            &["f:1: state_dir: expected a string, found a boolean; write one in quotes"],
+        ),
+        (
+            "balance.eject = 3",
+            &["f:1: balance.eject: expected a table, found an integer; write { NAME = VALUE }"],
+        ),
         // Values out of range.
         (
             "balance.algorithm = 'fastest'",
@@ -507,7 +526,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
                 "f:2: balance.eject.failures: 256 is out of range; write a number from 0 to 255",
                 "f:3: balance.eject.share: 1.5 is out of range; write a number from 0 to 1",
                 "f:4: balance.eject.max: '2h' is out of range; write 1h or less",
-                "f:5: balance.eject.base: expected a string, found an integer",
+                "f:5: balance.eject.base: expected a string, found an integer; write one in quotes",
                 "f:6: balance.eject.fail: unknown entry; failures, refused, silence, base, max and \
                  share are known",
             ],
@@ -515,7 +534,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "balance.eject = { share = nan, silence = -1, refused = '1' }",
             &[
-                "f:1: balance.eject.refused: expected an integer, found a string",
+                "f:1: balance.eject.refused: expected an integer, found a string; write one without quotes",
                 "f:1: balance.eject.share: nan is out of range; write a number from 0 to 1",
                 "f:1: balance.eject.silence: -1 is out of range; write a number from 0 to 255",
             ],
@@ -693,7 +712,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             "catalog.meta = { stage = 1, '' = 'x' }",
             &[
                 "f:1: catalog.meta.: is empty; write a value",
-                "f:1: catalog.meta.stage: expected a string, found an integer",
+                "f:1: catalog.meta.stage: expected a string, found an integer; write one in quotes",
             ],
         ),
         (
@@ -832,7 +851,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             "[vip]\npool = 'x'\npins = { a = '127.128.0.1:80' }\n[dns]\nttl = 'x'\n[catalog]\nsources = ['file']\n[nope]\n",
             &[
                 "f:2: vip.pool: 'x' isn't a network; write one such as 127.128.0.0/9",
-                "f:5: dns.ttl: expected an integer, found a string",
+                "f:5: dns.ttl: expected an integer, found a string; write one without quotes",
                 "f:7: catalog.sources: has \"file\", but catalog.file is empty; add file = \"/PATH\" under [catalog]",
                 "f:8: nope: unknown key; remove it",
             ],
@@ -840,7 +859,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "dns.ttl = 'x'\nstate_dir = \nvip.ports = [0]",
             &[
-                "f:1: dns.ttl: expected an integer, found a string",
+                "f:1: dns.ttl: expected an integer, found a string; write one without quotes",
                 "f:2: not TOML: string values must be quoted, expected literal string",
                 "f:3: vip.ports: 0 is out of range; write a number from 1 to 65535",
             ],

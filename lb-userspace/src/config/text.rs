@@ -99,7 +99,7 @@ pub(super) fn cgroups(value: &TomlValue) -> Parsed<Vec<PathBuf>> {
 pub(super) fn intercept(value: &TomlValue) -> Parsed<Intercepted> {
     match value.flag() {
         Ok(flag) => Ok(Intercepted::Tasks(flag)),
-        Err(_) if !value.is_list() => value.unexpected("true, false or an array of cgroups"),
+        Err(_) if !value.is_list() => value.unexpected("true, false or an array of cgroups", None),
         Err(_) => value.list(|each| each.text(cgroup)).map(Intercepted::Cgroups),
     }
 }

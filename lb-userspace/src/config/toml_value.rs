@@ -34,9 +34,11 @@ impl TomlValue<'_, '_> {
         Err(vec![InvalidValue { key: self.key.clone(), offset, what: what.into() }])
     }
 
-    /// The problem that the value is of another type.
-    pub(super) fn unexpected<T>(&self, expected: &str) -> Parsed<T> {
-        self.fault(format!("expected {expected}, found {}", kind(self.value.get_ref())))
+    /// The problem that the value is of another type than `expected`, which is the fix where that has none of
+    /// its own.
+    pub(super) fn unexpected<T>(&self, expected: &str, fix: Option<&str>) -> Parsed<T> {
+        let fix = fix.map(|fix| format!("; {fix}")).unwrap_or_default();
+        self.fault(format!("expected {expected}, found {}{fix}", kind(self.value.get_ref())))
     }
 
     /// Whether it is an array.
@@ -48,7 +50,7 @@ impl TomlValue<'_, '_> {
     pub(super) fn flag(&self) -> Parsed<bool> {
         match self.value.get_ref().as_bool() {
             Some(flag) => Ok(flag),
-            None => self.unexpected("true or false"),
+            None => self.unexpected("true or false", None),
         }
     }
 
@@ -56,14 +58,14 @@ impl TomlValue<'_, '_> {
     pub(super) fn text<T>(&self, parse: impl Fn(&str) -> Result<T, String>) -> Parsed<T> {
         match self.value.get_ref().as_str() {
             Some(text) => parse(text).or_else(|what| self.fault(what)),
-            None => self.unexpected("a string"),
+            None => self.unexpected("a string", Some("write one in quotes")),
         }
     }
 
     /// An integer within a range.
     pub(super) fn integer<T: TryFrom<i64>>(&self, range: RangeInclusive<i64>) -> Parsed<T> {
         let Some(integer) = self.value.get_ref().as_integer() else {
-            return self.unexpected("an integer");
+            return self.unexpected("an integer", Some("write one without quotes"));
         };
         let number = i64::from_str_radix(integer.as_str(), integer.radix()).ok();
         match number.filter(|number| range.contains(number)).and_then(|n| T::try_from(n).ok()) {
@@ -93,7 +95,7 @@ impl TomlValue<'_, '_> {
         read: impl Fn(&TomlValue) -> Parsed<T>,
     ) -> Parsed<Vec<T>> {
         let Some(array) = self.value.get_ref().as_array() else {
-            return self.unexpected("an array");
+            return self.unexpected("an array", Some("write a list in brackets"));
         };
         let (mut elements, mut faults) = (Vec::new(), Vec::new());
         for value in array.iter() {
@@ -118,7 +120,7 @@ impl TomlValue<'_, '_> {
         let text = match self.value.get_ref() {
             DeValue::Float(float) => float.as_str(),
             DeValue::Integer(integer) if integer.radix() == 10 => integer.as_str(),
-            _ => return self.unexpected("a number from 0 to 1"),
+            _ => return self.unexpected("a number from 0 to 1", None),
         };
         match text.parse::<f64>() {
             Ok(number) if (0.0..=1.0).contains(&number) => Ok((number * 1_000.0).round() as u16),
@@ -129,7 +131,7 @@ impl TomlValue<'_, '_> {
     /// The entries of a table, each with its name.
     pub(super) fn entries(&self) -> Parsed<Vec<(String, TomlValue<'_, '_>)>> {
         let Some(table) = self.value.get_ref().as_table() else {
-            return self.unexpected("a table");
+            return self.unexpected("a table", Some("write { NAME = VALUE }"));
         };
         let entries = table.iter().map(|(name, value)| {
             let name = name.get_ref().to_string();
@@ -146,7 +148,7 @@ impl TomlValue<'_, '_> {
         read: impl Fn(&TomlValue) -> Parsed<T>,
     ) -> Parsed<BTreeMap<String, T>> {
         let Some(table) = self.value.get_ref().as_table() else {
-            return self.unexpected("a table");
+            return self.unexpected("a table", Some("write { NAME = VALUE }"));
         };
         let (mut entries, mut faults) = (BTreeMap::new(), Vec::new());
         for (key, value) in table {

@@ -59,7 +59,7 @@ const KEEP_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It can't be read.
-    #[error("can't read the catalog {path} ({source})")]
+    #[error("can't read the catalog {path} ({source}): name a readable file by catalog.file")]
     Read {
         /// The file.
         path: PathBuf,
