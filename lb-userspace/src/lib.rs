@@ -8,6 +8,7 @@ pub mod catalog;
 mod causes;
 pub mod cli;
 pub mod config;
+mod counted;
 pub mod daemon;
 pub mod datapath;
 pub mod dns;

@@ -19,6 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::capabilities;
+use crate::counted::counted;
 use crate::terminal;
 
 /// How log lines look.
@@ -126,9 +127,8 @@ impl Queue {
         lines.is_writing = true;
         let n_unreported = std::mem::take(&mut lines.n_unreported);
         if n_unreported > 0 {
-            let message = format!(
-                "{n_unreported} lines of the log were dropped: stderr isn't read fast enough"
-            );
+            let n_lines = counted(n_unreported, "line");
+            let message = format!("dropped {n_lines} of the log: stderr isn't read fast enough");
             line.extend(self.own_line(Level::WARN, &message).into_bytes());
         }
         line
@@ -428,7 +428,7 @@ mod tests {
         let report = lines.iter().find_map(|line| Some(&line[line.find('{')?..]));
         let report = &events(report.expect("the log reports it"))[0];
         let message = report["fields"]["message"].as_str().unwrap();
-        assert!(message.contains("lines of the log were dropped"), "{message}");
+        assert!(message.contains(" of the log: stderr isn't read"), "{message}");
         drop(turn);
         queue.drain(Duration::from_secs(60));
         assert!(queue.lock().lines.is_empty());

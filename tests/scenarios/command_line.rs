@@ -2,7 +2,7 @@
 //! are followed, the version, the log's level, and an archive for a bug report that has no secret in it.
 
 use std::fs;
-use std::process::Output;
+use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -30,6 +30,8 @@ pub fn run() -> Result<()> {
     colours(nohop)?;
     selected(nohop)?;
     followed(nohop)?;
+    unread(nohop)?;
+    failing(nohop)?;
     let version: Value = serde_json::from_str(&stdout(nohop, "version --json")?)?;
     let crc32 = version["objects"]["connect"].as_str().context("the object of `connect`")?;
     ensure!(crc32.len() == 8 && stdout(nohop, "version")?.contains(crc32), "{version:#}");
@@ -102,6 +104,47 @@ fn followed(nohop: &Nohop) -> Result<()> {
     watch.wait_for_line(&["draining "])?;
     documents.wait_for_line(&["\"state\":\"draining\""])?;
     stdout(nohop, "undrain helloworld-0")?;
+    Ok(())
+}
+
+/// A reader that has seen enough ends each command, quietly, and those that wait, too.
+fn unread(nohop: &Nohop) -> Result<()> {
+    for (arguments, n_lines) in [
+        ("services -w", 1),
+        ("trace", 0),
+        ("status", 1),
+        ("explain helloworld", 0),
+        ("top --json", 0),
+        ("dns query helloworld", 0),
+        ("unload --bpffs /sys/fs/bpf/nohop-of-no-one", 0),
+    ] {
+        let command = nohop.command(arguments)?;
+        let mut shell = Command::new("bash");
+        shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let script = format!("\"$@\" | head -n {n_lines}; echo it ends with ${{PIPESTATUS[0]}}");
+        shell.args(["-c", &script, "bash"]).arg(command.get_program()).args(command.get_args());
+        let shell = Process::spawn(arguments, shell)?;
+        shell.wait_for_line(&["it ends with 0"])?;
+        ensure!(shell.n_lines_with("panicked") == 0, "{}", shell.tail());
+    }
+    Ok(())
+}
+
+/// With `--json` there is a document, also where there is no result.
+fn failing(nohop: &Nohop) -> Result<()> {
+    for (arguments, code, expected) in [
+        ("status --json --admin unix:/nowhere", 1, "no daemon answers at unix:/nowhere"),
+        ("trace --json --admin unix:/nowhere", 1, "no daemon answers"),
+        ("drain nothing --json --admin nonsense", 2, "--admin: 'nonsense' isn't an address"),
+        ("config show --json --config /", 2, "/: "),
+        ("config migrate --json /nowhere", 1, "can't read /nowhere; name a readable file"),
+    ] {
+        let output = nohop.cli(arguments)?;
+        let document: Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("nohop {arguments}: {output:?}"))?;
+        let error = document["error"].as_str().context("no error")?;
+        ensure!(output.status.code() == Some(code) && error.contains(expected), "{output:?}");
+    }
     Ok(())
 }
 

@@ -39,8 +39,8 @@ pub fn by_hand() -> Result<()> {
     under_load(&cluster.nodes, vip, RATE, |load| {
         load.wait_until_second(1)?;
         let text = cli(nohop, "drain helloworld-0", 0)?;
-        let expected = "instance backend/helloworld-0 is drained: 1 backend of 1 service get no new \
-                        connections from here\n";
+        let expected = "instance backend/helloworld-0 is drained: no new connections from here to 1 \
+                        backend of 1 service\n";
         ensure!(text == expected, "{text}");
         let drained = in_state(&nohop.services()?, "helloworld", "draining");
         ensure!(drained == ["helloworld-0"], "{drained:?}");
@@ -56,7 +56,7 @@ pub fn by_hand() -> Result<()> {
     let unknown = cli(nohop, "drain helloworld-9", 1)?;
     ensure!(unknown.contains("the closest names are `instance:backend/helloworld-"), "{unknown}");
     let unknown = cli(nohop, "undrain helloworld-9", 1)?;
-    ensure!(unknown.contains("3 instances on 1 nodes are known"), "{unknown}");
+    ensure!(unknown.contains("among 3 instances on 1 node"), "{unknown}");
     ensure!(cli(nohop, "drain edge", 1)?.contains("this node is no edge"));
     ensure!(cli(nohop, "undrain helloworld-1", 0)?.ends_with("helloworld-1 isn't drained\n"));
     ensure!(nohop.status()?["drains"] == 1);

@@ -37,6 +37,13 @@ pub fn run() -> Result<()> {
     let other_port = nohop.explain(&format!("{}:81", vip.ip()))?;
     let connect = other_port["connect"].to_string();
     ensure!(connect.contains(":81 is refused with ECONNREFUSED"), "{other_port:#}");
+    for (what, expected) in [
+        ("helloworld:80", "at port 80 by TCP goes to its one healthy backend"),
+        ("helloworld.service:81", "helloworld.service:81 is refused with ECONNREFUSED"),
+    ] {
+        let text = cli(&cluster, what, 0)?;
+        ensure!(text.contains(expected) && text.contains("helloworld-0"), "{what}: {text}");
+    }
 
     // A name without the tag, and one that Consul doesn't have.
     let mut untagged = instance("plain", "plain-1", cluster.helloworlds[0].address);
@@ -46,8 +53,7 @@ pub fn run() -> Result<()> {
         all.as_array().is_some_and(|all| all.len() == 1)
     })?;
     let text = cli(&cluster, "plain", 1)?;
-    let note =
-        "Consul has `plain` with 1 instances, none with the tag `routed`: add it to the tags";
+    let note = "Consul has `plain` with 1 instance, none with the tag `routed`: add it to the tags";
     ensure!(text.contains(note) && text.contains("lacks the tag `routed`"), "{text}");
     ensure!(nohop.explain("plain")?["service"].is_null());
     let text = cli(&cluster, "nothing", 1)?;

@@ -11,6 +11,7 @@ use super::snapshot::SavedCatalog;
 use super::stats::{Stats, Watches};
 use crate::boot::suspended;
 use crate::config::Expired;
+use crate::counted::counted;
 use crate::ordmap::Diff;
 use crate::table::Catalog;
 use crate::table::{HealthStatus, InstanceGroup, ServiceId, ServiceRecord, Watch};
@@ -259,7 +260,9 @@ impl Publisher {
         let what = match (source_is_old, live.next(), live.count()) {
             (true, ..) => Some(String::new()),
             (false, Some(name), 0) => Some(format!(" for `{name}`")),
-            (false, Some(name), n) => Some(format!(" for `{name}` and {n} more services")),
+            (false, Some(name), n) => {
+                Some(format!(" for `{name}` and {}", counted(n, "more service")))
+            }
             (false, None, _) => None,
         };
         state.problems.age = what.map(|what| {

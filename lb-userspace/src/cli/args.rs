@@ -27,6 +27,9 @@ pub struct Arguments {
     pub command: Command,
 }
 
+/// The longest wait for a daemon, in seconds: a year.
+const MAX_TIMEOUT: u64 = 365 * 86_400;
+
 /// When text has colours.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum ColorChoice {
@@ -66,7 +69,8 @@ pub enum Command {
         #[arg(long)]
         wait_ready: bool,
         /// Time limit of --wait-ready
-        #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "wait_ready")]
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "wait_ready",
+            value_parser = clap::value_parser!(u64).range(..=MAX_TIMEOUT))]
         timeout: u64,
         /// The text.
         #[command(flatten)]
@@ -225,6 +229,41 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether the result is printed as JSON.
+    pub fn is_json(&self) -> bool {
+        match self {
+            Command::Check { client, .. }
+            | Command::Status { client, .. }
+            | Command::Services { client, .. }
+            | Command::Explain { client, .. }
+            | Command::Top { client }
+            | Command::Trace { client, .. }
+            | Command::Flows { client, .. }
+            | Command::Drain { client, .. }
+            | Command::Undrain { client, .. }
+            | Command::Dns { command: DnsCommand::Query { client, .. } }
+            | Command::Reload { client }
+            | Command::Log { client, .. }
+            | Command::Debug { client, .. } => client.json,
+            Command::Dns { command: DnsCommand::Setup { json, .. } }
+            | Command::Config {
+                command:
+                    ConfigCommand::Check { json, .. }
+                    | ConfigCommand::Migrate { json, .. }
+                    | ConfigCommand::Show { json, .. },
+            }
+            | Command::Version { json }
+            | Command::Unload { json, .. } => *json,
+            Command::Run { .. }
+            | Command::Completion { .. }
+            | Command::PackageFiles { .. }
+            | Command::ProbeConnect { .. }
+            | Command::CreateMaps { .. } => false,
+        }
+    }
+}
+
 /// A shell that completes the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum CompletionShell {
@@ -354,7 +393,7 @@ pub enum DnsCommand {
         #[arg(value_name = "TYPE", default_value = "A")]
         kind: String,
         /// Ask this server instead, which can't report where its answer comes from
-        #[arg(long, value_name = "ADDR:PORT")]
+        #[arg(long, value_name = "ADDR:PORT", value_parser = server)]
         server: Option<SocketAddr>,
         /// How to find the daemon
         #[command(flatten)]
@@ -375,7 +414,7 @@ pub struct ResolverArguments {
     #[arg(long, conflicts_with_all = ["systemd_resolved", "resolv_conf"])]
     pub dnsmasq: bool,
     /// A Nomad client: one address for the host and the tasks of every driver
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resolv_conf")]
     pub nomad: bool,
     /// Docker's containers
     #[arg(long)]
@@ -442,6 +481,11 @@ pub struct ClientArguments {
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
+}
+
+/// A DNS server's address.
+fn server(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "write ADDR:PORT, such as 127.0.0.1:53")
 }
 
 /// The meaning of a flag's key, and its default.

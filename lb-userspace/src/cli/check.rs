@@ -10,6 +10,7 @@ use super::{edge_check, nomad_check};
 use crate::admin::{api, client};
 use crate::catalog::Handle;
 use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
+use crate::counted::counted;
 use crate::datapath::{
     Charge, Features, Limit, Safety, TcpTerminator, are_charged, exclusion_problems, find_obstacle,
     intercept_problems, is_bpffs, look_at_pins, nearest_directory, route,
@@ -640,7 +641,8 @@ fn source(kind: &SourceKind, config: &Config) -> SourceReport {
         |detail| SourceReport { found: wrong(detail, fix), warning: None, facts: Vec::new() };
     match asked.flatten() {
         Ok((Some(n_services), warning, facts)) => {
-            SourceReport { found: Ok(format!("{n_services} services to route")), warning, facts }
+            let found = Ok(counted(n_services, "service") + " to route");
+            SourceReport { found, warning, facts }
         }
         Ok((None, Some(problem), _)) => wrong(problem),
         Ok((None, None, _)) => wrong("no answer within 5 s".to_owned()),

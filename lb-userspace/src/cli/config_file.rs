@@ -60,12 +60,11 @@ struct MigrationReport {
 pub fn migrate(file: Option<&Path>, apply: bool, json: bool) -> anyhow::Result<ExitCode> {
     let file = file.unwrap_or(Path::new(DEFAULT_PATH));
     let before = regular_file::read_to_string(file)
-        .with_context(|| format!("can't read {}", file.display()))?;
+        .with_context(|| format!("can't read {}; name a readable file", file.display()))?;
     let Migrated { text, changes } = migrate::migrate(&before);
     if let Err(errors) = LoadedConfig::parse(file, text.as_bytes(), &[], &environment) {
-        errors.0.iter().for_each(|problem| print_error(&problem.to_string()));
-        print_error(&format!("{} was left as it is", file.display()));
-        return Ok(ExitCode::from(USAGE));
+        print_error(&format!("{} is left as it is, since it has mistakes:", file.display()));
+        return Err(errors.into());
     }
     let applied = apply && !changes.is_empty();
     if applied {

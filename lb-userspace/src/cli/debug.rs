@@ -18,6 +18,7 @@ use super::process::{environment, load, print, runtime};
 use super::{check, config_file, version};
 use crate::admin::client;
 use crate::config::{AdminAddress, Config, Token};
+use crate::counted::counted;
 use crate::{regular_file, terminal};
 use archive::archive;
 use secrets::Secrets;
@@ -168,10 +169,10 @@ fn text(report: &DebugReport) -> String {
     let problems: String =
         problems.iter().map(|problem| format!("  left out: {problem}\n")).collect();
     format!(
-        "{}: {} files, without tokens and passwords. It has names and addresses of services, nodes \
+        "{}: {}, without tokens and passwords. It has names and addresses of services, nodes \
          and resolvers: look through it before you hand it on\n{problems}",
         file.display(),
-        entries.len()
+        counted(entries.len(), "file")
     )
 }
 

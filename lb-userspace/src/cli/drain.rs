@@ -6,6 +6,7 @@ use super::args::ClientArguments;
 use super::process::{FAILURE, environment, print, print_error, runtime};
 use crate::admin::api::{DrainChange, DrainStatus};
 use crate::admin::client;
+use crate::counted::counted;
 
 /// Lists what is drained.
 pub fn list(client: &ClientArguments) -> anyhow::Result<()> {
@@ -70,16 +71,12 @@ fn sentence(change: &DrainChange) -> String {
         (counted(change.backends, "backend"), counted(change.services, "service"));
     match (change.drained, change.changed) {
         (true, true) => {
-            format!("{what} is drained: {backends} of {services} get no new connections from here")
+            format!("{what} is drained: no new connections from here to {backends} of {services}")
         }
         (true, false) => format!("{what} is drained already, since {since}"),
         (false, true) => format!("{what} isn't drained any more: {backends} of {services}"),
         (false, false) => format!("{what} isn't drained"),
     }
-}
-
-fn counted(n: u64, what: &str) -> String {
-    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]
@@ -130,7 +127,7 @@ mod tests {
             ..DrainChange::default()
         };
         for (changed, drained, expected) in [
-            (true, true, "is drained: 2 backends of 1 service get no new connections from here"),
+            (true, true, "is drained: no new connections from here to 2 backends of 1 service"),
             (false, true, "is drained already, since 2026-11-29T10:30:00Z"),
             (true, false, "isn't drained any more: 2 backends of 1 service"),
             (false, false, "isn't drained"),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::admin::api;
 use crate::config::{Config, EdgeConfig};
+use crate::counted::counted;
 use crate::datapath::{Device, interface_addresses, interfaces};
 
 /// A requirement's name, whether an edge can't work without it, and the finding, or the problem and its
@@ -202,8 +203,9 @@ pub fn check_clients(
     if n_no_syn > 0 {
         return wrong(
             format!(
-                "{n_no_syn} connections from {} showed the edge, since the kernel hadn't kept their SYN \
-                 ({n_shown} showed the client)",
+                "{} from {} showed the edge, since the kernel hadn't kept their SYN ({n_shown} showed the \
+                 client)",
+                counted(n_no_syn, "connection"),
                 edges.join(", ")
             ),
             "restart servers that listen for longer than nohop runs with datapath.client_address_from; \

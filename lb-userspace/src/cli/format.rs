@@ -9,6 +9,7 @@ use crate::admin::api::{
     MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status, UnitStatus, UpstreamStatus,
     WatchStatus,
 };
+use crate::counted::counted;
 use crate::table::BackendState;
 
 /// `nohop status`
@@ -41,12 +42,10 @@ pub fn status(status: &Status, palette: Palette) -> String {
             watch_lines(watches).into_iter().for_each(|shown| line(&mut text, shown));
         }
     }
-    let (services, backends) = (status.services, status.backends);
+    let (services, backends) =
+        (counted(status.services, "service"), counted(status.backends, "backend"));
     let generation = status.generation;
-    line(
-        &mut text,
-        format!("table     generation {generation}: {services} services, {backends} backends"),
-    );
+    line(&mut text, format!("table     generation {generation}: {services}, {backends}"));
     if status.drains > 0 {
         line(&mut text, format!("drains    {} by hand: see `nohop drain`", status.drains));
     }
@@ -85,8 +84,11 @@ pub fn status(status: &Status, palette: Palette) -> String {
         line(&mut text, format!("          {limit}"));
     }
     if status.datapath.refused_services > 0 {
-        let n = status.datapath.refused_services;
-        line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
+        let what = match status.datapath.refused_services {
+            1 => "1 service isn't in the kernel as it should be".to_owned(),
+            n => format!("{n} services aren't in the kernel as they should be"),
+        };
+        line(&mut text, format!("          {what}"));
     }
     let maps: Vec<_> = status.datapath.maps.iter().map(pressure).collect();
     lines(&maps, palette)
@@ -120,8 +122,8 @@ fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
     } = edge;
     let announced = match (withdrawn, announced.len()) {
         (Some(why), 0) => format!("no public VIP announced: {why}"),
-        (Some(why), n) => format!("{n} public addresses announced: {why}"),
-        (None, n) => format!("{n} public addresses announced"),
+        (Some(why), n) => format!("{} announced: {why}", counted(n, "public VIP")),
+        (None, n) => format!("{} announced", counted(n, "public VIP")),
     };
     let proof = match proof.as_deref() {
         Some("passed") => "; proof passed".to_owned(),
@@ -145,7 +147,8 @@ fn edge_lines(edge: &EdgeDocument) -> Vec<String> {
         let [n_shown, n_not_shown] = ["client_shown", "client_not_shown"].map(n_packets);
         let names = client_address.join(", ");
         lines.push(format!(
-            "          clients' addresses go to servers of {names}: {n_shown} SYNs with, {n_not_shown} without"
+            "          clients' addresses go to servers of {names}: {} with, {n_not_shown} without",
+            counted(n_shown, "SYN")
         ));
     }
     lines
@@ -200,13 +203,16 @@ fn watch_lines(watches: &WatchStatus) -> [String; 2] {
     let oldest = watches.oldest_age_seconds.map(duration);
     let oldest = oldest.map(|age| format!(", the oldest answered {age} ago")).unwrap_or_default();
     let megabytes = watches.bytes_per_hour as f64 / 1e6;
-    let requests = watches.requests_per_hour;
+    let requests = &watches.requests_per_hour;
     [
         format!(
-            "          {live} services live, {cold} cold; {connections} of {max_connections} \
-             connections{oldest}"
+            "          {} live, {cold} cold; {connections} of {max_connections} connections{oldest}",
+            counted(*live, "service")
         ),
-        format!("          at most {requests} requests and {megabytes:.1} MB an hour"),
+        format!(
+            "          at most {} and {megabytes:.1} MB an hour",
+            counted(*requests, "request")
+        ),
     ]
 }
 

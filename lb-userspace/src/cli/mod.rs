@@ -28,8 +28,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::admin::{api, client};
 use crate::causes;
@@ -50,23 +51,30 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// that starts it again at once, where it doesn't pace restarts or a lookup waits in a socket.
 const MISTAKE_PAUSE: Duration = Duration::from_secs(5);
 
+/// The width of help where no terminal is known, as clap has it.
+const DEFAULT_WIDTH: usize = 100;
+
 /// Runs the command that the arguments name. Exit codes: 0, 1 for a failure, 2 for a mistake in the
 /// usage or the configuration.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = arguments();
     let is_service = matches!(arguments.command, Command::Run { .. })
         && ["NOTIFY_SOCKET", "LISTEN_PID"].iter().any(|name| std::env::var_os(name).is_some());
+    let is_json = arguments.command.is_json();
     let code = match command(arguments.command) {
         Ok(code) => code,
         Err(error) => {
+            let text = causes::text(error.as_ref());
             // The problems of a configuration have a line each, and no headline.
             match error.downcast_ref::<ConfigErrors>() {
                 Some(ConfigErrors(errors)) => {
                     errors.iter().for_each(|problem| print_error(&problem.to_string()));
                 }
-                None => {
-                    format!("error: {}", causes::text(error.as_ref())).lines().for_each(print_error)
-                }
+                None => format!("error: {text}").lines().for_each(print_error),
+            }
+            if is_json {
+                // The failure is reported already, if stdout fails as well.
+                let _ = write(true, &Failure { error: text }, |_| String::new());
             }
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()
@@ -79,6 +87,26 @@ pub fn main() -> ExitCode {
     };
     logging::drain();
     code
+}
+
+/// What `--json` prints where there is no result.
+#[derive(Serialize, Deserialize)]
+struct Failure {
+    error: String,
+}
+
+/// The arguments of the process.
+fn arguments() -> Arguments {
+    let command = with_room(Arguments::command(), environment("COLUMNS").as_deref());
+    Arguments::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+}
+
+/// COLUMNS is 0 where a terminal has no size, and then no width at all: a line of help has room for words.
+fn with_room(command: clap::Command, columns: Option<&str>) -> clap::Command {
+    match columns {
+        Some("0") => command.term_width(DEFAULT_WIDTH),
+        _ => command,
+    }
 }
 
 fn command(command: Command) -> anyhow::Result<ExitCode> {
@@ -186,10 +214,32 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
 
     #[test]
     fn the_arguments_are_consistent() {
-        <Arguments as clap::CommandFactory>::command().debug_assert();
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn help_has_room_without_a_terminal() {
+        let mut command = with_room(Arguments::command().term_width(0), Some("0"));
+        let help = command.render_long_help().to_string();
+        let longest = help.lines().map(str::len).max().unwrap_or_default();
+        assert!((60..=DEFAULT_WIDTH).contains(&longest), "{longest}:\n{help}");
+    }
+
+    #[test]
+    fn times_and_addresses_out_of_range_are_named() {
+        for (arguments, expected) in [
+            ("status --wait-ready --timeout 18446744073709551615", "is not in 0..=31536000"),
+            ("dns query web A --server 127.0.0.1", "write ADDR:PORT"),
+        ] {
+            let arguments = std::iter::once("nohop").chain(arguments.split(' '));
+            let error = Arguments::try_parse_from(arguments).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 }

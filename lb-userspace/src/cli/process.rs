@@ -4,6 +4,8 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -79,6 +81,24 @@ pub fn show_line<T: Serialize + DeserializeOwned>(
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
         Err(error) => Err(error).context("can't write to stdout"),
     }
+}
+
+/// Ends the process once nothing reads the pipe that is its stdout: a command that waits for what happens
+/// next would notice that only when it writes it.
+pub fn end_when_unread() {
+    std::thread::spawn(|| {
+        let stdout = std::io::stdout();
+        // Without events that are asked for, the end of the pipe is the one that there is.
+        let mut ends = [PollFd::new(&stdout, PollFlags::empty())];
+        loop {
+            match rustix::event::poll(&mut ends, None) {
+                Ok(_) => std::process::exit(0),
+                Err(Errno::INTR) => {}
+                // Then the next line fails to be written.
+                Err(_) => return,
+            }
+        }
+    });
 }
 
 /// Writes text to stdout; a closed pipe is no failure.

@@ -9,7 +9,9 @@ use tokio::runtime::Runtime;
 use super::args::{ClientArguments, ServicesArguments};
 use super::columns::Palette;
 use super::format;
-use super::process::{ANSWER, LONGEST_WAIT, environment, print, runtime, show_line};
+use super::process::{
+    ANSWER, LONGEST_WAIT, end_when_unread, environment, print, runtime, show_line,
+};
 use crate::admin::api::{ServiceStatus, Status};
 use crate::admin::client::{self, ClientError};
 use crate::config::AdminAddress;
@@ -109,6 +111,7 @@ fn watch(
     address: &AdminAddress,
     runtime: &Runtime,
 ) -> anyhow::Result<()> {
+    end_when_unread();
     let mut known: Option<BTreeMap<String, ServiceStatus>> = None;
     let mut path = "/v1/status".to_owned();
     loop {

@@ -4,13 +4,15 @@ use anyhow::Context;
 
 use super::args::ClientArguments;
 use super::instance::{display_name, short_allocation, short_container};
-use super::process::{environment, runtime, show_line};
+use super::process::{end_when_unread, environment, runtime, show_line};
 use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, client};
+use crate::counted::counted;
 
 /// Runs the command, until the daemon ends or its output is closed.
 pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<()> {
     let address = client::find(arguments.admin.as_deref(), &environment)?;
+    end_when_unread();
     let mut failed = Ok(());
     let traced = runtime()?.block_on(client::trace(&address, &filter, |line| {
         match print(line, arguments.json) {
@@ -33,7 +35,7 @@ fn print(line: &[u8], json: bool) -> anyhow::Result<bool> {
 
 fn text(line: &TraceLine) -> String {
     match line {
-        TraceLine::Lost { lost } => format!("{lost} connections were lost\n"),
+        TraceLine::Lost { lost } => format!("lost {}\n", counted(*lost, "connection")),
         TraceLine::Connection(connection) => connection_text(connection),
         TraceLine::Flow(flow) => flow_text(flow),
     }
@@ -46,7 +48,9 @@ fn flow_text(flow: &FlowTraceRecord) -> String {
     let udp = if flow.protocol == "udp" { " udp" } else { "" };
     let backend = flow.backend.as_deref().map(|to| format!(" -> {to}")).unwrap_or_default();
     let counts = match (outcome.as_str(), &flow.state) {
-        ("ended", Some(state)) => format!("  {state}, {packets} packets, {bytes} bytes"),
+        ("ended", Some(state)) => {
+            format!("  {state}, {}, {}", counted(*packets, "packet"), counted(*bytes, "byte"))
+        }
         _ => String::new(),
     };
     format!("{time}  edge  {client}  {service} {vip}{udp}{backend}  {outcome}  {reason}{counts}\n")
@@ -177,7 +181,7 @@ mod tests {
             "11:02:03.000456  curl[1234]  /sys/fs/cgroup/system.slice/cron.service  DNS query to \
              10.0.0.2:53 udp -> 127.0.0.1:53  intercepted  dns.intercept\n"
         );
-        assert_eq!(text(&TraceLine::Lost { lost: 3 }), "3 connections were lost\n");
+        assert_eq!(text(&TraceLine::Lost { lost: 3 }), "lost 3 connections\n");
     }
 
     #[test]

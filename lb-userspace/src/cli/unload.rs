@@ -1,10 +1,15 @@
 //! `nohop unload`: removes the kernel side of any daemon.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
 
-use serde_json::json;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
+use super::process::write;
 use crate::config::Config;
+use crate::counted::counted;
 use crate::datapath::{self, public_routes, route};
 
 /// Removes the routes of public VIPs, detaches the pinned programs and removes the pins; with `all`, removes the
@@ -28,31 +33,47 @@ pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
             }
         }
     }
-    if as_json {
-        println!(
-            "{}",
-            json!({
-                "detached": n_detached,
-                "bpffs": bpffs,
-                "route_removed": !removed.is_empty(),
-                "withdrawn": withdrawn,
-            })
-        );
-        return Ok(());
-    }
-    match n_detached {
-        0 => println!("nothing of nohop's was pinned in {}", bpffs.display()),
-        n => println!("detached {n} programs and removed the pins in {}", bpffs.display()),
-    }
-    for address in withdrawn {
-        println!("removed the route `unreachable {address}` of a public VIP");
-    }
+    let report = UnloadReport {
+        detached: n_detached,
+        bpffs: bpffs.clone(),
+        route_removed: !removed.is_empty(),
+        withdrawn,
+    };
+    write(as_json, &report, |report| text(report, config, &removed, all))
+}
+
+/// The result of `nohop unload`.
+#[derive(Debug, Serialize, Deserialize)]
+struct UnloadReport {
+    /// How many programs were detached.
+    detached: usize,
+    /// The directory of the pins.
+    bpffs: PathBuf,
+    /// The unreachable route was removed.
+    route_removed: bool,
+    /// The public VIPs whose routes were removed.
+    withdrawn: Vec<IpAddr>,
+}
+
+fn text(report: &UnloadReport, config: &Config, removed: &[IpNet], all: bool) -> String {
+    let UnloadReport { detached, bpffs, withdrawn, .. } = report;
+    let bpffs = bpffs.display();
+    let mut lines = vec![match *detached {
+        0 => format!("nothing of nohop's was pinned in {bpffs}"),
+        n => format!("detached {} and removed the pins in {bpffs}", counted(n, "program")),
+    }];
+    let withdrawn = withdrawn.iter();
+    lines.extend(
+        withdrawn.map(|it| format!("removed the route `unreachable {it}` of a public VIP")),
+    );
     for pool in config.vip.pools() {
         if removed.contains(&pool) {
-            println!("removed the route `unreachable {pool} table local`");
+            lines.push(format!("removed the route `unreachable {pool} table local`"));
         } else if !all {
-            println!("the route `unreachable {pool} table local` stays: --all removes it");
+            lines.push(format!(
+                "the route `unreachable {pool} table local` stays: --all removes it"
+            ));
         }
     }
-    Ok(())
+    lines.join("\n") + "\n"
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::boot;
+use crate::counted::counted;
 use crate::datapath::{Mode, SharedDatapath, TcpTerminator, VipConnection, VipConnections};
 use crate::ordmap::Diff;
 use crate::table::{Backend, Drains, Excluded, Service, Table, Watch};
@@ -329,9 +330,10 @@ async fn close(departures: &mut Departures, followed: &Followed) -> Option<Optio
     let (n_closed, problem) = closed.unwrap_or_else(|error| (0, Some(error.to_string())));
     if n_closed > 0 {
         let n_backends = endpoints.len();
+        let connections = counted(n_closed, "connection");
         tracing::info!(
             n_backends,
-            "closed {n_closed} connections to backends that left: balance.drain_deadline has passed"
+            "closed {connections} to backends that left: balance.drain_deadline has passed"
         );
     }
     departures.walked(&endpoints, problem.is_none(), boot::time());

@@ -391,7 +391,7 @@ impl DrainBook {
         }
         let n = drains.len() - n_before;
         if n > 0 {
-            tracing::info!("{n} drains of an earlier run apply: see `nohop drain`");
+            tracing::info!(n_drains = n, "what an earlier run drained stays so: see `nohop drain`");
         }
         self.drains.send_replace(Arc::new(drains));
         if is_changed || is_other {

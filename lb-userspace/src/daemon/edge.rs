@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::timers::ticks;
 use crate::admin::api;
 use crate::config::{Config, FlowTimeouts};
+use crate::counted::counted;
 use crate::datapath::{
     EdgeFlow, EdgeInterface, EdgeOptions, EdgeStatus, EdgeTimeouts, Mode, SharedDatapath,
     public_routes,
@@ -240,8 +241,9 @@ pub fn vips_without_source(edge: &EdgeStatus, table: &Table) -> Option<String> {
     let first = vips.first()?;
     let (n, family) = (vips.len(), if first.is_ipv4() { "IPv4" } else { "IPv6" });
     Some(format!(
-        "edge.source has no {family} address, so {n} public VIPs, such as {first}, aren't announced: add \
-         one of this host"
+        "edge.source has no {family} address for {}, such as {first}, so that this edge announces none of \
+         them: add one of this host",
+        counted(n, "public VIP")
     ))
 }
 
@@ -423,7 +425,7 @@ mod tests {
         }
         let problem = vips_without_source(&edge, &table).unwrap();
         assert!(
-            problem.contains("no IPv6 address, so 1 public VIPs, such as 2001:db8::1"),
+            problem.contains("no IPv6 address for 1 public VIP, such as 2001:db8::1,"),
             "{problem}"
         );
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::admin::api::{BackendStatus, CheckStatus, InstanceStatus, OUT};
 use crate::catalog::{InspectResult, InspectedCheck, InspectedInstance, Inspection};
 use crate::config::BalanceAlgorithm;
+use crate::counted::counted;
 use crate::table::{
     Backend, BackendState, Excluded, Ports, Protocols, Service, Table, check_name, parse_ip,
 };
@@ -21,8 +22,8 @@ const N_SIMILAR: usize = 3;
 /// The argument of `nohop explain`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExplainTarget {
-    /// A service's name, in lower case and without the domain.
-    Name(String),
+    /// A service's name, in lower case and without the domain, with a port or without.
+    Name(String, Option<u16>),
     /// An IP address, with a port or without.
     Address(IpAddr, Option<u16>),
 }
@@ -36,10 +37,14 @@ impl ExplainTarget {
         if let Some(ip) = parse_ip(text) {
             return ExplainTarget::Address(ip, None);
         }
-        let name = text.trim_end_matches('.').to_lowercase();
+        let (name, port) = match text.split_once(':').map(|(name, port)| (name, port.parse())) {
+            Some((name, Ok(port))) if !name.is_empty() => (name, Some(port)),
+            _ => (text, None),
+        };
+        let name = name.trim_end_matches('.').to_lowercase();
         let name =
             name.strip_suffix(domain).and_then(|name| name.strip_suffix('.')).unwrap_or(&name);
-        ExplainTarget::Name(name.to_owned())
+        ExplainTarget::Name(name.to_owned(), port)
     }
 
     /// Whether an instance at this address, as the source has it, is meant.
@@ -109,8 +114,9 @@ pub fn direct(what: &str, instances: &[InstanceStatus]) -> String {
     )
 }
 
-/// What a connection to an address of a service gets where the service has no such port there.
-pub fn other_port(service: &Service, connected: SocketAddr) -> Option<String> {
+/// What a connection to an address of a service gets where the service has no such port there. `shown` is
+/// the address, or the name that stands for it.
+pub fn other_port(service: &Service, connected: SocketAddr, shown: &str) -> Option<String> {
     let port = connected.port();
     let Ports::Only(ports) = &service.ports else { return None };
     let is_pin = service.pin.is_some_and(|pin| pin.port() == port);
@@ -119,8 +125,8 @@ pub fn other_port(service: &Service, connected: SocketAddr) -> Option<String> {
     }
     let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
     Some(format!(
-        "a connection to {connected} is refused with ECONNREFUSED: `{}` is connected to at port {ports} \
-         (nohop-ports in Meta)",
+        "a connection to {shown} is refused with ECONNREFUSED: `{}` is connected to at port {ports} \
+         (nohop-ports in Meta, else vip.ports)",
         service.name
     ))
 }
@@ -210,22 +216,24 @@ pub fn notes(
     let n = instances.len() + n_more;
     let n_tagged = instances.iter().filter(|instance| instance.is_tagged).count();
     let names: BTreeSet<&str> = instances.iter().map(|it| &*it.service).collect();
+    let instances = counted(n, "instance");
     let shown = names.first().copied().filter(|name| !name.is_empty()).unwrap_or(name);
     if !is_routed && n == 0 && !is_filtered {
         notes.push(format!("Consul has no service `{name}`"));
     } else if !is_routed && n > 0 && n_tagged == 0 {
         notes.push(format!(
-            "Consul has `{shown}` with {n} instances, none with the tag `{tag}`: add it to the tags of \
-             the registration"
+            "Consul has `{shown}` with {instances}, none with the tag `{tag}`: add it to the tags of the \
+             registration"
         ));
     } else if !is_routed && n > 0 {
         notes.push(format!(
-            "Consul has `{shown}` with {n} instances, {n_tagged} of them with the tag `{tag}`: see the \
+            "Consul has `{shown}` with {instances}, {n_tagged} of them with the tag `{tag}`: see the \
              reason of each"
         ));
     }
     if *n_more > 0 {
-        notes.push(format!("the checks of {n_more} further instances aren't shown"));
+        let more = counted(*n_more, "further instance");
+        notes.push(format!("the checks of {more} aren't shown"));
     }
     if *is_filtered {
         notes.push(
@@ -262,8 +270,12 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
     let target = target(fqdn, service);
     let mut clauses = vec![match n_first {
         0 => format!(
-            "{target} is refused with ECONNREFUSED: none of its {} instances is fit",
-            service.backends.len() + service.excluded.len()
+            "{target} is refused with ECONNREFUSED: {}",
+            match service.backends.len() + service.excluded.len() {
+                0 => "it has no instance".to_owned(),
+                1 => "its one instance isn't fit".to_owned(),
+                n => format!("none of its {n} instances is fit"),
+            }
         ),
         1 => format!("{target} goes to its one {kind} backend"),
         n => format!("{target} goes to one of {n} {kind} backends, {by}"),
@@ -372,18 +384,25 @@ pub(super) mod tests {
     #[test]
     fn a_subject_is_a_name_or_an_address() {
         let address = |ip: &str, port| ExplainTarget::Address(ip.parse().unwrap(), port);
+        let name = |name: &str, port| ExplainTarget::Name(name.into(), port);
         for (text, expected) in [
-            ("Web", ExplainTarget::Name("web".into())),
-            ("web.service.", ExplainTarget::Name("web".into())),
-            ("v2.web.service", ExplainTarget::Name("v2.web".into())),
-            ("service", ExplainTarget::Name("service".into())),
+            ("Web", name("web", None)),
+            ("web.service.", name("web", None)),
+            ("v2.web.service", name("v2.web", None)),
+            ("service", name("service", None)),
+            ("web:80", name("web", Some(80))),
+            ("Web.service.:80", name("web", Some(80))),
+            ("web:http", name("web:http", None)),
+            ("web:80:81", name("web:80:81", None)),
+            ("web:65536", name("web:65536", None)),
+            (":80", name(":80", None)),
             ("127.128.0.7", address("127.128.0.7", None)),
             ("127.128.0.7:80", address("127.128.0.7", Some(80))),
             ("fd00::7", address("fd00::7", None)),
             ("[fd00::7]", address("fd00::7", None)),
             ("[fd00::7]:80", address("fd00::7", Some(80))),
             ("[::ffff:10.0.0.7]:80", address("10.0.0.7", Some(80))),
-            ("10.0.0", ExplainTarget::Name("10.0.0".into())),
+            ("10.0.0", name("10.0.0", None)),
         ] {
             assert_eq!(ExplainTarget::parse(text, "service"), expected, "{text}");
         }
@@ -444,10 +463,11 @@ pub(super) mod tests {
         assert_eq!(also_at(ip, &dns), note);
         let web = &table.services["web"];
         for allowed in ["127.128.0.1:80", "127.128.0.1:81", "203.0.113.10:443"] {
-            assert_eq!(other_port(web, allowed.parse().unwrap()), None, "{allowed}");
+            assert_eq!(other_port(web, allowed.parse().unwrap(), allowed), None, "{allowed}");
         }
-        let refused = other_port(web, "127.128.0.1:443".parse().unwrap()).unwrap();
-        assert!(refused.contains("127.128.0.1:443 is refused") && refused.contains("at port 80"));
+        let refused = other_port(web, "127.128.0.1:443".parse().unwrap(), "web.service:443");
+        let refused = refused.unwrap();
+        assert!(refused.contains("web.service:443 is refused") && refused.contains("at port 80"));
     }
 
     #[test]
@@ -585,7 +605,7 @@ pub(super) mod tests {
                 &[],
                 Ports::only([80]),
                 Tcp,
-                "at port 80 by TCP is refused with ECONNREFUSED: none of its 0 instances is fit",
+                "at port 80 by TCP is refused with ECONNREFUSED: it has no instance",
             ),
             (
                 &[v4],

@@ -15,6 +15,7 @@ use super::recorder::{Recorded, Recorder};
 use crate::admin::At;
 use crate::admin::prometheus::Histogram;
 use crate::catalog::Published;
+use crate::counted::counted;
 use crate::ordmap::Diff;
 use crate::table::{Builder, NextTable, Table};
 
@@ -153,7 +154,8 @@ fn log_change(last: &Table, next: &Table) {
     let is_much = changed.len() + gone.len() > MAX_NAMED;
     if is_much {
         let (n_changed, n_gone) = (changed.len(), gone.len());
-        tracing::info!(n_changed, n_gone, "{} services; debug names them", next.services.len());
+        let n_services = counted(next.services.len(), "service");
+        tracing::info!(n_changed, n_gone, "{n_services}; debug names them");
     }
     for (name, service) in changed {
         let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
@@ -181,8 +183,8 @@ fn log_change(last: &Table, next: &Table) {
         tracing::warn!("{name}: {reason}");
     }
     if rejected.len() > MAX_NAMED {
-        let n_more = rejected.len() - MAX_NAMED;
-        tracing::warn!("{n_more} more names can't be had: `nohop explain NAME` says why");
+        let more = counted(rejected.len() - MAX_NAMED, "more name");
+        tracing::warn!("{more} can't be had: `nohop explain NAME` says why");
     }
 }
 

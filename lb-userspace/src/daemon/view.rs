@@ -27,6 +27,7 @@ use crate::admin::{At, TraceFilter, TraceRefusal, View, WaitingListener, api};
 use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
 use crate::config::keys::{Key, values};
 use crate::config::{Config, Unrouted};
+use crate::counted::counted;
 use crate::datapath::{
     BackendIndices, COUNTERS, Counters, EdgeStatus, Indices, Mode, NamesCounters, SharedDatapath,
     UnitState,
@@ -112,7 +113,8 @@ impl View for DaemonView {
         if n_rejected > 0 {
             let names: Vec<&str> = table.rejected.keys().take(3).map(|name| &**name).collect();
             let names = names.join(", ");
-            problems.push(format!("{n_rejected} names can't be had ({names}): see nohop explain"));
+            let n_names = counted(n_rejected, "name");
+            problems.push(format!("{n_names} can't be had ({names}): see nohop explain"));
         }
         let pool = *self.pool.borrow();
         let units = self.datapath.unit_status().into_iter().map(|unit| api::UnitStatus {
@@ -230,16 +232,18 @@ impl View for DaemonView {
         let table = self.table.borrow().clone();
         let subject = ExplainTarget::parse(what, &self.dns.domain);
         let (ip, port) = match &subject {
-            ExplainTarget::Name(name) => return self.explain_name(name, &table, may_ask).await,
+            ExplainTarget::Name(name, port) => {
+                return self.explain_name_at(name, *port, &table, may_ask).await;
+            }
             ExplainTarget::Address(ip, port) => (*ip, *port),
         };
         if let [service, others @ ..] = &explain::by_vip(&table, ip, port)[..] {
             let mut explanation = self.explain_name(&service.name, &table, may_ask).await;
-            if let Some(refused) =
-                port.and_then(|port| explain::other_port(service, SocketAddr::new(ip, port)))
-            {
-                explanation.connect = refused;
-            }
+            let other_port = port.and_then(|port| {
+                let connected = SocketAddr::new(ip, port);
+                explain::other_port(service, connected, &connected.to_string())
+            });
+            explanation.connect = other_port.unwrap_or(explanation.connect);
             explanation.notes.extend(others.iter().map(|other| explain::also_at(ip, other)));
             return explanation;
         }
@@ -528,9 +532,10 @@ fn drains_by_kind(drains: &Drains) -> Vec<(&'static str, usize)> {
 
 /// That lines of the log were lost.
 fn dropped(n_dropped: u64) -> Option<String> {
-    let what = "lines of the log were dropped since the start: stderr isn't read fast enough, see \
-                the journal's or the pipe's reader";
-    (n_dropped > 0).then(|| format!("{n_dropped} {what}"))
+    let lines = counted(n_dropped, "line");
+    let what = "of the log since the start: stderr isn't read fast enough, see the journal's or the \
+                pipe's reader";
+    (n_dropped > 0).then(|| format!("dropped {lines} {what}"))
 }
 
 /// The services that the kernel doesn't have as the table wants them: one problem for each, or one
@@ -646,6 +651,30 @@ impl DaemonView {
     }
 
     /// The explanation of a name in lower case, without the domain.
+    /// Explains a name, and what a connection to a port of it gets.
+    async fn explain_name_at(
+        &self,
+        name: &str,
+        port: Option<u16>,
+        table: &Table,
+        may_ask: bool,
+    ) -> api::Explanation {
+        let Some((service, port)) = table.services.get(name).zip(port) else {
+            // A source may have a name with a colon in it, which can't be had.
+            let whole = port.map(|port| format!("{name}:{port}"));
+            let is_rejected =
+                |whole: &String| table.rejected.keys().any(|name| name.to_lowercase() == *whole);
+            let whole = whole.filter(is_rejected);
+            return self.explain_name(whole.as_deref().unwrap_or(name), table, may_ask).await;
+        };
+        let mut explanation = self.explain_name(name, table, may_ask).await;
+        let shown = format!("{name}.{}:{port}", self.dns.domain);
+        let connected = SocketAddr::new(service.vip.into(), port);
+        let other_port = explain::other_port(service, connected, &shown);
+        explanation.connect = other_port.unwrap_or(explanation.connect);
+        explanation
+    }
+
     async fn explain_name(&self, name: &str, table: &Table, may_ask: bool) -> api::Explanation {
         let sources = self.sources.borrow().clone();
         let mut sources = sources.iter().filter(|source| source.has(name)).map(SourceView::name);

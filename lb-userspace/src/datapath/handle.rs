@@ -19,6 +19,7 @@ use super::reconcile::{BackendIndices, Indices, Pressure, ReconcileError};
 use super::tcp_terminator::TcpTerminator;
 use super::units::UnitHealth;
 use crate::config::BalanceConfig;
+use crate::counted::counted;
 use crate::table::Table;
 
 /// How long `status` reports hooks that were detached and attached again.
@@ -184,8 +185,8 @@ impl SharedDatapath {
             tracing::error!("{name}: {reason}");
         }
         if new.len() > MAX_NAMED {
-            let n_more = new.len() - MAX_NAMED;
-            tracing::error!("{n_more} more services aren't in the kernel: see `nohop services`");
+            let more = counted(new.len() - MAX_NAMED, "more service");
+            tracing::error!("{more} not in the kernel as wanted: see `nohop services`");
         }
         *last = Errors { reasons, is_transient };
     }

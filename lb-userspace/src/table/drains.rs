@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use super::{Catalog, Hosts, Instance, ServiceRecord, parse_ip};
+use crate::counted::counted;
 
 /// The most drains at a time: each is compared with every instance that is built.
 pub const MAX_DRAINS: usize = 256;
@@ -264,7 +265,8 @@ pub enum DrainError {
     NotSynced(String),
     /// No instance has it.
     #[error(
-        "no instance is of a node, at an address, or of an id or allocation `{text}`: {nearby}"
+        "no instance is of a node, at an address, or of an id or allocation `{text}`, among \
+         {nearby}"
     )]
     Unknown {
         /// What was named.
@@ -299,7 +301,8 @@ pub struct Nearby {
 impl fmt::Display for Nearby {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Nearby { n_instances, n_nodes, closest } = self;
-        write!(formatter, "{n_instances} instances on {n_nodes} nodes are known")?;
+        let (instances, nodes) = (counted(*n_instances, "instance"), counted(*n_nodes, "node"));
+        write!(formatter, "{instances} on {nodes}")?;
         match closest.is_empty() {
             true => Ok(()),
             false => write!(formatter, "; the closest names are {}", listed(closest)),
@@ -568,9 +571,9 @@ mod tests {
             ),
             (
                 "39e2589",
-                "7 instances on 5 nodes are known; the closest names are `allocation:39e25890-",
+                "among 7 instances on 5 nodes; the closest names are `allocation:39e25890-",
             ),
-            ("web-2", "known; the closest names are `node:web-1`, `instance:n1/web-1`"),
+            ("web-2", "5 nodes; the closest names are `node:web-1`, `instance:n1/web-1`"),
             (
                 "10.0.0.5:8082",
                 "no instance is of a node, at an address, or of an id or allocation `10",
@@ -581,7 +584,7 @@ mod tests {
             assert!(error.contains(expected), "{text}: {error}");
         }
         let none = resolve("web", [].iter(), &Hosts::default()).unwrap_err().to_string();
-        assert!(none.ends_with("`web`: 0 instances on 0 nodes are known"), "{none}");
+        assert!(none.ends_with("`web`, among 0 instances on 0 nodes"), "{none}");
     }
 
     #[test]

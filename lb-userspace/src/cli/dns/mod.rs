@@ -89,12 +89,14 @@ mod tests {
             #[command(flatten)]
             resolvers: ResolverArguments,
         }
-        let table: [(&str, Option<&[ResolverKind]>); 7] = [
+        let table: [(&str, Option<&[ResolverKind]>); 8] = [
             ("--docker --nomad", Some(&[ResolverKind::Nomad, ResolverKind::Docker])),
             ("--nomad --dnsmasq", Some(&[ResolverKind::Dnsmasq, ResolverKind::Nomad])),
             ("--resolv-conf", Some(&[ResolverKind::ResolvConf])),
             ("", Some(&[])),
             ("--dnsmasq --resolv-conf", None),
+            // Each of them is the host's only nameserver.
+            ("--nomad --resolv-conf", None),
             ("--systemd-resolved --dnsmasq --nomad", None),
             ("--resolv-conf --systemd-resolved", None),
         ];

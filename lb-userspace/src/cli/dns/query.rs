@@ -80,6 +80,11 @@ pub fn text(lookup: &api::DnsLookup) -> String {
         };
         let _ = writeln!(text, "  from        {from}");
     }
+    let name = lookup.question.split_once(". ").map_or("", |(name, _)| name);
+    if lookup.answers.is_empty() && !name.is_empty() && !name.contains('.') {
+        let _ =
+            writeln!(text, "  note        a service has the name {name}.service, or of dns.domain");
+    }
     text
 }
 
@@ -131,5 +136,14 @@ mod tests {
         for (lookup, expected) in rows {
             assert_eq!(text(&lookup), format!("{head}{expected}"));
         }
+        let bare = api::DnsLookup {
+            question: "web. IN A".to_owned(),
+            answers: Vec::new(),
+            ..lookup(None, None, None)
+        };
+        assert!(
+            text(&bare)
+                .ends_with("  note        a service has the name web.service, or of dns.domain\n")
+        );
     }
 }

@@ -40,6 +40,12 @@ pub fn run(client: &ClientArguments) -> anyhow::Result<()> {
             "nohop top needs a terminal: without one use `nohop top --json`, or `nohop services` for totals"
         );
     }
+    if environment("TERM").as_deref() == Some("dumb") {
+        bail!(
+            "nohop top needs a terminal that can move its cursor, and TERM is `dumb`: use `nohop top --json`, or \
+             `nohop services` for totals"
+        );
+    }
     runtime()?.block_on(live(address))
 }
 

@@ -11,6 +11,7 @@ use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState};
 
 use super::figures::{BackendFigures, Figures, ServiceFigures};
 use crate::cli::instance::display_name;
+use crate::counted::counted;
 
 /// A key, or several that mean the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -253,8 +254,8 @@ impl Screen {
         let retransmits =
             figures.services.iter().filter_map(|it| it.syn_retransmits_per_second).sum();
         let totals = format!(
-            "{} services  {} connects/s  {} in flight  {} refused/s  {} failed/s{}",
-            figures.services.len(),
+            "{}  {} connects/s  {} in flight  {} refused/s  {} failed/s{}",
+            counted(figures.services.len(), "service"),
             total(|service| service.connects_per_second),
             count(
                 figures

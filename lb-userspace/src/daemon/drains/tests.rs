@@ -78,7 +78,7 @@ async fn what_is_drained_gets_nothing_and_what_is_unknown_changes_nothing() {
     let mut book = DrainBook::open(dir.path()).await.unwrap();
     let mut fleet = Fleet::new(book.drains());
     let unknown = fleet.change(&mut book, Change::Drain, "n4").unwrap_err();
-    let expected = "4 instances on 3 nodes are known; the closest names are `node:n1`, `node:n2`";
+    let expected = "among 4 instances on 3 nodes; the closest names are `node:n1`, `node:n2`";
     assert!(unknown.contains(expected), "{unknown}");
     assert!(fleet.change(&mut book, Change::Undrain, "n4").is_err());
     assert!(fleet.change(&mut book, Change::Drain, "edge").is_err());

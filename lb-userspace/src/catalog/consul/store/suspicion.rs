@@ -7,6 +7,7 @@ use super::super::index::IndexMove;
 use super::super::query::ServiceAnswer;
 use super::super::suspicion::{self, Assessment, Evidence, Reason, Suspicion, is_mass};
 use super::ServiceStore;
+use crate::counted::counted;
 
 impl ServiceStore {
     pub(super) fn assess_vanishing(
@@ -117,7 +118,9 @@ impl ServiceStore {
         let lacking = match (first, services.count()) {
             (None, _) => "names that it listed before".into(),
             (Some((name, _)), 1) => format!("instances of `{name}`"),
-            (Some((name, _)), n) => format!("instances of `{name}` and {} more services", n - 1),
+            (Some((name, _)), n) => {
+                format!("instances of `{name}` and {}", counted(n - 1, "more service"))
+            }
         };
         Some(suspicion::problem(&lacking, reason, self.distrust))
     }
