@@ -11,6 +11,9 @@ const fine = new Intl.NumberFormat("en", { maximumSignificantDigits: 2 });
 /** A number with separators; a dash where there is none. */
 export const count = (n) => (n == null ? "–" : whole.format(n));
 
+/** A number of things, by a regular noun in the singular. */
+export const counted = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
+
 /** Something per second. */
 export const rate = (n) => (n >= 10 || n === 0 ? whole.format(n) : fine.format(n));
 

@@ -1,7 +1,7 @@
 // The list of all services: only the rows in sight are in the document.
 
 import { Component } from "./vendor/preact/preact.mjs";
-import { count, html, ports, rate, State } from "./format.mjs";
+import { count, counted, html, ports, rate, State } from "./format.mjs";
 import { store } from "./store.mjs";
 
 /** The height of a row in pixels, as in page.css. */
@@ -117,7 +117,7 @@ export class Services extends Component {
         <label>Show <select name="state" onChange=${(event) => go({ state: event.target.value }, true)}>
           ${Object.entries(STATES).map(([value, text]) => html`<option value=${value} selected=${value === query.state}>${text}</option>`)}
         </select></label>
-        <p class="quiet" id="n-services">${count(list.length)} of ${count(store.services.size)} services</p>
+        <p class="quiet" id="n-services">${count(list.length)} of ${counted(store.services.size, "service")}</p>
       </form>
       <div class="scroller" ref=${(it) => (this.scroller = it)} tabindex="0" role="region" aria-label="Services, a table; arrow keys move between its rows"
         onScroll=${(event) => this.setState({ top: event.target.scrollTop })} onKeyDown=${this.onKeyDown}>

@@ -1,7 +1,7 @@
 // All views but the list of services.
 
 import { Component } from "./vendor/preact/preact.mjs";
-import { age, Commands, count, Facts, html, instanceName, micros, ports, rate, shellWord, State, Table } from "./format.mjs";
+import { age, Commands, count, counted, Facts, html, instanceName, micros, ports, rate, shellWord, State, Table } from "./format.mjs";
 import { get, historyOf, parse, SPAN, store } from "./store.mjs";
 
 const problems = (list) => list.length > 0 && html`<ul class="problems">${list.map((it) => html`<li>${it}</li>`)}</ul>`;
@@ -252,7 +252,7 @@ export class Connections extends Component {
       ${error && html`<div class="banner fair" role="alert"><p>${error}</p>
         <p>A trace shows processes, so it is for the unix socket by default. Forward it over SSH, and open <code>http://localhost:9153/</code> there:</p>
         <p><code>ssh -L 9153:/run/nohop/admin.sock root@${location.hostname}</code></p></div>`}
-      ${lost > 0 && html`<p class="banner fair">${count(lost)} connections aren't shown: there were more than could be read.</p>`}
+      ${lost > 0 && html`<p class="banner fair">${counted(lost, "connection")} not shown: there were more than could be read.</p>`}
       <${Table} caption="Connections, the latest first" heads=${["Time", "Process", "Client", "Service", "To", "Backend", "Outcome", "Reason", "#Connect time"]} rows=${rows}
         empty=${isOn ? "Waiting for a connection to a VIP…" : null} />
       <${Commands} of=${[[`nohop trace${query.name ? ` ${shellWord(query.name)}` : ""}`, "the same in a terminal"]]} />`;
