@@ -82,6 +82,13 @@ pub fn by_hand() -> Result<()> {
     ensure!(node.contains("warning: helloworld has no backend left here"), "{node}");
     let connects = cluster.nodes.connect(vip, 10)?;
     ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
+    // What ends it is the argument that it was drained by, for each instance.
+    let services = nohop.services()?;
+    let backends = service(&services, "helloworld").and_then(|it| it["backends"].as_array());
+    let by: Vec<_> = backends.into_iter().flatten().map(|it| &it["drained_by"]).collect();
+    ensure!(by == ["instance:backend/helloworld-0", "node:backend", "node:backend"], "{by:?}");
+    let held = cli(nohop, "undrain helloworld-1", 1)?;
+    ensure!(held.contains("`nohop undrain node:backend` ends what drains it"), "{held}");
     let listed: Value = serde_json::from_str(&cli(nohop, "drain --json", 0)?)?;
     let of = |nth: usize| (&listed[nth]["kind"], &listed[nth]["name"], &listed[nth]["backends"]);
     ensure!(of(0) == (&"node".into(), &"backend".into(), &3.into()), "{listed:#}");

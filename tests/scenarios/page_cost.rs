@@ -17,6 +17,7 @@ use crate::page;
 
 const ADDRESS: &str = "127.0.0.1:9153";
 const N_VIEWERS: usize = 10;
+const N_SERVICES: usize = 10_000;
 const PERIOD: Duration = Duration::from_secs(20);
 
 /// The greatest part of a processor, and of memory in kB, that viewers may take.
@@ -27,7 +28,7 @@ pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[])?;
-    catalog.write(&page::services(&[helloworld.address])?)?;
+    catalog.write(&page::services(&[helloworld.address], N_SERVICES)?)?;
     let config = catalog.config() + page::LISTEN;
     let binary = std::env::var_os("NOHOP_BINARY");
     let nohop = match &binary {

@@ -433,12 +433,19 @@ pub struct BackendStatus {
     pub node: String,
     /// The id that the source has for the instance, unique within its node.
     pub instance: String,
+    /// The name under which people know it: of an instance of Nomad's its allocation and group or task, of others
+    /// the id.
+    #[serde(default)]
+    pub instance_name: String,
     /// Its share of new connections, relative to the other weights.
     pub weight: u16,
     /// Its state.
     pub state: BackendState,
     /// Why, where that isn't plain.
     pub reason: Option<String>,
+    /// What it is drained by, the argument of `nohop undrain`; `null` where nobody drained it.
+    #[serde(default)]
+    pub drained_by: Option<String>,
     /// Connects that it was chosen for, since it came.
     pub connects: u64,
     /// The TCP connections to it that are open or being established; null while the unit `outcomes`
@@ -580,6 +587,9 @@ pub struct InstanceStatus {
     pub node: String,
     /// The id that the source has for the instance, unique within its node.
     pub instance: String,
+    /// As [`BackendStatus::instance_name`].
+    #[serde(default)]
+    pub instance_name: String,
     /// The state of its backend, or `out`.
     pub state: String,
     /// Why, where that isn't plain.
@@ -691,6 +701,9 @@ pub struct TraceRecord {
     pub pid: u32,
     /// The directory of its cgroup, where that is still there.
     pub cgroup: Option<String>,
+    /// The name under which people know it: the allocation and its task, the container, or that directory.
+    #[serde(default)]
+    pub client_name: Option<String>,
     /// The allocation of Nomad's in the cgroup's path.
     pub allocation: Option<String>,
     /// The task of that allocation.
@@ -706,6 +719,9 @@ pub struct TraceRecord {
     /// The id that the source has for its instance; `null` where the table doesn't have it any more.
     #[serde(default)]
     pub instance: Option<String>,
+    /// As [`BackendStatus::instance_name`].
+    #[serde(default)]
+    pub instance_name: Option<String>,
     /// The reason of the choice, or of the refusal.
     pub reason: Option<String>,
     /// One of [`OUTCOMES`](crate::admin::OUTCOMES).

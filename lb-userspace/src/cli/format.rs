@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use super::columns::{Cell, Palette, Tone, lines};
-use super::instance::{display_name, with_display_names};
 use crate::admin::api::{
     BackendStatus, CheckStatus, EdgeDocument, EdgeInterfaceDocument, Explanation, InstanceStatus,
     MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status, UnitStatus, UpstreamStatus,
@@ -222,11 +221,8 @@ pub fn services(services: &[ServiceStatus], palette: Palette) -> String {
         return "no services\n".to_owned();
     }
     let heads: Vec<_> = services.iter().map(service_row).collect();
-    let row = |(service, it)| backend_row(it, service);
-    let backends = services.iter().flat_map(|service| {
-        service.backends.iter().map(move |backend| (service.name.as_str(), backend))
-    });
-    let mut backends = lines(&backends.map(row).collect::<Vec<_>>(), palette).into_iter();
+    let backends = services.iter().flat_map(|service| &service.backends).map(backend_row);
+    let mut backends = lines(&backends.collect::<Vec<_>>(), palette).into_iter();
     let mut text = String::new();
     for (service, head) in services.iter().zip(lines(&heads, palette)) {
         line(&mut text, head);
@@ -266,15 +262,17 @@ pub fn explanation(explanation: &Explanation, palette: Palette) -> String {
         let is_it =
             |it: &&BackendStatus| (&it.node, &it.instance) == (&instance.node, &instance.instance);
         if let Some(it) = backends.iter().find(is_it) {
-            return backend_row(it, &instance.service);
+            return backend_row(it);
         }
-        let id = display_name(&instance.instance, &instance.service);
-        let mut row =
-            vec![state(&instance.state), (&instance.address).into(), place(&instance.node, &id)];
+        let mut row = vec![
+            state(&instance.state),
+            (&instance.address).into(),
+            place(&instance.node, &instance.instance_name),
+        ];
         if explanation.service.is_none() {
             row.push((&instance.service).into());
         }
-        row.push(reason(&instance.reason, &instance.service).into());
+        row.push(reason(&instance.reason).into());
         row
     };
     let rows: Vec<_> = explanation.instances.iter().map(row).collect();
@@ -331,7 +329,7 @@ fn service_counts(service: &ServiceStatus) -> String {
 
 fn service_notes(text: &mut String, service: &ServiceStatus, palette: Palette) {
     for note in &service.notes {
-        line(text, format!("  ~ {}", with_display_names(note, &service.name)));
+        line(text, format!("  ~ {note}"));
     }
     if let Some(error) = &service.error {
         let error = format!("! the kernel doesn't have this state of it: {error}");
@@ -343,8 +341,7 @@ fn service_notes(text: &mut String, service: &ServiceStatus, palette: Palette) {
     }
 }
 
-fn backend_row(backend: &BackendStatus, service: &str) -> Vec<Cell> {
-    let id = display_name(&backend.instance, service);
+fn backend_row(backend: &BackendStatus) -> Vec<Cell> {
     let failures = match backend.failures {
         0 => String::new(),
         n => format!("failures {n}"),
@@ -353,17 +350,17 @@ fn backend_row(backend: &BackendStatus, service: &str) -> Vec<Cell> {
     vec![
         state(&state_name(backend.state)),
         (&backend.address).into(),
-        place(&backend.node, &id),
+        place(&backend.node, &backend.instance_name),
         format!("weight {}", backend.weight).into(),
         format!("connects {}", backend.connects).into(),
         in_flight.unwrap_or_default().into(),
         failures.into(),
-        reason(&backend.reason, service).into(),
+        reason(&backend.reason).into(),
     ]
 }
 
-fn reason(reason: &Option<String>, service: &str) -> String {
-    with_display_names(reason.as_deref().unwrap_or_default(), service)
+fn reason(reason: &Option<String>) -> &str {
+    reason.as_deref().unwrap_or_default()
 }
 
 /// The name of a backend's state, as JSON has it.
@@ -431,9 +428,11 @@ mod tests {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),
                 instance: "h1".into(),
+                instance_name: "h1".into(),
                 weight: 1,
                 state: BackendState::Healthy,
                 reason: None,
+                drained_by: None,
                 connects: 7,
                 in_flight: None,
                 failures: 0,
@@ -484,6 +483,7 @@ mod tests {
             address: it.address.clone(),
             node: it.node.clone(),
             instance: it.instance.clone(),
+            instance_name: it.instance_name.clone(),
             state: "healthy".into(),
             reason: None,
             checks: vec![CheckStatus {
@@ -498,6 +498,7 @@ mod tests {
             address: "10.0.0.8:1".into(),
             node: "n2".into(),
             instance: (*id).into(),
+            instance_name: (*id).into(),
             state: "out".into(),
             reason: Some((*reason).into()),
             checks: vec![CheckStatus {
@@ -519,12 +520,10 @@ mod tests {
     }
 
     #[test]
-    fn instances_of_nomad_are_shown_as_allocations() {
+    fn instances_are_shown_by_their_names() {
         let mut service = helloworld();
-        let id = "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad-group-web-helloworld-http";
-        service.backends[0].instance = id.into();
-        let out = id.replace("39e2", "40e2");
-        let explained = explained(service, &[(&out, "check `web` is critical")]);
+        service.backends[0].instance_name = "alloc 39e25890 web".into();
+        let explained = explained(service, &[("alloc 40e25890 web", "check `web` is critical")]);
         let explanation = |it: &Explanation| super::explanation(it, Palette::default());
         let text = explanation(&Explanation {
             source: Some("consul".into()),

@@ -11,7 +11,6 @@ mod drain;
 mod edge_check;
 mod flows;
 mod format;
-mod instance;
 mod log;
 mod nomad_check;
 mod package_files;

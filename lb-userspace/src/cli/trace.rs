@@ -3,7 +3,6 @@
 use anyhow::Context;
 
 use super::args::ClientArguments;
-use super::instance::{display_name, short_allocation, short_container};
 use super::process::{end_when_unread, environment, runtime, show_line};
 use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, client};
@@ -59,23 +58,14 @@ fn flow_text(flow: &FlowTraceRecord) -> String {
 fn connection_text(connection: &TraceRecord) -> String {
     let TraceRecord { comm, pid, service, frontend, .. } = connection;
     let time = time_of_day(connection.time);
-    let place = match (&connection.allocation, &connection.task, &connection.cgroup) {
-        (Some(allocation), Some(task), _) => {
-            format!("  alloc {} {task}", short_allocation(allocation))
-        }
-        (_, _, Some(cgroup)) => match short_container(cgroup) {
-            Some(container) => format!("  container {container}"),
-            None => format!("  {cgroup}"),
-        },
-        (_, _, None) => String::new(),
-    };
+    let client = connection.client_name.as_deref();
+    let client = client.map(|name| format!("  {name}")).unwrap_or_default();
     let no_service = match connection.outcome.as_str() {
         "intercepted" | "passed" => "DNS query to",
         _ => "no service",
     };
-    let instance = connection.instance.as_deref().zip(service.as_deref());
-    let instance = instance.map(|(id, service)| format!(" ({})", display_name(id, service)));
-    let instance = instance.unwrap_or_default();
+    let instance = connection.instance_name.as_deref();
+    let instance = instance.map(|name| format!(" ({name})")).unwrap_or_default();
     let service = service.as_deref().unwrap_or(no_service);
     let udp = if connection.protocol == "udp" { " udp" } else { "" };
     let backend = connection.backend.as_deref().map(|to| format!(" -> {to}")).unwrap_or_default();
@@ -85,7 +75,7 @@ fn connection_text(connection: &TraceRecord) -> String {
     let details: String = details.collect();
     let outcome = &connection.outcome;
     format!(
-        "{time}  {comm}[{pid}]{place}  {service} {frontend}{udp}{backend}{instance}  {outcome}{details}{reason}\n"
+        "{time}  {comm}[{pid}]{client}  {service} {frontend}{udp}{backend}{instance}  {outcome}{details}{reason}\n"
     )
 }
 
@@ -106,6 +96,7 @@ mod tests {
             comm: "curl".into(),
             pid: 1234,
             cgroup: Some("/sys/fs/cgroup/system.slice/cron.service".into()),
+            client_name: Some("/sys/fs/cgroup/system.slice/cron.service".into()),
             allocation: None,
             task: None,
             service: Some("web".into()),
@@ -113,6 +104,7 @@ mod tests {
             protocol: "tcp".into(),
             backend: Some("10.0.0.7:23456".into()),
             instance: None,
+            instance_name: None,
             reason: None,
             outcome: "established".into(),
             error: None,
@@ -127,12 +119,11 @@ mod tests {
             "11:02:03.000456  curl[1234]  /sys/fs/cgroup/system.slice/cron.service  web \
              127.186.3.9:80 -> 10.0.0.7:23456  established in 153 us\n"
         );
-        let id = "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad-group-api-web-http";
-        let shown = connection_text(&TraceRecord { instance: Some(id.into()), ..established() });
+        let name = Some("alloc 39e25890 api".into());
+        let shown = connection_text(&TraceRecord { instance_name: name, ..established() });
         assert!(shown.contains("-> 10.0.0.7:23456 (alloc 39e25890 api)  established"), "{shown}");
         let failed = TraceRecord {
-            allocation: Some("39e25890-23fb-7513-b98f-97a5310046ad".into()),
-            task: Some("server".into()),
+            client_name: Some("alloc 39e25890 server".into()),
             outcome: "failed".into(),
             error: Some("ECONNREFUSED".into()),
             connect_us: None,
@@ -143,17 +134,9 @@ mod tests {
             "11:02:03.000456  curl[1234]  alloc 39e25890 server  web 127.186.3.9:80 -> \
              10.0.0.7:23456  failed ECONNREFUSED\n"
         );
-        let of_container = TraceRecord {
-            cgroup: Some(format!("/sys/fs/cgroup/system.slice/docker-{}.scope", "0a1b".repeat(16))),
-            ..established()
-        };
-        assert_eq!(
-            connection_text(&of_container),
-            "11:02:03.000456  curl[1234]  container 0a1b0a1b0a1b  web 127.186.3.9:80 -> \
-             10.0.0.7:23456  established in 153 us\n"
-        );
         let refused = TraceRecord {
             cgroup: None,
+            client_name: None,
             service: None,
             backend: None,
             reason: Some("no service has this address and port".into()),

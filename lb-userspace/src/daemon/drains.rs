@@ -571,6 +571,8 @@ pub fn result(
         _ => obstacles.general.clone(),
     };
     let (mut n_backends, mut n_services) = (0, 0);
+    // The other drains that keep what is undrained.
+    let mut holders = BTreeSet::new();
     for service in table.services.values() {
         let covered = service
             .backends
@@ -592,6 +594,7 @@ pub fn result(
             Change::Drain => {}
             Change::Undrain => warnings.extend(covered.iter().filter_map(|backend| {
                 let (by, _) = drains.find(&backend.node, &backend.id, backend.address)?;
+                holders.insert(by);
                 Some(format!(
                     "{} of {} is still drained, by {by}",
                     backend.shown_address, service.name
@@ -599,9 +602,15 @@ pub fn result(
             })),
         }
     }
+    // Who undrains it wants it to get connections.
+    let problem = (!is_changed && !holders.is_empty()).then(|| {
+        let holders: Vec<String> =
+            holders.iter().map(|by| format!("`nohop undrain {by}`")).collect();
+        format!("{target} isn't drained by itself: {} ends what drains it", holders.join(" and "))
+    });
     api::DrainChange {
-        ok: true,
-        problem: None,
+        ok: problem.is_none(),
+        problem,
         changed: *is_changed,
         drained: drains.get(target).is_some(),
         kind: Some(target.kind().to_owned()),

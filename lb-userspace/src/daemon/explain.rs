@@ -10,7 +10,8 @@ use crate::catalog::{InspectResult, InspectedCheck, InspectedInstance, Inspectio
 use crate::config::BalanceAlgorithm;
 use crate::counted::counted;
 use crate::table::{
-    Backend, BackendState, Excluded, Ports, Protocols, Service, Table, check_name, parse_ip,
+    Backend, BackendState, Excluded, Ports, Protocols, Service, Table, check_name, display_name,
+    parse_ip, with_display_names,
 };
 
 /// How many services or instances a sentence names.
@@ -152,6 +153,7 @@ pub fn instances(
             address: backend.address.clone(),
             node: backend.node.clone(),
             instance: backend.instance.clone(),
+            instance_name: backend.instance_name.clone(),
             state: format!("{:?}", backend.state).to_lowercase(),
             reason: backend.reason.clone(),
             checks: checks(&backend.node, &backend.instance),
@@ -163,6 +165,7 @@ pub fn instances(
             address: out.address.clone(),
             node: out.node.clone(),
             instance: out.id.clone(),
+            instance_name: display_name(&out.id, name),
             state: OUT.to_owned(),
             reason: Some(out.reason.clone()),
             checks: checks(&out.node, &out.id),
@@ -174,7 +177,7 @@ pub fn instances(
             (Some(reason), _) => (OUT.to_owned(), reason.clone()),
             (None, Some(backend)) => (
                 format!("{:?}", backend.state).to_lowercase(),
-                format!("one backend with `{}/{}`", backend.node, backend.instance),
+                format!("one backend with `{}/{}`", backend.node, backend.instance_name),
             ),
             (None, None) => {
                 let not_yet = || "this node hasn't taken it over yet".to_owned();
@@ -186,8 +189,9 @@ pub fn instances(
             address: it.address.clone(),
             node: it.node.clone(),
             instance: it.id.clone(),
+            instance_name: display_name(&it.id, name),
             state,
-            reason: Some(reason),
+            reason: Some(with_display_names(&reason, name)),
             checks: it.checks.iter().map(check).collect(),
         });
     }
@@ -489,9 +493,11 @@ pub(super) mod tests {
             address: "10.0.0.7:1".into(),
             node: "n".into(),
             instance: "a".into(),
+            instance_name: "a".into(),
             weight: 1,
             state: BackendState::Healthy,
             reason: None,
+            drained_by: None,
             connects: 0,
             in_flight: None,
             failures: 0,

@@ -36,7 +36,8 @@ use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
 use crate::table::{
-    BackendState, DRAIN_KINDS, Drain, DrainTarget, Drains, Service, SharedWaits, Table, Watch,
+    BackendState, DRAIN_KINDS, Drain, DrainTarget, Drains, Excluded, Service, SharedWaits, Table,
+    Watch, display_name, with_display_names,
 };
 
 /// The longest wait for what a source has of a name.
@@ -600,6 +601,10 @@ impl DaemonView {
             let kept = waits.keeps.status(&service.name, now);
             (waits.contacts.status(&service.name, now), kept)
         };
+        let drains = self.drains.drains();
+        let named = |texts: &[String]| -> Vec<String> {
+            texts.iter().map(|text| with_display_names(text, &service.name)).collect()
+        };
         let backends = service.backends.iter().map(|backend| {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
             let contact = backend.address.and_then(|address| contacts.get(&address));
@@ -610,13 +615,19 @@ impl DaemonView {
             let ejected = ejected.map(|ejected| ejected.to_string());
             let kept = kept.clone().filter(|_| backend.state.is_reached());
             let reasons = [ejected, backend.reason.clone(), contact, kept].into_iter().flatten();
+            let reason = reasons.reduce(|all, reason| all + "; " + &reason);
+            let drained_by = (state == BackendState::Draining)
+                .then(|| drains.find(&backend.node, &backend.id, backend.address))
+                .flatten();
             api::BackendStatus {
                 address: backend.shown_address.clone(),
                 node: backend.node.clone(),
                 instance: backend.id.clone(),
+                instance_name: display_name(&backend.id, &service.name),
                 weight: backend.weight,
                 state,
-                reason: reasons.reduce(|all, reason| all + "; " + &reason),
+                reason: reason.map(|reason| with_display_names(&reason, &service.name)),
+                drained_by: drained_by.map(|(target, _)| target.to_string()),
                 connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
                 in_flight: counts.then(|| backend_idx.map_or(0, in_flight)),
                 failures: backend_idx.map_or(0, |&idx| self.counters.backend_failures(idx)),
@@ -635,7 +646,7 @@ impl DaemonView {
             algorithm: service.algorithm,
             generation: service.generation,
             watch: service.watch,
-            notes: service.notes.clone(),
+            notes: named(&service.notes),
             error: self.datapath.error(&service.name),
             connects: stats.connects,
             refused: stats.refused,
@@ -688,7 +699,12 @@ impl DaemonView {
         // The datapath's lock may be held for a moment.
         tokio::task::block_in_place(|| {
             let service = table.services.get(name);
-            let excluded = service.map(|service| service.excluded.clone()).unwrap_or_default();
+            let excluded = service.into_iter().flat_map(|service| &service.excluded);
+            let excluded = excluded.map(|out| Excluded {
+                reason: with_display_names(&out.reason, name),
+                ..out.clone()
+            });
+            let excluded: Vec<_> = excluded.collect();
             let status = service.map(|service| self.service(service));
             let backends = status.as_ref().map(|status| &status.backends[..]).unwrap_or_default();
             let inspection = inspected.as_ref().and_then(|result| result.as_deref().ok());

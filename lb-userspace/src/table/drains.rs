@@ -8,18 +8,11 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Catalog, Hosts, Instance, ServiceRecord, parse_ip};
+use super::{Catalog, Hosts, Instance, ServiceRecord, allocation, parse_ip};
 use crate::counted::counted;
 
 /// The most drains at a time: each is compared with every instance that is built.
 pub const MAX_DRAINS: usize = 256;
-
-/// The prefix of Nomad's ids of instances (`makeAllocServiceID` in nomad's
-/// command/agent/consul/service_client.go); an allocation's UUID follows.
-const NOMAD_PREFIX: &str = "_nomad-task-";
-
-/// The length of a UUID's text.
-const UUID: usize = 36;
 
 /// The length of an allocation's short id, which Nomad shows.
 const SHORT_ID: usize = 8;
@@ -105,20 +98,6 @@ impl fmt::Display for DrainTarget {
             _ => write!(formatter, "{}:{}", self.kind(), self.name()),
         }
     }
-}
-
-/// The UUID of the allocation that registered an instance of this id.
-pub fn allocation(id: &str) -> Option<&str> {
-    let (uuid, rest) = id.strip_prefix(NOMAD_PREFIX)?.split_at_checked(UUID)?;
-    (rest.starts_with('-') && is_uuid(uuid)).then_some(uuid)
-}
-
-fn is_uuid(text: &str) -> bool {
-    text.len() == UUID
-        && text.bytes().enumerate().all(|(at, octet)| match at {
-            8 | 13 | 18 | 23 => octet == b'-',
-            _ => octet.is_ascii_hexdigit(),
-        })
 }
 
 /// When something was drained.

@@ -12,6 +12,7 @@ mod example;
 pub mod first_contact;
 mod index;
 mod input;
+mod instance_name;
 pub mod keep;
 mod merge;
 mod ports;
@@ -30,14 +31,14 @@ use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable, SharedWaits, Waits};
 pub use drains::{
-    DRAIN_KINDS, Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, allocation,
-    resolve_drained,
+    DRAIN_KINDS, Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, resolve_drained,
 };
 pub use index::CatalogIndex;
 pub use input::{
     Catalog, HealthStatus, Instance, InstanceGroup, NodeIdentity, ServiceId, ServiceRecord, Watch,
     parse_ip,
 };
+pub use instance_name::{allocation, display_name, is_uuid, short_allocation, with_display_names};
 pub use merge::ServiceMeta;
 pub use ports::{MAX_PORTS, Ports, Protocols};
 pub use public::PublicAddresses;

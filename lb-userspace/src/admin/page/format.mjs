@@ -60,16 +60,6 @@ export function State({ of }) {
   return html`<span class="state ${kind}"><svg viewBox="0 0 12 12" aria-hidden="true">${SHAPES[kind]}</svg>${of}</span>`;
 }
 
-/** The name under which people know an instance: that of Nomad's are its allocation and its task. */
-export function instanceName(id, service) {
-  const parts = /^_nomad-task-([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}-(.*)$/i.exec(id);
-  if (!parts) return id;
-  const [, alloc, rest] = parts;
-  const before = (text) => text.slice(0, Math.max(0, text.toLowerCase().lastIndexOf(`-${service.toLowerCase()}-`)));
-  const owner = (rest.startsWith("group-") && before(rest.slice(6))) || before(rest);
-  return owner ? `alloc ${alloc} ${owner}` : `alloc ${alloc}`;
-}
-
 /** A table whose first column names its rows. */
 export function Table({ caption, heads, rows, empty }) {
   if (rows.length === 0) return empty ? html`<p class="quiet">${empty}</p>` : null;

@@ -19,6 +19,8 @@ export const store = {
   /** `connecting`, `live` or `lost`. */
   link: "connecting",
   isPaused: false,
+  /** Whether nobody has seen the page for a while, so that it follows nothing. */
+  isUnseen: false,
 };
 
 const listeners = new Set();
@@ -114,8 +116,16 @@ export function watch() {
   }, 2000);
   document.addEventListener("visibilitychange", () => {
     clearTimeout(hidden);
-    if (document.hidden) hidden = setTimeout(close, MAX_HIDDEN);
-    else if (!source && !store.isPaused) connect();
+    if (document.hidden) {
+      hidden = setTimeout(() => {
+        store.isUnseen = true;
+        close();
+        changed();
+      }, MAX_HIDDEN);
+    } else {
+      store.isUnseen = false;
+      if (!source && !store.isPaused) connect();
+    }
   });
 }
 

@@ -1,7 +1,7 @@
 // All views but the list of services.
 
 import { Component } from "./vendor/preact/preact.mjs";
-import { age, Commands, count, counted, Facts, html, instanceName, micros, ports, rate, shellWord, State, Table } from "./format.mjs";
+import { age, Commands, count, counted, Facts, html, micros, ports, rate, shellWord, State, Table } from "./format.mjs";
 import { get, historyOf, parse, SPAN, store } from "./store.mjs";
 
 const problems = (list) => list.length > 0 && html`<ul class="problems">${list.map((it) => html`<li>${it}</li>`)}</ul>`;
@@ -123,8 +123,9 @@ class Fetched extends Component {
   }
 
   render({ children }, { document, error }) {
-    if (error && !document) return html`<p class="banner fair" role="alert">${error}</p>`;
-    return document ? children(document) : html`<p class="quiet">Loading…</p>`;
+    const failure = error && html`<p class="banner fair" role="alert">${document ? `This is what the daemon reported last: ${error}` : error}</p>`;
+    if (!document) return failure || html`<p class="quiet">Loading…</p>`;
+    return html`${failure}${children(document)}`;
   }
 }
 
@@ -142,14 +143,14 @@ function ServiceDetails({ explanation, name }) {
   const reach = service ? `${service.vip}${service.ports !== "any" && service.ports.length === 1 ? `:${service.ports[0]}` : ""}` : "";
   const notes = [...(service?.error ? [service.error] : []), ...(service?.notes ?? []), ...explanation.notes];
   const ids = new Set((service?.backends ?? []).map((it) => `${it.node}/${it.instance}`));
-  const out = explanation.excluded.filter((it) => !ids.has(`${it.node}/${it.instance}`));
-  const rows = [...(service?.backends ?? []), ...out.map((it) => ({ ...it, state: "out" }))];
+  const out = explanation.instances.filter((it) => it.state === "out" && !ids.has(`${it.node}/${it.instance}`));
+  const rows = [...(service?.backends ?? []), ...out];
   const instances = rows.map((it) => [
-    html`<span title=${it.instance}>${instanceName(it.instance, name)}</span><span class="below">${it.node}</span>`,
+    html`<span title=${it.instance}>${it.instance_name}</span><span class="below">${it.node}</span>`,
     html`<${State} of=${it.state} />${it.reason && html`<span class="reason">${it.reason}</span>`}`,
     html`<code>${it.address}</code>`,
     count(it.weight), count(it.in_flight), count(it.connects), count(it.failures), micros(it.connect_us),
-    html`<code>nohop ${it.reason?.includes("by hand") ? "undrain" : "drain"} ${shellWord(it.address)}</code>`,
+    html`<code>nohop ${it.drained_by ? `undrain ${shellWord(it.drained_by)}` : `drain ${shellWord(it.address)}`}</code>`,
   ]);
   return html`
     <section class="banner ${{ healthy: "good", degraded: "fair", down: "bad" }[brief?.condition] ?? ""}" aria-label="Next connection">
@@ -179,26 +180,42 @@ const OUTCOMES = ["established", "refused", "failed", "aborted", "sent", "unknow
 const MAX_LINES = 200;
 
 export class Connections extends Component {
-  state = { lines: [], lost: 0, isOn: false, error: null };
+  state = { lines: [], lost: 0, isOn: false, error: null, why: null };
 
   componentWillUnmount() {
     this.abort?.abort();
   }
 
   componentDidUpdate(last) {
+    if (!this.state.isOn) return;
     const { name, outcome } = this.props.query;
-    if (this.state.isOn && (last.query.name !== name || last.query.outcome !== outcome)) this.start();
+    // The daemon has few places for those who follow connections.
+    if (store.isPaused) this.stop("Stopped by Pause.");
+    else if (store.isUnseen) this.stop("Stopped, as the page was in the background.");
+    else if (last.query.name !== name || last.query.outcome !== outcome) this.start();
   }
 
-  stop = () => {
+  stop = (why = null) => {
     this.abort?.abort();
-    this.setState({ isOn: false });
+    clearTimeout(this.timer);
+    this.timer = null;
+    this.setState({ ...this.taken(), isOn: false, why });
   };
+
+  /** What is shown, with what has come since the last time. */
+  taken() {
+    const pending = this.pending ?? [];
+    this.pending = [];
+    const lost = pending.reduce((sum, line) => sum + (line.lost ?? 0), 0);
+    const lines = [...pending.filter((line) => line.lost == null).reverse(), ...this.state.lines];
+    return { lines: lines.slice(0, MAX_LINES), lost: this.state.lost + lost };
+  }
 
   start = async () => {
     this.abort?.abort();
     const abort = (this.abort = new AbortController());
-    this.setState({ lines: [], lost: 0, isOn: true, error: null });
+    this.pending = [];
+    this.setState({ lines: [], lost: 0, isOn: true, error: null, why: null });
     const { name, outcome } = this.props.query;
     const query = new URLSearchParams();
     if (name) query.set("service", name);
@@ -223,31 +240,29 @@ export class Connections extends Component {
       this.pending = [...(this.pending ?? []), ...lines.filter(Boolean).map((line) => parse(line))].slice(-MAX_LINES);
       // However many there are, they are drawn a few times a second.
       this.timer ??= setTimeout(() => {
-        const lost = this.pending.reduce((sum, line) => sum + (line.lost ?? 0), 0);
-        const lines = [...this.pending.filter((line) => line.lost == null).reverse(), ...this.state.lines];
-        this.pending = [];
         this.timer = null;
-        this.setState({ lines: lines.slice(0, MAX_LINES), lost: this.state.lost + lost });
+        this.setState(this.taken());
       }, 250);
     }
   }
 
-  render({ query, go }, { lines, lost, isOn, error }) {
-    const who = (it) => (it.allocation ? `alloc ${it.allocation.slice(0, 8)} ${it.task ?? ""}` : (it.cgroup ?? ""));
+  render({ query, go }, { lines, lost, isOn, error, why }) {
+    const who = (it) => html`<span title=${it.cgroup}>${it.client_name ?? ""}</span>`;
+    const backend = (it) => html`<code>${it.backend}</code>${it.instance_name && html`<span class="below" title=${it.instance}>${it.instance_name}</span>`}`;
     const rows = lines.map((it) => [
       new Date(it.time * 1000).toLocaleTimeString("en-GB"),
       // Flows through an edge have a client instead of a process.
       it.client ? "edge" : html`${it.comm} <span class="quiet">${it.pid}</span>`, it.client ? html`<code>${it.client}</code>` : who(it),
       it.service ? html`<a href="?view=service&name=${encodeURIComponent(it.service)}">${it.service}</a>` : "none",
-      html`<code>${it.frontend ?? it.vip}</code>`, it.backend ? html`<code>${it.backend}</code>` : "–",
+      html`<code>${it.frontend ?? it.vip}</code>`, it.backend ? backend(it) : "–",
       html`<${State} of=${it.outcome} />`, html`<span class="reason">${[it.error, it.reason].filter(Boolean).join(", ")}</span>`, micros(it.connect_us)]);
     return html`<h1 tabindex="-1">Connections</h1>
       <form class="filters" onSubmit=${(event) => { event.preventDefault(); this.start(); }}>
         <label>Service <input name="name" value=${query.name} placeholder="all" autocomplete="off" spellcheck="false" onChange=${(event) => go({ name: event.target.value.trim() }, true)} /></label>
         <label>Outcome <select name="outcome" onChange=${(event) => go({ outcome: event.target.value }, true)}>
           <option value="">all</option>${OUTCOMES.map((it) => html`<option value=${it} selected=${it === query.outcome}>${it}</option>`)}</select></label>
-        ${isOn ? html`<button type="button" class="main" onClick=${this.stop}>Stop</button>` : html`<button class="main">Start</button>`}
-        <p class="quiet">${isOn ? "The kernel reports each connection while this runs." : "Nothing is traced until you start."}</p>
+        ${isOn ? html`<button type="button" class="main" onClick=${() => this.stop()}>Stop</button>` : html`<button class="main" disabled=${store.isPaused}>Start</button>`}
+        <p class="quiet">${isOn ? "The kernel reports each connection while this runs." : why ?? (store.isPaused ? "Updates are paused." : "Nothing is traced until you start.")}</p>
       </form>
       ${error && html`<div class="banner fair" role="alert"><p>${error}</p>
         <p>A trace shows processes, so it is for the unix socket by default. Forward it over SSH, and open <code>http://localhost:9153/</code> there:</p>

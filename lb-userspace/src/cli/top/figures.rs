@@ -93,6 +93,8 @@ pub struct BackendFigures {
     pub node: String,
     /// The id that the source has for the instance.
     pub instance: String,
+    /// The name under which people know it.
+    pub instance_name: String,
     /// Its state.
     pub state: BackendState,
     /// Why, where that isn't plain.
@@ -184,6 +186,7 @@ fn backend_figures(
         address: now.address.clone(),
         node: now.node.clone(),
         instance: now.instance.clone(),
+        instance_name: now.instance_name.clone(),
         state: now.state,
         reason: now.reason.clone(),
         weight: now.weight,
@@ -230,9 +233,11 @@ pub mod tests {
             address: address.into(),
             node: "n1".into(),
             instance: format!("{name}-{address}"),
+            instance_name: format!("{name}-{address}"),
             weight: 1,
             state: BackendState::Healthy,
             reason: None,
+            drained_by: None,
             connects,
             in_flight: Some(3),
             failures,

@@ -10,7 +10,6 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState};
 
 use super::figures::{BackendFigures, Figures, ServiceFigures};
-use crate::cli::instance::display_name;
 use crate::counted::counted;
 
 /// A key, or several that mean the same.
@@ -377,17 +376,17 @@ impl Screen {
         let selected = self.backend_idx.min(service.backends.len().saturating_sub(1));
         table(frame, backends, head.collect(), rows.collect(), &widths, selected);
         if let Some(backend) = service.backends.get(selected) {
-            frame.render_widget(Line::raw(place(backend, name)), detail);
+            frame.render_widget(Line::raw(place(backend)), detail);
         }
     }
 }
 
 /// Where a backend runs, and why it is in this state.
-fn place(backend: &BackendFigures, service: &str) -> String {
-    let id = display_name(&backend.instance, service);
+fn place(backend: &BackendFigures) -> String {
+    let name = &backend.instance_name;
     let node = match backend.node.as_str() {
-        "" => id,
-        node => format!("{node}/{id}"),
+        "" => name.clone(),
+        node => format!("{node}/{name}"),
     };
     match &backend.reason {
         Some(reason) => format!("{node}: {reason}"),

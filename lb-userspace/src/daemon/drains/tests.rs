@@ -103,8 +103,13 @@ async fn what_is_drained_gets_nothing_and_what_is_unknown_changes_nothing() {
     // What two drains cover stays drained.
     fleet.change(&mut book, Change::Drain, "10.0.0.1").unwrap();
     let undrained = fleet.change(&mut book, Change::Undrain, "web-1").unwrap();
+    assert_eq!(undrained.problem, None);
     let warning = "10.0.0.1:80 of web is still drained, by address:10.0.0.1";
     assert_eq!((undrained.drained, &undrained.warnings[..]), (false, &[warning.into()][..]));
+    // Nor does it help to undrain it by another name than that by which it was drained.
+    let held = fleet.change(&mut book, Change::Undrain, "web-1").unwrap();
+    let problem = "instance:n1/web-1 isn't drained by itself: `nohop undrain address:10.0.0.1` ends what drains it";
+    assert_eq!((held.ok, held.problem.as_deref()), (false, Some(problem)));
     fleet.change(&mut book, Change::Undrain, "10.0.0.1").unwrap();
     assert_eq!(fleet.drained(), ["n3/db"]);
     let not_drained = fleet.change(&mut book, Change::Undrain, "web-1").unwrap();

@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::table::{is_uuid, short_allocation};
+
 /// The cgroups that are known at a time.
 const MAX_KNOWN: usize = 16_384;
 
@@ -128,12 +130,34 @@ impl CgroupPaths {
 pub fn allocation(path: &Path) -> Option<(&str, &str)> {
     path.iter().find_map(|part| {
         let (uuid, task) = part.to_str()?.strip_suffix(".scope")?.split_once('.')?;
-        let is_uuid = uuid.len() == 36
-            && uuid.bytes().enumerate().all(|(at, octet)| match at {
-                8 | 13 | 18 | 23 => octet == b'-',
-                _ => octet.is_ascii_hexdigit(),
-            });
-        (is_uuid && !task.is_empty()).then_some((uuid, task))
+        (is_uuid(uuid) && !task.is_empty()).then_some((uuid, task))
+    })
+}
+
+/// The name under which people know the processes of a cgroup: its allocation and task, its container, or
+/// its path.
+pub fn client_name(path: &Path) -> String {
+    if let Some((uuid, task)) = allocation(path) {
+        return format!("alloc {} {task}", short_allocation(uuid));
+    }
+    let path = path.display().to_string();
+    match short_container(&path) {
+        Some(container) => format!("container {container}"),
+        None => path,
+    }
+}
+
+/// The length of a container's id, in hexadecimal digits.
+const CONTAINER: usize = 64;
+
+/// The id of the container in the path of its cgroup, as `docker ps` shows it (12 digits). The cgroup
+/// drivers of Docker and Podman name it `docker-ID.scope`, `docker/ID` and `libpod-ID.scope`.
+fn short_container(cgroup: &str) -> Option<&str> {
+    cgroup.split('/').rev().find_map(|part| {
+        let part = part.strip_suffix(".scope").unwrap_or(part);
+        let id = part.rsplit('-').next()?;
+        let is_id = id.len() == CONTAINER && id.bytes().all(|octet| octet.is_ascii_hexdigit());
+        id.get(..12).filter(|_| is_id)
     })
 }
 
@@ -224,6 +248,41 @@ mod tests {
         assert_eq!(of(&format!("/nomad.slice/{UUID}.web.v2.scope")), format!("{UUID} web.v2"));
         for path in ["/", "/docker-39e2.scope", "/x.y.scope", &format!("/{UUID}.scope")] {
             assert_eq!(of(path), "", "{path}");
+        }
+    }
+
+    #[test]
+    fn containers_are_in_the_path_of_their_cgroup() {
+        let id = "0123456789abcdef".repeat(4);
+        for path in [
+            format!("/sys/fs/cgroup/system.slice/docker-{id}.scope"),
+            format!("/sys/fs/cgroup/docker/{id}"),
+            format!("/sys/fs/cgroup/docker/{id}/below"),
+            format!("/sys/fs/cgroup/machine.slice/libpod-{id}.scope/container"),
+        ] {
+            assert_eq!(short_container(&path), Some("0123456789ab"), "{path}");
+        }
+        for path in ["", "/", "/sys/fs/cgroup/system.slice/docker-0123.scope", &id[1..]] {
+            assert_eq!(short_container(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_is_shown_by_what_people_know() {
+        const UUID: &str = "39e25890-23fb-7513-b98f-97a5310046ad";
+        let container = "0123456789abcdef".repeat(4);
+        for (path, expected) in [
+            (format!("/sys/fs/cgroup/nomad.slice/{UUID}.server.scope"), "alloc 39e25890 server"),
+            (
+                format!("/sys/fs/cgroup/system.slice/docker-{container}.scope"),
+                "container 0123456789ab",
+            ),
+            (
+                "/sys/fs/cgroup/system.slice/cron.service".to_owned(),
+                "/sys/fs/cgroup/system.slice/cron.service",
+            ),
+        ] {
+            assert_eq!(client_name(Path::new(&path)), expected);
         }
     }
 }

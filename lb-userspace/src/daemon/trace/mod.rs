@@ -21,8 +21,8 @@ use crate::capabilities;
 use crate::datapath::{
     Begun, Counters, SharedDatapath, TraceEvents, TracedFlow, is_sampled, trace_now_ns,
 };
-use crate::table::Table;
-use cgroups::{CgroupPaths, allocation};
+use crate::table::{Table, display_name};
+use cgroups::{CgroupPaths, allocation, client_name};
 use join::{Joined, Joiner, Outcome};
 
 /// The clients at a time.
@@ -299,18 +299,22 @@ fn record(joined: &Joined, cgroups: &CgroupPaths, table: &Table) -> TraceRecord 
     let Joined { at_ns, begun, outcome, .. } = joined;
     let cgroup = cgroups.find(begun.cgroup_id);
     let (allocation, task) = cgroup.and_then(allocation).unzip();
+    let instance = instance(begun, table);
+    let named = instance.as_deref().zip(begun.service.as_deref());
     TraceRecord {
         time: wall_clock(*at_ns),
         comm: begun.comm.clone(),
         pid: begun.pid,
         cgroup: cgroup.map(|path| path.display().to_string()),
+        client_name: cgroup.map(client_name),
         allocation: allocation.map(str::to_owned),
         task: task.map(str::to_owned),
         service: begun.service.as_deref().map(str::to_owned),
         frontend: begun.frontend.to_string(),
         protocol: if begun.is_tcp { "tcp" } else { "udp" }.to_owned(),
         backend: begun.backend.map(|backend| backend.to_string()),
-        instance: instance(begun, table),
+        instance_name: named.map(|(id, service)| display_name(id, service)),
+        instance,
         reason: Some(begun.reason.to_owned()),
         outcome: outcome.name().to_owned(),
         error: match outcome {

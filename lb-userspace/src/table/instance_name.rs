@@ -20,7 +20,8 @@ pub fn display_name(id: &str, service: &str) -> String {
 /// ids.
 pub fn with_display_names(text: &str, service: &str) -> String {
     let (mut named, mut rest) = (String::new(), text);
-    let is_end = |character: char| matches!(character, '`' | ',') || character.is_whitespace();
+    let is_end =
+        |character: char| matches!(character, '`' | ',' | ';') || character.is_whitespace();
     while let Some(begin) = rest.find(PREFIX) {
         let (before, id) = rest.split_at(begin);
         let (id, after) = id.split_at(id.find(is_end).unwrap_or(id.len()));
@@ -36,27 +37,28 @@ pub fn short_allocation(id: &str) -> &str {
     id.get(..8).unwrap_or(id)
 }
 
-/// The length of a container's id, in hexadecimal digits.
-const CONTAINER: usize = 64;
+/// The UUID of the allocation that registered an instance of this id.
+pub fn allocation(id: &str) -> Option<&str> {
+    parts(id).map(|(uuid, _)| uuid)
+}
 
-/// The id of the container in the path of its cgroup, as `docker ps` shows it (12 digits). The cgroup
-/// drivers of Docker and Podman name it `docker-ID.scope`, `docker/ID` and `libpod-ID.scope`.
-pub fn short_container(cgroup: &str) -> Option<&str> {
-    cgroup.split('/').rev().find_map(|part| {
-        let part = part.strip_suffix(".scope").unwrap_or(part);
-        let id = part.rsplit('-').next()?;
-        let is_id = id.len() == CONTAINER && id.bytes().all(|octet| octet.is_ascii_hexdigit());
-        id.get(..12).filter(|_| is_id)
-    })
+/// The UUID of an allocation, and what follows it and a hyphen.
+fn parts(id: &str) -> Option<(&str, &str)> {
+    let (uuid, rest) = id.strip_prefix(PREFIX)?.split_at_checked(UUID)?;
+    Some((uuid, rest.strip_prefix('-')?)).filter(|_| is_uuid(uuid))
+}
+
+/// Whether a text is a UUID, as of an allocation.
+pub fn is_uuid(text: &str) -> bool {
+    text.len() == UUID
+        && text.bytes().enumerate().all(|(at, octet)| match at {
+            8 | 13 | 18 | 23 => octet == b'-',
+            _ => octet.is_ascii_hexdigit(),
+        })
 }
 
 fn nomad(id: &str, service: &str) -> Option<String> {
-    let (alloc, rest) = id.strip_prefix(PREFIX)?.split_at_checked(UUID)?;
-    let is_uuid = alloc.bytes().enumerate().all(|(at, octet)| match at {
-        8 | 13 | 18 | 23 => octet == b'-',
-        _ => octet.is_ascii_hexdigit(),
-    });
-    let rest = rest.strip_prefix('-').filter(|_| is_uuid)?;
+    let (alloc, rest) = parts(id)?;
     let short = short_allocation(alloc);
     // A group's service, or one of a task that may be called `group` itself.
     let owner = rest
@@ -95,28 +97,13 @@ mod tests {
                 "the ports given by `alloc 39e25890 web` and 2 more are ignored: no",
             ),
             (format!("{one} is odd"), "alloc 39e25890 web is odd"),
+            (format!("as instance:n1/{one}; too"), "as instance:n1/alloc 39e25890 web; too"),
             (one.clone(), "alloc 39e25890 web"),
             (format!("`{PREFIX}` and `web-1`"), "`_nomad-task-` and `web-1`"),
             (String::new(), ""),
         ];
         for (text, expected) in rows {
             assert_eq!(with_display_names(&text, "hello"), expected);
-        }
-    }
-
-    #[test]
-    fn containers_are_in_the_path_of_their_cgroup() {
-        let id = "0123456789abcdef".repeat(4);
-        for path in [
-            format!("/sys/fs/cgroup/system.slice/docker-{id}.scope"),
-            format!("/sys/fs/cgroup/docker/{id}"),
-            format!("/sys/fs/cgroup/docker/{id}/below"),
-            format!("/sys/fs/cgroup/machine.slice/libpod-{id}.scope/container"),
-        ] {
-            assert_eq!(short_container(&path), Some("0123456789ab"), "{path}");
-        }
-        for path in ["", "/", "/sys/fs/cgroup/system.slice/docker-0123.scope", &id[1..]] {
-            assert_eq!(short_container(path), None, "{path}");
         }
     }
 
