@@ -20,7 +20,7 @@ const MODE: u32 = 0o660;
 /// The first port that any user may listen on, unless net.ipv4.ip_unprivileged_port_start is another.
 const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// How often an address is tried that another process holds.
+/// How often an address is tried that can't be listened on yet.
 pub(super) const RETRY: Duration = Duration::from_secs(1);
 
 /// The connections that may wait to be accepted.
@@ -92,12 +92,12 @@ pub enum Listener {
     Unix(UnixListener, SocketFile),
     /// On an address and port.
     Tcp(TcpListener),
-    /// On an address and port, once another process has left it.
+    /// On an address and port, once they can be had.
     Waiting(Arc<WaitingListener>),
 }
 
-/// A TCP address that another process holds. Any user may take a port from 1024 on, and so it keeps no daemon
-/// from its start.
+/// A TCP address that can't be listened on yet, which keeps no daemon from its start: another process holds a
+/// port that any user may take, or no interface has the address.
 #[derive(Debug)]
 pub struct WaitingListener {
     address: SocketAddr,
@@ -122,7 +122,7 @@ impl WaitingListener {
         loop {
             match listen_tcp(self.address) {
                 Ok(listener) => {
-                    tracing::info!("listening on {}: it is free now", self.address);
+                    tracing::info!("listening on {}: it can be had now", self.address);
                     *self.lock() = None;
                     return listener;
                 }
@@ -212,8 +212,9 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Listens on each address, or has that wait where any user's process may hold it. The directory of a unix socket is created if it is missing, a stale socket
-/// is replaced, and root's group may use the new one (0660).
+/// Listens on each address, or has one of TCP wait that may be had later ([`WaitingListener`]). The directory of
+/// a unix socket is created if it is missing, a stale socket is replaced, and root's group may use the new one
+/// (0660).
 ///
 /// Call it within a tokio runtime.
 ///
@@ -243,15 +244,33 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
         }
         AdminAddress::Tcp(socket_address) => match listen_tcp(*socket_address) {
             Ok(listener) => Ok(Listener::Tcp(listener)),
-            Err(error)
-                if error.kind() == ErrorKind::AddrInUse
-                    && socket_address.port() >= FIRST_UNPRIVILEGED_PORT =>
-            {
+            Err(error) if is_waited_for(*socket_address, &error) => {
                 Ok(Listener::Waiting(Arc::new(WaitingListener::new(*socket_address, error))))
             }
             Err(source) => Err(BindError::Tcp { address: *socket_address, source }),
         },
     }
+}
+
+/// Whether an address may be had later, so that the daemon starts without it: any user may take a port from 1024
+/// on, and an address or its interface may come late (DHCP), or be away while the daemon is upgraded.
+fn is_waited_for(address: SocketAddr, error: &io::Error) -> bool {
+    match Errno::from_io_error(error) {
+        Some(Errno::ADDRINUSE) => address.port() >= FIRST_UNPRIVILEGED_PORT,
+        Some(Errno::ADDRNOTAVAIL | Errno::NODEV) => true,
+        _ => false,
+    }
+}
+
+/// Whether a TCP address can be listened on now.
+///
+/// # Errors
+/// Why it can't, and whether that keeps the daemon from its start.
+pub fn try_bind(address: SocketAddr) -> Result<(), (BindError, bool)> {
+    std::net::TcpListener::bind(address).map(drop).map_err(|source| {
+        let is_fatal = !is_waited_for(address, &source);
+        (BindError::Tcp { address, source }, is_fatal)
+    })
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
@@ -420,8 +439,13 @@ mod tests {
     async fn why_an_address_cannot_be_listened_on() {
         // TEST-NET-1 (RFC 5737), which no interface has.
         let absent = AdminAddress::Tcp("192.0.2.77:9153".parse().unwrap());
-        let error = bind(&[absent]).unwrap_err().to_string();
-        assert!(error.contains("no interface of this host has 192.0.2.77"), "{error}");
+        // It may come later, and its port is none that another process could have taken.
+        let absent = bind(&[absent, AdminAddress::Tcp("192.0.2.77:80".parse().unwrap())]).unwrap();
+        let absent = waiting(&absent);
+        assert_eq!(absent.len(), 2);
+        for problem in absent.iter().map(|waiting| waiting.problem().unwrap()) {
+            assert!(problem.contains("no interface of this host has 192.0.2.77"), "{problem}");
+        }
         for (address, errno, expected) in [
             (
                 "127.0.0.1:80",

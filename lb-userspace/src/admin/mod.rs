@@ -23,7 +23,7 @@ mod tests;
 mod trace;
 mod view;
 
-pub use bind::{BindError, Listener, WaitingListener, bind, exposed, waiting};
+pub use bind::{BindError, Listener, WaitingListener, bind, exposed, try_bind, waiting};
 pub use documents::At;
 pub use origin::TcpAccess;
 pub use server::serve;

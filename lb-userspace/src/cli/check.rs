@@ -7,9 +7,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{edge_check, nomad_check};
-use crate::admin::{api, client};
+use crate::admin::{api, client, try_bind};
 use crate::catalog::Handle;
-use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
+use crate::config::{AdminAddress, Config, ConfigErrors, SourceKind, cgroup};
 use crate::counted::counted;
 use crate::datapath::{
     Charge, Features, Limit, Safety, TcpTerminator, are_charged, exclusion_problems, find_obstacle,
@@ -132,6 +132,11 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         let try_bind = || dns::try_bind_tls(address, &config.dns.listen_tls);
         let found = dns_port(address, try_bind, daemon.as_ref().ok());
         checks.push(finding("DNS over TLS port", true, found));
+    }
+    for address in &config.admin.listen {
+        let AdminAddress::Tcp(address) = address else { continue };
+        let (is_required, found) = admin_address(*address, daemon.as_ref().ok());
+        checks.push(finding("admin address", is_required, found));
     }
     if !config.dns.listen_tls.is_empty() {
         let found = match dns::tls_server_config(&config.dns) {
@@ -532,6 +537,20 @@ fn dns_port(
     wrong(detail, fix)
 }
 
+/// Whether a TCP address of the admin interface can be listened on, and whether the daemon doesn't start
+/// otherwise.
+fn admin_address(address: SocketAddr, daemon: Option<&api::Status>) -> (bool, CheckResult) {
+    match (try_bind(address), daemon) {
+        (Ok(()), _) => (true, Ok(format!("{address} is free"))),
+        (Err((error, is_fatal)), None) => (is_fatal, in_two(&error.to_string())),
+        // It waits for the address, or holds it.
+        (Err((error, _)), Some(status)) => match status.problems.contains(&error.to_string()) {
+            true => (false, in_two(&error.to_string())),
+            false => (true, Ok(format!("{address} is held by the running daemon"))),
+        },
+    }
+}
+
 /// nohop.socket as systemd reports it; nothing if there is none.
 fn socket_unit() -> String {
     let words = ["show", "--property=ActiveState,Listen", "nohop.socket"];
@@ -713,6 +732,13 @@ mod tests {
         assert_eq!(
             dns_port(absent, || dns::try_bind(absent, &[absent]), None),
             Ok("192.0.2.1:0 is free".to_owned())
+        );
+        // One of the admin interface is waited for, and no lookup depends on it.
+        let (is_required, found) = admin_address(absent, None);
+        let (detail, _) = found.unwrap_err();
+        assert!(
+            !is_required && detail.ends_with("no interface of this host has 192.0.2.1"),
+            "{detail}"
         );
     }
 

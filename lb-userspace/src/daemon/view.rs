@@ -68,7 +68,7 @@ pub struct DaemonView {
     pub(super) deadline_problem: watch::Receiver<Option<String>>,
     /// That others may change what is in the state directory, since the start.
     pub(super) exposed: Option<String>,
-    /// Addresses of the admin interface that other processes hold.
+    /// Addresses of the admin interface that can't be had yet.
     pub(super) waiting: Vec<Arc<WaitingListener>>,
     pub(super) public_routes: watch::Receiver<edge::PublicRoutes>,
     pub(super) edge_vips: watch::Receiver<BTreeMap<String, SocketAddr>>,
