@@ -1,5 +1,6 @@
 //! The cost of the page: ten viewers of 10,000 services, of which some hundred get connections each
-//! second, beside none. Limits of time are those of a release build: NOHOP_BINARY names one.
+//! second, beside none. Limits of time are those of a release build: NOHOP_BINARY names one,
+//! and `cargo xtask test --full` that of the packages.
 
 use std::fs;
 use std::io::{Read, Write};

@@ -21,13 +21,14 @@ const OLD_VERSION: &str = "0.0.1";
 type Check = fn(&Path) -> Result<()>;
 
 /// Each with what it is about.
-const CHECKS: [(&str, Check); 10] = [
+const CHECKS: [(&str, Check); 11] = [
     ("made", made),
     ("the same bytes from another folder", same_bytes),
     ("sums, and signed with a key", signed),
     ("the binary needs no newer glibc than they declare", glibc),
     ("the static binary runs without the system's files, and resolves names", static_binary),
     ("the image in Docker", image_in_docker),
+    ("what viewers of the page cost", page_cost),
     (".deb installed, upgraded and removed", in_a_root),
     (".rpm installed, upgraded and removed", rpm_in_a_root),
     ("made for aarch64", |_| aarch64::made()),
@@ -60,10 +61,26 @@ fn made(out: &Path) -> Result<()> {
 }
 
 fn image_in_docker(out: &Path) -> Result<()> {
+    let image = image::path(Architecture::X86_64, &release(out)?);
+    process::stream(scenario("packaged_image").env("NOHOP_IMAGE", image))
+}
+
+/// The limit on their processor time is that of a release build.
+fn page_cost(out: &Path) -> Result<()> {
+    let binary = staged(out)?.join("usr/bin/nohop");
+    process::stream(scenario("page_cost").env("NOHOP_FULL", "1").env("NOHOP_BINARY", binary))
+}
+
+fn scenario(name: &str) -> Command {
     let mut test = Command::new("cargo");
-    test.args(["test", "--package", "lb-tests", "--test", "scenarios", "packaged_image"]);
-    test.env("NOHOP_IMAGE", image::path(Architecture::X86_64, &release(out)?));
-    process::stream(test.current_dir(repository::root()))
+    test.args(["test", "--package", "lb-tests", "--test", "scenarios", name]);
+    test.current_dir(repository::root());
+    test
+}
+
+/// The files of the packages.
+fn staged(out: &Path) -> Result<PathBuf> {
+    Ok(release(out)?.work.join("stage-x86_64"))
 }
 
 /// Makes them once more in a clone in another folder.
@@ -120,7 +137,7 @@ fn signed(out: &Path) -> Result<()> {
 /// Which contrib/packages/nfpm.yaml has.
 fn glibc(out: &Path) -> Result<()> {
     const NEWEST: (u32, u32) = (2, 34);
-    let folder = release(out)?.work.join("stage-x86_64");
+    let folder = staged(out)?;
     let mut objdump = Command::new("objdump");
     let symbols = process::output(objdump.arg("-T").arg(folder.join("usr/bin/nohop")))?;
     let version = |symbol: &str| {
