@@ -12,6 +12,7 @@ use crate::fib::Route;
 use crate::flows::{self, Found, nohop_edge_claim, nohop_edge_end};
 use crate::forward;
 use crate::maps::{self, count};
+use crate::settings::Side;
 use crate::skb::Skb;
 use crate::{hops, outcomes, settings, syn, tables, trace};
 
@@ -26,6 +27,8 @@ pub const EXPIRED: u64 = u64::MAX - 2;
 
 /// How many source ports are tried: with [`PortPlace::step`] as far as there are any.
 const N_TRIES: u32 = 16;
+/// How many of them before one is taken from a flow that is as good as over.
+const N_FREE_TRIES: u32 = 4;
 
 /// First packets a second that may take the record of a connection that isn't established, or of UDP: from a
 /// network (IPv4 /24, IPv6 /48), and for a VIP. In nanoseconds between them.
@@ -61,6 +64,7 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
     }
     let is_local = nohop_edge_is_local(skb.0, backend - 1);
     let begun = nohop_edge_insert(claimed - 1, backend - 1, is_local);
+    outcomes::apply();
     nohop_edge_begun(claimed - 1, service - 1, begun)
 }
 
@@ -78,7 +82,7 @@ extern "C" fn nohop_edge_admit() -> u64 {
         return PASS;
     }
     let Some(service) = maps::service_of(packet) else {
-        if !maps::is_vip(packet) {
+        if !maps::is_vip(packet, &packet.destination) {
             return PASS;
         }
         trace::refused(EdgeCounter::NoFrontend);
@@ -91,10 +95,13 @@ extern "C" fn nohop_edge_admit() -> u64 {
         trace::refused(EdgeCounter::UnknownFlow);
         return RESET;
     }
-    // No host sends to itself by this one, and no packet of this edge's comes back to it.
-    if packet.source == packet.destination
-        || settings::is_source(&packet.source, packet.is_ipv6 != 0)
-    {
+    // No packet of this edge's comes back to it. Two services of datagrams could answer each other for ever.
+    let is_own = match settings::side(&packet.source, packet.is_ipv6 != 0) {
+        Side::None => false,
+        Side::Source => true,
+        Side::Vip => maps::is_vip(packet, &packet.source),
+    };
+    if is_own {
         trace::refused(EdgeCounter::Martian);
         return DROP;
     }
@@ -249,7 +256,10 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
             return 0;
         }
         // The flow begins with its second key.
-        let has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
+        let mut has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
+        if !has_port && nth > N_FREE_TRIES && nohop_edge_take_port(record_idx) != 0 {
+            has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
+        }
         if has_port && flows::nohop_edge_insert_key(record_idx, 0) != 0 {
             if is_local != 0 {
                 settings::set_local();
@@ -266,6 +276,22 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
         }
     }
     0
+}
+
+/// Ends the flow that has the port which was tried, where it needs it as little as a record. Returns 1 if it did.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_edge_take_port(record_idx: u64) -> u64 {
+    let holder = flows::nohop_edge_holder(record_idx, maps::now_ms().into());
+    let is_pending = holder >> 32 == flows::PENDING;
+    if holder == 0 || is_pending && nohop_edge_is_flooded() != 0 {
+        return 0;
+    }
+    let is_ended = flows::nohop_edge_end(holder & u64::from(u32::MAX), FlowEnd::Taken as u64);
+    if is_ended != 0 {
+        count(EdgeCounter::Taken);
+    }
+    is_ended
 }
 
 /// Writes the record of a flow, with the source port that is tried at last. `how` is the number of the try, and

@@ -364,30 +364,22 @@ pub const ONLY_PENDING: u64 = u64::MAX;
 /// The record was claimed.
 const CLAIMED: u64 = 1;
 /// It is that of a connection which isn't established, or of UDP, for a while.
-const PENDING: u64 = 2;
+pub const PENDING: u64 = 2;
 /// It is that of a connection which is closed, or of a datagram that wasn't answered, for a while.
 const SPENT: u64 = 3;
+/// It is that of a flow whose time is over.
+const OVER: u64 = 4;
 
 /// Claims a record if it is free or its flow's time is over. Returns [`CLAIMED`], [`PENDING`], [`SPENT`] or 0.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
-    /// For how long after its last packet a flow keeps its record in any case, in milliseconds: one that is
-    /// closed, for segments that come late or again; one that isn't answered; UDP.
-    const CLOSED_MS: u32 = 2_000;
-    const PENDING_MS: u32 = 1_000;
-    const UDP_MS: u32 = 10_000;
     let idx = within(place);
     let Some(record) = maps::record(idx) else { return 0 };
     if record.claims() != 0 {
-        let (state, idle_ms) = (record.word().state(), idle_ms(record, now_ms as u32));
-        if idle_ms < settings::timeout_ms(state) {
-            return match state {
-                FlowState::Closed | FlowState::UdpUnanswered if idle_ms >= CLOSED_MS => SPENT,
-                FlowState::SynSent | FlowState::SynReceived if idle_ms >= PENDING_MS => PENDING,
-                FlowState::Udp if idle_ms >= UDP_MS => PENDING,
-                _ => 0,
-            };
+        let seen = use_of(record, now_ms as u32);
+        if seen != OVER {
+            return seen;
         }
         if nohop_edge_end(idx.into(), FlowEnd::Timeout as u64) == 0 {
             return 0;
@@ -395,6 +387,48 @@ extern "C" fn nohop_edge_look_at(place: u64, now_ms: u64) -> u64 {
         count(EdgeCounter::Expired);
     }
     if claim(record) { CLAIMED } else { 0 }
+}
+
+/// The flow that has the port which a record's flow is to get: the index of its record, and in the upper half
+/// [`PENDING`], [`SPENT`] or [`OVER`]; 0 where it is in use, or there is none any more.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_edge_holder(record_idx: u64, now_ms: u64) -> u64 {
+    let idx = record_idx as u32;
+    let Some(record) = maps::record(idx) else { return 0 };
+    let found = if record.word().is_ipv6() {
+        key6_of(record, idx, true).and_then(|key| maps::flow6(&key))
+    } else {
+        maps::flow4(&key4_of(record, true))
+    };
+    let Some(FlowRef { record: holder_idx, .. }) = found else { return 0 };
+    match maps::record(holder_idx) {
+        Some(holder) if holder.claims() != 0 => {
+            let seen = use_of(holder, now_ms as u32);
+            if seen == 0 { 0 } else { seen << 32 | u64::from(holder_idx) }
+        }
+        _ => 0,
+    }
+}
+
+/// Whether a flow still needs its record and its port. Returns [`PENDING`], [`SPENT`] or [`OVER`]; 0 where it does.
+#[inline(always)]
+fn use_of(record: RecordPtr, now_ms: u32) -> u64 {
+    /// For how long after its last packet a flow keeps its record in any case, in milliseconds: one that is
+    /// closed, for segments that come late or again; one that isn't answered; UDP.
+    const CLOSED_MS: u32 = 2_000;
+    const PENDING_MS: u32 = 1_000;
+    const UDP_MS: u32 = 10_000;
+    let (state, idle_ms) = (record.word().state(), idle_ms(record, now_ms));
+    if idle_ms >= settings::timeout_ms(state) {
+        return OVER;
+    }
+    match state {
+        FlowState::Closed | FlowState::UdpUnanswered if idle_ms >= CLOSED_MS => SPENT,
+        FlowState::SynSent | FlowState::SynReceived if idle_ms >= PENDING_MS => PENDING,
+        FlowState::Udp if idle_ms >= UDP_MS => PENDING,
+        _ => 0,
+    }
 }
 
 /// Claims a record if it is free.

@@ -179,11 +179,11 @@ pub fn service_of(packet: &Packet) -> Option<EdgeServiceRef> {
     service_ref(&packet.destination, packet.destination_port, packet.protocol, packet.is_ipv6 != 0)
 }
 
-/// Whether a packet goes to the address of some frontend: the daemon inserts one of any port for each.
+/// Whether an address, a packet's source or destination, is that of some frontend of its protocol: the daemon inserts one
+/// of any port for each.
 #[inline(always)]
-pub fn is_vip(packet: &Packet) -> bool {
-    let is_ipv6 = packet.is_ipv6 != 0;
-    service_at(&packet.destination, ANY_PORT, packet.protocol, is_ipv6).is_some()
+pub fn is_vip(packet: &Packet, address: &Address) -> bool {
+    service_at(address, ANY_PORT, packet.protocol, packet.is_ipv6 != 0).is_some()
 }
 
 /// Whether the packet in the window goes to a VIP, if its headers have an address at all. Neighbour discovery is the

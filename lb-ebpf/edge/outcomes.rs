@@ -61,17 +61,19 @@ pub fn may_answer(backend_idx: u32, generation: u32) -> bool {
 }
 
 /// The flags of a TCP flow to a backend that is about to begin with its SYN. One that a sound backend may leave without
-/// an answer, or refuse, isn't pending, so nothing follows from that, nor is it a trial. On this host only a refusal
-/// shows something: the host itself may drop what comes from a forged address.
+/// an answer, or refuse, isn't pending, so nothing follows from that, nor is it a trial; but that it is answered returns
+/// a backend that is ejected. On this host a refusal shows something too, but no silence: the host itself may drop what
+/// comes from a forged address.
 #[inline(always)]
 pub fn flags_of(backend: BackendPtr, is_conclusive: bool, is_local: bool) -> u8 {
-    if !is_conclusive {
-        return FlowWord::IN_FLIGHT;
+    let ejection = backend.ejection();
+    if !is_conclusive || is_local {
+        let refusal = if is_conclusive { FlowWord::SHOWS_REFUSAL } else { 0 };
+        let is_changed = ejection.is_changed_by(Sign::Answered);
+        let answer = if is_changed { FlowWord::SHOWS_ANSWER } else { 0 };
+        return FlowWord::IN_FLIGHT | refusal | answer;
     }
-    if is_local {
-        return FlowWord::IN_FLIGHT | FlowWord::SHOWS_REFUSAL;
-    }
-    let trial = if backend.ejection().is_claimed() { FlowWord::TRIAL } else { 0 };
+    let trial = if ejection.is_claimed() { FlowWord::TRIAL } else { 0 };
     FlowWord::IN_FLIGHT | FlowWord::PENDING | trial
 }
 
@@ -120,7 +122,7 @@ fn settle(record: RecordPtr, record_idx: u32) {
     let (is_open, is_answered) = (word.is_open(), word.backend & FlowWord::FIRST != 0);
     let mut sign = None;
     let (mut in_flight, mut pending) = (0, 0);
-    if flags & FlowWord::PENDING != 0 && (is_answered || !is_open) {
+    if flags & FlowWord::PENDING != 0 && (word.backend != 0 || !is_open) {
         flags &= !FlowWord::PENDING;
         pending = -1;
         if let Some(backend) = backend
@@ -146,6 +148,9 @@ fn settle(record: RecordPtr, record_idx: u32) {
         } else {
             (flags & FlowWord::TRIAL != 0).then_some(Sign::TrialAborted)
         };
+    } else if flags & FlowWord::SHOWS_ANSWER != 0 && is_answered {
+        flags &= !FlowWord::SHOWS_ANSWER;
+        sign = Some(Sign::Answered);
     } else if !is_open && flags & FlowWord::IN_FLIGHT != 0 {
         // A RST before any FIN, or the end in order.
         let (either, both) = (word.client | word.backend, word.client & word.backend);

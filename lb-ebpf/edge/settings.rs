@@ -72,6 +72,17 @@ pub fn side6(high: u64, low: u64) -> Side {
     Side::None
 }
 
+/// The same of an address of either family.
+#[inline(always)]
+pub fn side(address: &Address, is_ipv6: bool) -> Side {
+    if is_ipv6 {
+        let [high, low] = address.words();
+        side6(high, low)
+    } else {
+        side4(address.v4_word())
+    }
+}
+
 /// Whether flows may begin: not while connections are only counted, nor after a daemon of another version has
 /// run that doesn't keep the frontends.
 #[inline(always)]
@@ -121,18 +132,6 @@ pub enum Source {
     V4(u32),
     /// Where it is.
     V6(*const Address),
-}
-
-/// Whether an address is one of this edge's sources.
-#[inline(always)]
-pub fn is_source(address: &Address, is_ipv6: bool) -> bool {
-    let side = if is_ipv6 {
-        let [high, low] = address.words();
-        side6(high, low)
-    } else {
-        side4(address.v4_word())
-    };
-    side == Side::Source
 }
 
 /// The nth source address of a family.

@@ -609,20 +609,26 @@ pub fn clients_reuse_ports() {
     });
 }
 
-/// A backend on the edge's own host sees the client's own address.
+/// A backend on the edge's own host sees the client's own address. A RST ejects it, and an answer returns it.
 pub fn a_backend_is_here() {
     inside(|| {
         let (place, network) = (place(), Network::new());
         let vip = SocketAddr::from((PUBLIC, 80));
-        let datapath = serve(&place, vec![public("web", &[(SOURCE, PORT).into()], &[vip])]);
+        let backend = SocketAddr::from((SOURCE, PORT));
+        let datapath = serve(&place, vec![public("web", &[backend], &[vip])]);
+        let (counters, indices) = (datapath.counters(), datapath.indices("web").unwrap());
+        let is_ejected = || counters.ejected(indices.backends[&backend]).is_some();
+        let refused = network.client.run(move || request(vip, b"?").unwrap_err().kind());
+        assert_eq!((refused, is_ejected()), (ErrorKind::ConnectionRefused, true));
         start_server_here(SOURCE.into(), 'E');
         for len in [1usize, 100_000] {
             let answer = network.client.run(move || request(vip, &vec![7; len]));
             assert_eq!(answer.unwrap(), format!("E {CLIENT} {len}"));
+            assert!(!is_ejected());
         }
         let answer = network.client.run(move || ask(CLIENT.into(), vip, b"?"));
         assert_eq!(answer.unwrap(), format!("E {CLIENT} 1"));
-        assert_eq!(count(&datapath, "flows_begun"), 3);
+        assert_eq!(count(&datapath, "flows_begun"), 4);
         stop_server_here(SOURCE.into());
     });
 }

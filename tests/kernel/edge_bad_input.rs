@@ -1,11 +1,12 @@
 //! The unit `edge` and packets that aren't as they should be, and links of other kinds.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lb_userspace::datapath::{Datapath, EdgeOptions};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket};
 
 use crate::edge::{
@@ -40,8 +41,7 @@ fn send([to, from]: [[u8; 6]; 2], tag: &[u8], packet: &[u8]) {
     unsafe {
         let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
         assert!(socket >= 0);
-        let socket = std::os::fd::FromRawFd::from_raw_fd(socket);
-        let socket: std::os::fd::OwnedFd = socket;
+        let socket = OwnedFd::from_raw_fd(socket);
         let mut address: libc::sockaddr_ll = std::mem::zeroed();
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
@@ -55,6 +55,44 @@ fn send([to, from]: [[u8; 6]; 2], tag: &[u8], packet: &[u8]) {
             size_of::<libc::sockaddr_ll>() as u32,
         );
         assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
+    }
+}
+
+/// A socket that receives what this thread's network namespace does, from the IP header on.
+fn all_packets() -> OwnedFd {
+    let value = |number: libc::c_int| (&raw const number).cast::<libc::c_void>();
+    // SAFETY: the option's value lives until the call ends, and is as long as is named.
+    unsafe {
+        let every = libc::c_int::from((libc::ETH_P_ALL as u16).to_be());
+        let socket = libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, every);
+        assert!(socket >= 0);
+        let (level, option) = (libc::SOL_PACKET, libc::PACKET_AUXDATA);
+        assert_eq!(libc::setsockopt(socket, level, option, value(1), 4), 0);
+        OwnedFd::from_raw_fd(socket)
+    }
+}
+
+/// Whether the next such packet has a VLAN tag.
+fn has_tag(socket: &OwnedFd, is_it: impl Fn(&[u8]) -> bool) -> bool {
+    set_socket_timeout(socket, Timeout::Recv, Some(LONG)).unwrap();
+    loop {
+        let (mut packet, mut control) = ([0u8; 2_048], [0u64; 16]);
+        let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
+        // SAFETY: all that the message names lives until the calls end; the kernel sends one control message, of this
+        // type.
+        let (len, data) = unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+            message.msg_control = control.as_mut_ptr().cast();
+            message.msg_controllen = size_of_val(&control);
+            let len = libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0);
+            assert!(len >= 0, "{}", std::io::Error::last_os_error());
+            let data = libc::CMSG_DATA(libc::CMSG_FIRSTHDR(&raw const message));
+            (len as usize, data.cast::<libc::tpacket_auxdata>().read_unaligned())
+        };
+        if is_it(&packet[..len]) {
+            return data.tp_status & libc::TP_STATUS_VLAN_VALID != 0;
+        }
     }
 }
 
@@ -177,7 +215,8 @@ fn fragment(offset: u16, is_more: bool) -> Vec<u8> {
 pub fn packets_that_are_not_right() {
     inside(|| {
         let (place, network) = (place(), Network::new());
-        let datapath = serve(&place, vec![web()]);
+        let others = ["203.0.113.11:80", "[fd99::11]:80"].map(|vip| vip.parse().unwrap());
+        let datapath = serve(&place, vec![web(), public("other", &[], &others)]);
         let macs = [mac("out"), network.client.run(|| mac("v1"))];
         let client: IpAddr = CLIENT.into();
         let client6: IpAddr = "fd51::2".parse().unwrap();
@@ -279,6 +318,9 @@ pub fn packets_that_are_not_right() {
             ("from an IPv6 multicast address", "martian", from("ff02::1")),
             ("from the VIP itself", "martian", from("203.0.113.10")),
             ("from the IPv6 VIP itself", "martian", from("fd99::10")),
+            ("from another VIP", "martian", from("203.0.113.11")),
+            ("from another IPv6 VIP", "martian", udp("fd99::11".parse().unwrap()).packet()),
+            ("from between the VIPs", "flows_begun", from("203.0.113.12")),
             ("from edge.source", "martian", from("10.7.0.1")),
             ("from edge.source of IPv6", "martian", from("fd07::1")),
             ("a first fragment", "fragment", changed(udp(client), &|it| it[6] = 0x20)),
@@ -340,7 +382,10 @@ pub fn packets_that_are_not_right() {
             (it.extension, it.options) = (FRAGMENT, fragment(0, false));
         });
         counted("a fragment that is all", "flows_begun", &[], whole);
+        let received = network.backend.run(all_packets);
         counted("a tag of a priority", "flows_begun", &[0x81, 0, 0xe0, 0], other(client).packet());
+        let is_it = |packet: &[u8]| packet[9] == UDP && packet.ends_with(&other(client).data);
+        assert!(!has_tag(&received, is_it), "it leaves with its tag");
         start_server(&network.backend, BACKEND.into(), 'A');
         let vip = SocketAddr::from((PUBLIC, 80));
         let answer = network.client.run(move || request(vip, b"?"));
@@ -433,12 +478,20 @@ pub fn syns_that_show_nothing() {
         }
         drop(listener);
         shows_nothing("a hop limit of 3", &[Spec { from_port: 7_103, hops: 3, ..tcp(client) }]);
+        let is_ejected = |expected: bool| {
+            let start = Instant::now();
+            while counters.ejected(idx).is_some() != expected {
+                assert!(start.elapsed() < LONG, "{expected}: {:?}", datapath.edge_counts());
+                std::thread::yield_now();
+            }
+        };
         answered("a usual one", &[Spec { from_port: 7_104, ..tcp(client) }]);
-        let start = Instant::now();
-        while counters.ejected(idx).is_none() {
-            assert!(start.elapsed() < LONG, "{:?}", datapath.edge_counts());
-            std::thread::yield_now();
-        }
+        is_ejected(true);
+        // That one is answered shows what it does.
+        start_server(&network.backend, BACKEND.into(), 'A');
+        answered("a hop limit of 3", &[Spec { from_port: 7_105, hops: 3, ..tcp(client) }]);
+        is_ejected(false);
+        stop_server(&network.backend, BACKEND.into());
     });
 }
 

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
+use crate::choice::now_ms;
 use crate::edge::{
     BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, flows, options,
     place, public, request, serve, serve_with, start_server, stop_server,
@@ -328,9 +329,13 @@ pub fn a_record_of_another_family() {
     });
 }
 
-/// A port that is in use is passed over. Where all that are tried are, new flows are refused.
+/// A port that is in use is passed over. Where all that are tried are, new flows are refused, unless one is of a flow that
+/// is as good as over.
 pub fn ports_run_out() {
     const N_TRIES: u32 = 16;
+    // The first one that takes a port.
+    const TAKES: usize = 4;
+    const HOLDER: u32 = 1_000;
     inside(|| {
         let (place, network) = (place(), Network::new());
         let vip = SocketAddr::from((PUBLIC, 80));
@@ -353,16 +358,35 @@ pub fn ports_run_out() {
             ports.set(idx, octets, 0).unwrap();
         };
         let mut place = last;
-        let taken: Vec<[u64; 2]> = (0..N_TRIES)
-            .map(|nth| {
-                let next = PortPlace::of(place + 1 + PortPlace::step(nth), 1);
-                place = next.place;
-                let (from, to) = ((BACKEND.octets(), PORT), (SOURCE.octets(), next.port));
-                zerocopy::transmute!(FlowKey4::of(from, to, IPPROTO_TCP))
-            })
-            .collect();
-        let of_others: u64 = zerocopy::transmute!(FlowRef { record: 1_000, is_back: 1 });
+        let mut next = |nth: u32| {
+            let next = PortPlace::of(place + 1 + PortPlace::step(nth), 1);
+            place = next.place;
+            next.port
+        };
+        let tried: Vec<u16> = (0..N_TRIES).map(&mut next).collect();
+        let key = |port: &u16| -> [u64; 2] {
+            let (from, to) = ((BACKEND.octets(), PORT), (SOURCE.octets(), *port));
+            zerocopy::transmute!(FlowKey4::of(from, to, IPPROTO_TCP))
+        };
+        let taken: Vec<[u64; 2]> = tried.iter().map(key).collect();
+        let of_others: u64 = zerocopy::transmute!(FlowRef { record: HOLDER, is_back: 1 });
         taken.iter().for_each(|key| keys.insert(key, of_others, 0).unwrap());
+        let mut records: Array<_, [u64; 8]> = Map::Array(map("EDGE_RECORDS")).try_into().unwrap();
+        let mut set_holder = |shown: u8, idle_ms: u32| {
+            let record = FlowRecord {
+                claims: 1,
+                word: FlowWord { client: shown, backend: shown, flags: 0, protocol: IPPROTO_TCP },
+                last_ms: now_ms().wrapping_sub(idle_ms),
+                backend_port: PORT,
+                backend: BACKEND.octets(),
+                source_port: tried[TAKES],
+                source: SOURCE.octets(),
+                ..FlowRecord::default()
+            };
+            let record: [u64; 8] = zerocopy::transmute!(record);
+            records.set(HOLDER, record, 0).unwrap();
+        };
+        set_holder(FlowWord::FIRST | FlowWord::ACK, 60_000);
         search_again();
         assert_eq!(answer(&network), Err(ErrorKind::ConnectionRefused));
         assert_eq!(count(&datapath, "no_port"), 1);
@@ -370,6 +394,15 @@ pub fn ports_run_out() {
         search_again();
         assert_eq!(answer(&network), expected);
         assert_eq!(count(&datapath, "no_port"), 1);
+        // A connection that was closed gives its port away, if it hasn't just been.
+        keys.insert(taken[N_TRIES as usize - 1], of_others, 0).unwrap();
+        set_holder(FlowWord::FIRST | FlowWord::FIN, 0);
+        search_again();
+        assert_eq!(answer(&network), Err(ErrorKind::ConnectionRefused));
+        set_holder(FlowWord::FIRST | FlowWord::FIN, 3_000);
+        search_again();
+        assert_eq!(answer(&network), expected);
+        assert_eq!((count(&datapath, "no_port"), count(&datapath, "flows_taken")), (2, 1));
         stop_server(&network.backend, BACKEND.into());
     });
 }

@@ -170,6 +170,9 @@ impl FlowWord {
     pub const FIN: u8 = 4;
     /// A RST, after which nothing else came.
     pub const RST: u8 = 8;
+    /// Of a backend: something else than an answer to the SYN, such as the acknowledgement by which a connection in
+    /// TIME-WAIT answers one that isn't acceptable (RFC 9293, section 3.10.7.4).
+    pub const OTHER: u8 = 16;
 
     /// The flow is IPv6.
     pub const IPV6: u8 = 1;
@@ -185,6 +188,8 @@ impl FlowWord {
     pub const SHOWS_CLIENT: u8 = 32;
     /// It isn't pending, but that its SYN is refused shows what it does for one that is.
     pub const SHOWS_REFUSAL: u8 = 64;
+    /// It isn't pending, but that its SYN is answered shows what it does for one that is: its backend was ejected.
+    pub const SHOWS_ANSWER: u8 = 128;
 
     /// For how long nothing may have come after a RST before a packet shows that the RST wasn't its sender's, in
     /// milliseconds. Packets that were sent before it may come after it.
@@ -253,6 +258,8 @@ impl FlowWord {
         let kind = tcp_flags & (TCP_SYN | TCP_ACK);
         if is_back && kind == TCP_SYN | TCP_ACK {
             shown |= FlowWord::FIRST;
+        } else if is_back && shown & FlowWord::FIRST == 0 {
+            shown |= FlowWord::OTHER;
         }
         // Nothing but the backend's answer leads on.
         let answers = if is_back { shown } else { self.backend };
@@ -273,8 +280,9 @@ impl FlowWord {
     pub const fn is_unsettled(self) -> bool {
         let Self { backend, flags, .. } = self;
         let (is_open, is_answered) = (self.is_open(), backend & FlowWord::FIRST != 0);
-        let is_pending = flags & FlowWord::PENDING != 0;
-        is_open != (flags & FlowWord::IN_FLIGHT != 0) || is_pending && (is_answered || !is_open)
+        is_open != (flags & FlowWord::IN_FLIGHT != 0)
+            || flags & FlowWord::PENDING != 0 && (backend != 0 || !is_open)
+            || flags & FlowWord::SHOWS_ANSWER != 0 && is_answered
     }
 }
 

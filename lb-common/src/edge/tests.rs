@@ -426,8 +426,23 @@ fn states_of_a_connection() {
         }
     }
     // Nothing but the backend's answer leads on.
-    for (side, tcp_flags) in [('c', TCP_ACK), ('b', TCP_ACK), ('c', FIN_ACK)] {
-        assert_eq!(next(begun, side, tcp_flags, 0), begun);
+    for tcp_flags in [TCP_ACK, FIN_ACK] {
+        assert_eq!(next(begun, 'c', tcp_flags, 0), begun);
+    }
+    // What else it sends shows that it is there.
+    let of = |flags: u8| FlowWord { flags: flags | FlowWord::IN_FLIGHT, ..begun };
+    let other = next(of(FlowWord::PENDING), 'b', TCP_ACK, 0);
+    assert_eq!(other.state(), SynSent);
+    assert_eq!(next(other, 'b', SYN_ACK, 0).state(), SynReceived);
+    for (flags, tcp_flags, is_unsettled) in [
+        (FlowWord::PENDING, TCP_ACK, true),
+        (FlowWord::PENDING, SYN_ACK, true),
+        (FlowWord::SHOWS_ANSWER, TCP_ACK, false),
+        (FlowWord::SHOWS_ANSWER, SYN_ACK, true),
+        (0, SYN_ACK, false),
+    ] {
+        assert!(!of(flags).is_unsettled());
+        assert_eq!(next(of(flags), 'b', tcp_flags, 0).is_unsettled(), is_unsettled, "{flags}");
     }
     // A RST that wasn't the client's is one of many signs: what it sends later shows that.
     let open = OPEN.iter().fold(begun, |word, &(side, flags, _)| next(word, side, flags, 0));
