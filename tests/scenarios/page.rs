@@ -300,6 +300,7 @@ fn pauses(browser: &mut Chromium, nodes: &Nodes, helloworld: SocketAddrV4) -> Re
         browser.wait_for("store.version > version")?;
         let pause = busy(browser)? - before;
         eprintln!("{what} of {N_SERVICES} services: {:.0} ms", pause * 1e3);
+        ensure!(pause < MAX_PAUSE_S, "{what} takes {pause} s");
     }
     browser.evaluate("document.querySelector('input[name=q]').focus()")?;
     let drawn =
