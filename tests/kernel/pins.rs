@@ -48,7 +48,7 @@ pub fn two_daemons_are_one_too_many() {
     let mut place = Place::new();
     let mut first = Datapath::start(&place.options).unwrap();
     first.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    let pid = std::process::id();
+    let (pid, own_layout) = (std::process::id(), place.options.layout);
     for layout in [3, 4] {
         place.options.layout = layout;
         let error = Datapath::start(&place.options).unwrap_err().to_string();
@@ -57,6 +57,13 @@ pub fn two_daemons_are_one_too_many() {
     assert!(!place.pin("v4").exists());
     first.keep();
     assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the first stays in use");
+    // It has stopped, and can't end yet.
+    place.options.layout = own_layout;
+    let next = Datapath::start(&place.options).unwrap();
+    // Its own connections are bypassed.
+    next.keep();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    drop((next, first));
 }
 
 /// Pins something of another program at a path.

@@ -540,7 +540,7 @@ impl Datapath {
             .ok()
     }
 
-    /// Leaves everything attached and pinned, for the next daemon.
+    /// Leaves everything attached, pinned and unlocked, for the next daemon.
     pub fn keep(&self) {
         self.intercept.stop();
         // Another process may get our process id, and queries for us would be refused.
@@ -551,6 +551,7 @@ impl Datapath {
             trace: TraceSwitch::default(),
             ..self.control_block.daemon()
         });
+        self.pins.unlock();
     }
 
     /// Detaches the programs, reverse translation last, and removes all pins. Succeeds if they are gone
@@ -563,6 +564,7 @@ impl Datapath {
         if let Err(error) = self.pins.remove_all() {
             tracing::warn!("{error}");
         }
+        self.pins.unlock();
     }
 }
 

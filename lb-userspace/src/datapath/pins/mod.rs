@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, Map, MapData};
 use lb_common::Control;
+use rustix::fs::{FlockOperation, flock};
 
 use super::map_specs::{MapShape, socket_shapes};
 use bpffs::ensure_bpffs;
@@ -74,6 +75,14 @@ impl Pins {
             return Ok(None);
         }
         Pins::open(dir, 0).map(Some)
+    }
+
+    /// Lets another daemon have the directory. This process may not be able to end yet: a thread that
+    /// writes to a file system that doesn't answer keeps all descriptors open.
+    pub fn unlock(&self) {
+        if let Err(error) = flock(&self.lock, FlockOperation::Unlock) {
+            tracing::warn!("can't unlock {} ({error})", self.dir.display());
+        }
     }
 
     /// The directory.
