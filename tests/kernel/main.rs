@@ -267,6 +267,11 @@ const TRIALS: &[KernelTrial] = &[
         "any_port_replies_from_the_connected_one",
         ports::any_port_replies_from_the_connected_one,
     ),
+    since(
+        (5, 10),
+        "a_connected_socket_keeps_a_port_that_stays",
+        ports::a_connected_socket_keeps_a_port_that_stays,
+    ),
     since((5, 10), "protocols_are_honoured", ports::protocols_are_honoured),
     since((5, 10), "a_proof_cant_be_forged", proof::a_proof_cant_be_forged),
     once("a_proof_corrects_the_namespace", proof::a_proof_corrects_the_namespace),

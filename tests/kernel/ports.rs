@@ -1,11 +1,12 @@
 //! A VIP's frontends: its ports and its protocols.
 
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 
 use lb_userspace::table::{Ports, Protocols};
 
 use crate::fixture::{
-    Bed, Echo, Server, VIP, VIP6, ask, client, connect, connect_udp, event, service, ways,
+    Bed, Echo, Server, VIP, VIP6, ask, client, connect, connect_udp, event, receive, service, ways,
 };
 
 fn vips(port: u16) -> [SocketAddr; 3] {
@@ -57,6 +58,30 @@ pub fn any_port_replies_from_the_connected_one() {
             let connected = SocketAddr::from((way.ip(), port));
             assert_eq!(ask(&socket, connected).unwrap().1, connected);
         }
+    }
+}
+
+/// Ports change between a list and any: who is connected to a port that stays is left alone.
+pub fn a_connected_socket_keeps_a_port_that_stays() {
+    let server = Echo::start(b'a');
+    let mut bed = Bed::new();
+    let mut web = service("web", VIP, &[(server.address, 1)]);
+    let mut apply = |ports: Ports| {
+        (web.protocols, web.ports) = (Protocols::Udp, ports);
+        bed.apply(vec![web.clone()]);
+    };
+    apply(Ports::only([53, 80]));
+    for way in ways(VIP, 53) {
+        let (stays, goes) = (client(way), client(way));
+        stays.connect(way).unwrap();
+        goes.connect(SocketAddr::from((way.ip(), 80))).unwrap();
+        apply(Ports::Any);
+        apply(Ports::only([53]));
+        let aborted = goes.recv(&mut [0]).unwrap_err();
+        assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted, "{way}: {aborted}");
+        stays.send(b"?").unwrap();
+        assert_eq!(receive(&stays).unwrap(), ('a', way));
+        apply(Ports::only([53, 80]));
     }
 }
 

@@ -121,8 +121,10 @@ pub struct RemovedUdp {
     /// Backends of a service that isn't known any more.
     pub backends: HashSet<SocketAddr>,
     /// Former pairs of frontend and backend: the backend left the service, or the service lost the
-    /// frontend. Port 0 stands for all ports.
+    /// frontend. Port 0 stands for all ports, except those in `kept`.
     pub frontends: HashSet<(SocketAddr, SocketAddr)>,
+    /// Pairs with a port that a service has that had any port.
+    pub kept: HashSet<(SocketAddr, SocketAddr)>,
 }
 
 impl RemovedUdp {
@@ -202,7 +204,9 @@ pub struct Reconciler<M> {
     /// Services with frontends in [`Applied::given_up`].
     suspended: BTreeSet<Arc<str>>,
     /// Former UDP frontends of services, each with a backend that the service kept.
-    given_up_udp: HashSet<(SocketAddr, SocketAddr)>,
+    given_up_udp: HashSet<(FrontendKey, SocketAddr)>,
+    /// UDP frontends of services that had any port, each with a backend.
+    kept_udp: HashSet<(SocketAddr, SocketAddr)>,
     /// The time in which a backend that is added beside established ones ramps up.
     slow_start: Option<Duration>,
     /// Backends that were added less than [`Reconciler::slow_start`] ago, each with when. The others are
@@ -245,6 +249,7 @@ impl<M: Maps> Reconciler<M> {
             served: Served::new(),
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
+            kept_udp: HashSet::new(),
             slow_start: None,
             young: HashMap::new(),
             entering_maglev: BTreeSet::new(),
@@ -415,7 +420,15 @@ impl<M: Maps> Reconciler<M> {
             for frontend in applied.given_up.drain(..).filter(|key| !frontends.contains_key(key)) {
                 applied.udp.remove(&frontend);
                 let backends = applied.backends.keys();
-                self.given_up_udp.extend(backends.map(|&backend| (shown(&frontend), backend)));
+                self.given_up_udp.extend(backends.map(|&backend| (frontend, backend)));
+                let is_part = |key: &&FrontendKey| {
+                    frontend.port == ANY_PORT
+                        && (key.address, key.protocol) == (frontend.address, frontend.protocol)
+                };
+                for key in frontends.keys().filter(is_part) {
+                    let backends = applied.backends.keys();
+                    self.kept_udp.extend(backends.map(|&backend| (shown(key), backend)));
+                }
             }
         }
     }
@@ -460,25 +473,30 @@ impl<M: Maps> Reconciler<M> {
         std::mem::take(&mut self.has_renewed)
     }
 
-    /// Takes the UDP frontends and backends that were removed since the last call and haven't come
-    /// back.
+    /// Takes the UDP frontends and backends that were removed since the last call, unless such a frontend
+    /// leads to the backend all the same.
     pub fn take_removed_udp(&mut self) -> RemovedUdp {
-        let is_back = |name: &Arc<str>, address: &SocketAddr| {
-            self.applied.get(name).is_some_and(|applied| applied.backends.contains_key(address))
-        };
-        let mut removed_udp =
-            RemovedUdp { frontends: self.given_up_udp.clone(), ..RemovedUdp::default() };
-        for ((name, backend), frontends) in &self.removed_udp {
+        let given_up = std::mem::take(&mut self.given_up_udp);
+        let kept = std::mem::take(&mut self.kept_udp);
+        let mut removed_udp = RemovedUdp { kept, ..RemovedUdp::default() };
+        let mut pairs: Vec<(FrontendKey, SocketAddr)> = given_up.into_iter().collect();
+        for ((name, backend), frontends) in std::mem::take(&mut self.removed_udp) {
             if name.is_empty() {
-                removed_udp.backends.insert(*backend);
-            } else if !is_back(name, backend) {
-                let frontends = frontends.iter().map(|frontend| (shown(frontend), *backend));
-                removed_udp.frontends.extend(frontends);
+                removed_udp.backends.insert(backend);
             }
+            pairs.extend(frontends.into_iter().map(|frontend| (frontend, backend)));
         }
-        self.given_up_udp.clear();
-        self.removed_udp.clear();
+        pairs.retain(|(frontend, backend)| !self.leads_to(*frontend, backend));
+        removed_udp.frontends.extend(pairs.iter().map(|(key, backend)| (shown(key), *backend)));
         removed_udp
+    }
+
+    /// Whether connections to a frontend may get the backend: as those to its port, or else to any port.
+    fn leads_to(&self, frontend: FrontendKey, backend: &SocketAddr) -> bool {
+        let any_port = FrontendKey { port: ANY_PORT, ..frontend };
+        let owner = self.owners.get(&frontend).or_else(|| self.owners.get(&any_port));
+        let applied = owner.and_then(|name| self.applied.get(name));
+        applied.is_some_and(|applied| applied.backends.contains_key(backend))
     }
 
     /// The indices of a service in the maps.

@@ -790,6 +790,44 @@ fn a_backend_leaves_one_of_the_services_that_share_it() {
     assert_eq!(left, HashSet::from([(vip(1, 53), shared), (vip(1, 53), address(1, 0))]));
 }
 
+/// Where a service's ports change between a list and any, who came by a port that it still has stays; and who
+/// came by a pin that moves to another service with the same backend.
+#[test]
+fn who_came_by_a_port_that_leads_there_still_stays() {
+    let shared: SocketAddr = "10.0.0.9:80".parse().unwrap();
+    let named = |s: u8, ports: &Ports, has_pin: bool| {
+        let mut service = pinned(s, &set(&[0]), has_pin);
+        (service.ports, service.vip6) = (ports.clone(), None);
+        service.backends[0].address = Some(shared);
+        (service.name.clone(), Arc::new(service))
+    };
+    let (both, one, any) = (Ports::only([53, 54]), Ports::only([53]), Ports::Any);
+    let vip = |port: u16| (SocketAddr::from(([127, 128, 0, 1], port)), shared);
+    // Former ports, new ones, what is disconnected (0: any port), and except what.
+    let rows: [(&Ports, &Ports, &[_], &[_]); 5] = [
+        (&both, &any, &[], &[]),
+        (&any, &both, &[vip(0)], &[vip(53), vip(54)]),
+        (&any, &one, &[vip(0)], &[vip(53)]),
+        (&both, &one, &[vip(54)], &[]),
+        (&one, &both, &[], &[]),
+    ];
+    for (from, to, gone, kept) in rows {
+        let mut run = Run::new(Sizes { frontends: 12, ..SIZES });
+        run.maps.0.borrow_mut().is_blind = true;
+        let mut upsert = |ports: &Ports, pin_owner: u8| {
+            let services = [named(1, ports, pin_owner == 1), named(2, &one, pin_owner == 2)];
+            run.table.services = services.into_iter().collect();
+            assert!(run.reconciler.apply(&run.table, NOW_MS).is_empty());
+            run.reconciler.take_removed_udp()
+        };
+        assert_eq!(upsert(from, 1), RemovedUdp::default());
+        assert_eq!(upsert(from, 2), RemovedUdp::default(), "the pin moved");
+        let left = upsert(to, 2);
+        assert_eq!(left.frontends, gone.iter().copied().collect(), "{from:?} to {to:?}");
+        assert_eq!(left.kept, kept.iter().copied().collect(), "{from:?} to {to:?}");
+    }
+}
+
 /// A pin of both protocols moves: no socket that remembers the former service's backends follows
 /// them, and whoever is connected to one of them by the pin is disconnected; nobody else.
 #[test]

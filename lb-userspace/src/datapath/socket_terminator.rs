@@ -45,12 +45,16 @@ enum Left {
     /// more. Sockets with the same backend through another frontend stay. Port 0 of the frontend stands
     /// for all ports.
     Frontend { frontend: SocketAddr, backend: SocketAddr },
+    /// Not those that connected to this frontend and got this backend, where port 0 stands for all others.
+    Kept { frontend: SocketAddr, backend: SocketAddr },
 }
 
 impl Left {
     fn backend(&self) -> SocketAddr {
         match self {
-            Left::Backend(backend) | Left::Frontend { backend, .. } => *backend,
+            Left::Backend(backend)
+            | Left::Frontend { backend, .. }
+            | Left::Kept { backend, .. } => *backend,
         }
     }
 }
@@ -97,6 +101,8 @@ impl SocketTerminator {
         shared.queue.add(left.backends.into_iter().map(Left::Backend));
         let frontends = left.frontends.into_iter();
         shared.queue.add(frontends.map(|(frontend, backend)| Left::Frontend { frontend, backend }));
+        let kept = left.kept.into_iter();
+        shared.queue.add(kept.map(|(frontend, backend)| Left::Kept { frontend, backend }));
         if shared.is_running {
             return;
         }
@@ -204,7 +210,9 @@ fn is_gone(peer: &Remembered, generation: u32, left: &HashSet<Left>) -> bool {
     }
     let any_port = SocketAddr::new(frontend.ip(), 0);
     let gave_up = |frontend| left.contains(&Left::Frontend { frontend, backend });
-    left.contains(&Left::Backend(backend)) || gave_up(frontend) || gave_up(any_port)
+    left.contains(&Left::Backend(backend))
+        || gave_up(frontend)
+        || gave_up(any_port) && !left.contains(&Left::Kept { frontend, backend })
 }
 
 /// With an IPv4 address as what it is, also where a socket has it in IPv6's form.
@@ -271,6 +279,19 @@ mod tests {
             let peer = Remembered { frontend, backend, backend_idx: 0, generation };
             let found = is_gone(&peer, now, &HashSet::from([left]));
             assert_eq!(found, expected, "{peer:?}, now {now}, {left:?}");
+        }
+        // The service had any port, and has this one now; what left it in the meantime is gone all the same.
+        let kept = |frontend| Left::Kept { frontend: address(frontend), backend: web };
+        let (any, port) = (moved("127.128.0.1:0", web), moved(other, web));
+        for (left, expected) in [
+            (vec![any, kept(other)], false),
+            (vec![any, kept(vip)], true),
+            (vec![any, kept(other), port], true),
+            (vec![any, kept(other), Left::Backend(web)], true),
+        ] {
+            let (frontend, backend) = (address(other), web);
+            let peer = Remembered { frontend, backend, backend_idx: 0, generation: 7 };
+            assert_eq!(is_gone(&peer, 9, &left.iter().copied().collect()), expected, "{left:?}");
         }
     }
 }
