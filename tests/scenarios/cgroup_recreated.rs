@@ -14,7 +14,7 @@ pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
-    let nohop = nodes.nohop(&catalog.config())?;
+    let nohop = nodes.nohop(&(catalog.config() + "dns.forward = []\n"))?;
     let outside = nodes.client.outside();
     let readyz = || {
         let socket = nohop.admin().trim_start_matches("unix:").to_owned();

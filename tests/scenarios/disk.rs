@@ -25,7 +25,7 @@ pub fn full() -> Result<()> {
     fill(&filler)?;
 
     // It starts, and routes.
-    let state = format!("state_dir = {:?}\n", disk.path());
+    let state = format!("state_dir = {:?}\ndns.forward = []\n", disk.path());
     let nohop = nodes.nohop(&(catalog.config() + &state))?;
     ensure!(nodes.curl("one")? == "hello from one\n");
     let names_it = |status: &Value| {

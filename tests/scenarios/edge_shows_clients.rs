@@ -130,11 +130,14 @@ pub fn run() -> Result<()> {
     catalog.write(CATALOG)?;
     let old = site.nginx(&dir.path().join("old"), 8081)?;
 
-    let config = format!("{VIPS}{TRUST}{}", catalog.config());
+    let config = format!("{VIPS}{TRUST}dns.forward = []\n{}", catalog.config());
     let mut node = Nohop::start(&site.node, &site.cgroup, &config)?;
     let edge_cgroup = Cgroup::new()?;
-    let edge =
-        Nohop::start(&site.edge, &edge_cgroup, &format!("{VIPS}{EDGE}{}", catalog.config()))?;
+    let edge = Nohop::start(
+        &site.edge,
+        &edge_cgroup,
+        &format!("{VIPS}{EDGE}dns.forward = []\n{}", catalog.config()),
+    )?;
     let web = site.nginx(&dir.path().join("web"), 8080)?;
     edge.wait_for_status(|status| {
         status["edge"]["announced"] == serde_json::json!(["203.0.113.10"])

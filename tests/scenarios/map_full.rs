@@ -14,7 +14,7 @@ pub fn run() -> Result<()> {
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
     let services = names.map(|name| (name, &backends[..]));
     let catalog = Catalog::new(&services[..N_FIT])?;
-    let config = format!("{}datapath.max_services = {N_FIT}\n", catalog.config());
+    let config = format!("{}dns.forward = []\ndatapath.max_services = {N_FIT}\n", catalog.config());
     let nohop = nodes.nohop(&config)?;
 
     catalog.set(&services)?;

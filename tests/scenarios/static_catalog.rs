@@ -9,7 +9,7 @@ pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
     let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
-    let mut nohop = nodes.nohop(&catalog.config())?;
+    let mut nohop = nodes.nohop(&(catalog.config() + "dns.forward = []\n"))?;
     ensure!(nodes.curl("helloworld")? == "hello from one\n");
     let first_vip = vip(&nohop, "helloworld")?;
 

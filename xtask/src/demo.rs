@@ -75,7 +75,7 @@ impl Demo {
         }
 
         heading("nohop, which attaches to the cgroup and answers DNS at 127.0.0.1");
-        let nohop = Nohop::start(&host, &cgroup, "")?;
+        let nohop = Nohop::start(&host, &cgroup, "dns.forward = []\n")?;
         nohop.wait_for_backends("helloworld", backends.len())?;
         println!("ready, pid {}", nohop.process.pid().as_raw_nonzero());
         Ok(Demo { nohop, backends, _consul: consul, cgroup, host })

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{edge_check, nomad_check};
 use crate::admin::{api, client, try_bind};
 use crate::catalog::Handle;
-use crate::config::{AdminAddress, Config, ConfigErrors, SourceKind, cgroup};
+use crate::config::{AdminAddress, Config, ConfigErrors, DnsConfig, Forward, SourceKind, cgroup};
 use crate::counted::counted;
 use crate::datapath::{
     Charge, Features, Limit, Safety, TcpTerminator, are_charged, exclusion_problems, find_obstacle,
@@ -138,6 +138,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         let (is_required, found) = admin_address(*address, daemon.as_ref().ok());
         checks.push(finding("admin address", is_required, found));
     }
+    checks.push(finding("other resolvers", false, resolvers(&config.dns)));
     if !config.dns.listen_tls.is_empty() {
         let found = match dns::tls_server_config(&config.dns) {
             Ok(_) => Ok("certificate and key belong together".to_owned()),
@@ -622,6 +623,18 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckR
             wrong(format!("the machine's resolver doesn't know {name}: {error}"), fix)
         }
         Err(_) => wrong(format!("the machine's resolver gives no answer for {name} in 5 s"), fix),
+    }
+}
+
+/// Whether names outside the zone can be forwarded.
+fn resolvers(config: &DnsConfig) -> CheckResult {
+    let problems = dns::upstream_problems(config);
+    match problems.first() {
+        Some(problem) => in_two(problem),
+        None if config.forward == Forward::Servers(Vec::new()) => {
+            Ok("dns.forward is empty: other names are refused".to_owned())
+        }
+        None => Ok("there is one to forward to".to_owned()),
     }
 }
 

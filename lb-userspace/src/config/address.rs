@@ -73,10 +73,10 @@ pub(super) fn nameserver(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
-/// A nameserver, a list of them, or `resolv.conf`.
+/// A nameserver, a list of them, which may be empty, or `resolv.conf`.
 pub(super) fn forward(value: &TomlValue) -> Parsed<Forward> {
     if value.is_list() {
-        return value.list(|server| server.text(nameserver)).map(Forward::Servers);
+        return value.list_or_none(|server| server.text(nameserver)).map(Forward::Servers);
     }
     value.text(|text| match text {
         "resolv.conf" => Ok(Forward::ResolvConf),

@@ -171,7 +171,7 @@ pub const KEYS: &[Key] = keys! {
     live "dns.ttl" config.dns.ttl: |value| value.integer(0..=86_400);
         "TTL of the zone's records, in seconds"
     live "dns.forward" config.dns.forward: address::forward;
-        "resolvers of all other names, in order; \"resolv.conf\": those of /etc/resolv.conf"
+        "resolvers of all other names, in order; \"resolv.conf\": those of /etc/resolv.conf; none: other names are REFUSED"
     live "dns.routes" config.dns.routes: |value| value.table(address::domain, |it| it.text(address::nameserver));
         "resolvers of names below certain domains"
     live "dns.unrouted" config.dns.unrouted: |value| value.text(text::word);

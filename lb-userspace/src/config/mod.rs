@@ -333,7 +333,7 @@ pub enum Forward {
     /// The nameservers of /etc/resolv.conf, without this server itself.
     #[serde(rename = "resolv.conf")]
     ResolvConf,
-    /// These, in order.
+    /// These, in order; without any, nothing is forwarded.
     #[serde(untagged)]
     Servers(Vec<SocketAddr>),
 }

@@ -821,6 +821,12 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             ],
         ),
         (
+            "dns.forward = []\ndns.unrouted = 'forward'",
+            &[
+                "f:2: dns.unrouted: there is no resolver to forward names of the zone to; write \"nxdomain\", or name one in dns.forward",
+            ],
+        ),
+        (
             "dns.domain = 'consul'",
             &["f:1: dns.domain: nohop answers names below consul itself; remove the route"],
         ),
@@ -1131,6 +1137,7 @@ fn differences_are_shown_as_toml() {
         ("balance.slow_start = \"0s\"", "balance.slow_start = \"\"", ""),
         ("", "balance.drain_deadline = \"30s\"", "balance.drain_deadline: \"\" -> \"30s\""),
         ("", "dns.routes = {}", "dns.routes: { consul = \"127.0.0.1:8600\" } -> {}"),
+        ("", "dns.forward = []", "dns.forward: \"resolv.conf\" -> []"),
         ("", "dns.forward = \"10.0.0.1\"", "dns.forward: \"resolv.conf\" -> [\"10.0.0.1:53\"]"),
         (
             "",

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::builder::ConfigBuilder;
-use super::{AdminAddress, ConsulAddress, Forward, SourceKind, consul, edge};
+use super::{AdminAddress, ConsulAddress, Forward, SourceKind, Unrouted, consul, edge};
 
 /// Notes every rule between keys that is broken.
 pub(super) fn check(builder: &mut ConfigBuilder) {
@@ -140,6 +140,17 @@ fn check_routes(builder: &mut ConfigBuilder) {
         Forward::Servers(servers) => servers.as_slice(),
     };
     let forward = forward.iter().map(|server| ("dns.forward", *server));
+    let has_zone = |route: &String| format!(".{}", dns.domain).ends_with(&format!(".{route}"));
+    if dns.unrouted == Unrouted::Forward
+        && dns.forward == Forward::Servers(Vec::new())
+        && !dns.routes.keys().any(has_zone)
+    {
+        builder.conflict(
+            &["dns.unrouted", "dns.forward"],
+            "there is no resolver to forward names of the zone to; write \"nxdomain\", or name one in \
+             dns.forward",
+        );
+    }
     for (key, server) in routes.chain(forward) {
         if dns.listen.contains(&server) {
             builder.conflict(

@@ -106,7 +106,9 @@ impl Forwarder {
 
     /// The problems of the upstreams, each with its fix.
     pub(super) fn problems(&self) -> Vec<String> {
-        self.loops.problems(&self.upstreams.plan().paths())
+        let mut problems = self.upstreams.problems();
+        problems.extend(self.loops.problems(&self.upstreams.plan().paths()));
+        problems
     }
 
     /// What is shown of each upstream.
@@ -139,7 +141,7 @@ impl Forwarder {
         let _place = self.in_flight.place(client_key).ok_or(ForwardError::Busy)?;
         self.upstreams.refresh(Instant::now());
         let plan = self.upstreams.plan();
-        let route = plan.of(&query.name).ok_or(ForwardError::NoUpstream)?;
+        let route = plan.of(&query.name).ok_or(ForwardError::NotForwarded)?;
         let mut bytes = Vec::new();
         query.forwarded(OUR_PAYLOAD, &mut bytes);
         let outgoing = Arc::new(UpstreamQuery::new(bytes, query.question().len()));

@@ -364,7 +364,7 @@ impl Handler {
         }
     }
 
-    /// An upstream's response over TCP, or SERVFAIL. If the name may be a service (`is_unknown`),
+    /// An upstream's response over TCP, or an error. If the name may be a service (`is_unknown`),
     /// an upstream's NXDOMAIN is SERVFAIL, too.
     async fn forward(
         &self,
@@ -402,9 +402,10 @@ impl Handler {
         };
         debug!("not forwarded: {why}");
         note(AnswerOrigin::Nowhere(why.to_string()));
-        self.stats.count(ResponseCode::ServFail);
-        encode::error(&mut out, query, ResponseCode::ServFail, max_len);
-        log(ResponseCode::ServFail, &out);
+        let code = why.code();
+        self.stats.count(code);
+        encode::error(&mut out, query, code, max_len);
+        log(code, &out);
         out
     }
 }

@@ -54,4 +54,4 @@ pub use sockets::{Sockets, Transport};
 pub use stats::DnsStats;
 pub use tls::server_config as tls_server_config;
 pub use upstream::{BUCKETS_US, UpstreamState, UpstreamStats};
-pub use upstreams::{leads_to_own, reached_at};
+pub use upstreams::{leads_to_own, reached_at, upstream_problems};

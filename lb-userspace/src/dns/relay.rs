@@ -76,10 +76,23 @@ pub(super) enum ForwardError {
     OwnProbe,
     #[error("there is no resolver to ask but this one")]
     NoUpstream,
+    #[error("it isn't in the zone, and dns.forward is empty")]
+    NotForwarded,
     #[error("none of {0} resolvers answered")]
     Unanswered(usize),
     #[error("whether it is a service is unknown, and no upstream has it")]
     Unknown,
+}
+
+impl ForwardError {
+    /// The response's code.
+    pub(super) fn code(&self) -> ResponseCode {
+        match self {
+            // As of a server that is asked for what it isn't meant for.
+            ForwardError::NotForwarded => ResponseCode::Refused,
+            _ => ResponseCode::ServFail,
+        }
+    }
 }
 
 /// The sockets as the relay needs them.
@@ -638,7 +651,7 @@ impl Relay {
     }
 
     fn fail(&mut self, idx: u32, why: &ForwardError, now: Instant, wire: &mut impl RelayIo) {
-        self.answer_error_all(idx, ResponseCode::ServFail, Completion::Failed(why), now, wire);
+        self.answer_error_all(idx, why.code(), Completion::Failed(why), now, wire);
     }
 
     fn answer_error_all(

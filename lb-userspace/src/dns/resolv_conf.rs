@@ -34,6 +34,8 @@ struct Cached {
     stamp: Option<[FileState; 2]>,
     /// The versions that couldn't be read, and when that was tried last.
     failed: Option<([FileState; 2], Instant)>,
+    /// Why they couldn't be read.
+    error: Option<String>,
     servers: Arc<[SocketAddr]>,
 }
 
@@ -72,11 +74,8 @@ impl ResolvConf {
             Update::Cached => {
                 read.servers = read.servers.iter().copied().filter(keep).collect();
                 debug!(servers = ?read.servers, "read {path}");
-                if read.servers.is_empty() {
-                    warn!(
-                        "{path} names no nameserver but this one, so names outside the zone fail; \
-                         name one there, or set dns.forward to the resolver's addresses"
-                    );
+                if let Some(problem) = self.problem_of(&read) {
+                    warn!("{problem}");
                 }
             }
             Update::Failed(error) => {
@@ -84,6 +83,26 @@ impl ResolvConf {
             }
         }
         Arc::clone(&read.servers)
+    }
+
+    /// What is wrong, with the fix, where no nameserver is known.
+    pub(super) fn problem(&self) -> Option<String> {
+        self.problem_of(&self.read.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn problem_of(&self, read: &Cached) -> Option<String> {
+        if !read.servers.is_empty() {
+            return None;
+        }
+        let path = self.path.display();
+        let (what, fix) = match &read.error {
+            Some(error) => (format!("can't read {path} ({error})"), "make it readable"),
+            None => (format!("{path} names no nameserver but this one"), "name one there"),
+        };
+        Some(format!(
+            "{what}, so names outside the zone fail; {fix}, or set dns.forward to the resolver's addresses, or to \
+             [] to forward nothing"
+        ))
     }
 
     /// The nameservers in the file, and those behind them.
@@ -130,11 +149,12 @@ impl Cached {
         let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
         match named() {
             Ok(servers) => {
-                *self = Cached { stamp: Some(stamp), failed: None, servers: servers.into() };
+                let servers = servers.into();
+                *self = Cached { stamp: Some(stamp), failed: None, error: None, servers };
                 Update::Cached
             }
             Err(error) => {
-                self.failed = Some((stamp, now));
+                (self.failed, self.error) = (Some((stamp, now)), Some(error.to_string()));
                 if has_failed.is_none() { Update::Failed(error) } else { Update::None }
             }
         }

@@ -31,7 +31,7 @@ use super::sockets::Sockets;
 use super::stats::DnsStats;
 use super::tcp;
 use super::udp::UdpEndpoint;
-use super::upstreams::{UpstreamRegistry, Upstreams};
+use super::upstreams::{RESOLV_CONF, UpstreamRegistry, Upstreams};
 use super::usage_limiter::UsageLimiter;
 use super::worker::{DRAIN, Worker};
 use crate::capabilities;
@@ -86,7 +86,7 @@ pub(super) struct ServerOptions {
 impl Default for ServerOptions {
     fn default() -> ServerOptions {
         ServerOptions {
-            resolv_conf: "/etc/resolv.conf".into(),
+            resolv_conf: RESOLV_CONF.into(),
             limits: ForwardLimits::default(),
             tcp_idle_timeout: tcp::IDLE_TIMEOUT,
         }

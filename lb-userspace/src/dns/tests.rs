@@ -488,7 +488,7 @@ async fn the_next_resolver_stands_in() {
         (&[silent, failing, closed], "ServFail"),
         (&[silent], "ServFail"),
         (&[closed], "ServFail"),
-        (&[], "ServFail"),
+        (&[], "Refused"),
     ];
     for (servers, expected) in rows {
         let config =
@@ -558,14 +558,46 @@ async fn nothing_is_forwarded_to_ourselves() {
     for name in ["example.com.", "web.service.consul."] {
         assert_eq!(rig.lookup(name).await, "ServFail", "{name}");
     }
+    let problems = rig.server.debug_client().problems();
+    for part in ["dns.routes sends consul to ", "dns.forward names no resolver but this one"] {
+        assert!(problems.iter().any(|problem| problem.contains(part)), "{part}: {problems:?}");
+    }
+}
+
+/// An empty `dns.forward`: other names are refused, but those of `dns.routes`, and that is no problem.
+#[tokio::test]
+async fn nothing_is_forwarded_where_that_is_wanted() {
+    let upstream = FakeUpstream::new(|_, asked| vec![answer(asked, [192, 0, 2, 1])]).await;
+    let config = DnsConfig {
+        forward: Forward::Servers(Vec::new()),
+        routes: BTreeMap::from([("consul".into(), upstream.address)]),
+        ..Config::default().dns
+    };
+    let rig = Rig::with(config, patient()).await;
+    for transport in [Transport::Udp, Transport::Tcp] {
+        let answer = rig.ask(transport, &query("example.com.", RecordType::A)).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::Refused, "{transport:?}");
+    }
+    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+    assert_eq!(rig.lookup("nobody.service.").await, "NXDomain");
+    assert_eq!(rig.lookup("db.consul.").await, "NoError 192.0.2.1");
+    assert_eq!(rig.server.debug_client().problems(), [""; 0]);
 }
 
 #[tokio::test]
 async fn resolv_conf_without_a_nameserver_fails_at_once() {
     let dir = tempfile::tempdir().unwrap();
-    for resolv_conf in [dir.path().join("absent"), PathBuf::from("/dev/null")] {
+    let null = "/dev/null names no nameserver but this one, so names outside the zone fail; name one there";
+    let rows = [
+        (dir.path().join("absent"), "absent (No such file or directory (os error 2)), so names"),
+        (PathBuf::from("/dev/null"), null),
+    ];
+    for (resolv_conf, expected) in rows {
         let options = ServerOptions { resolv_conf, ..patient() };
         let rig = Rig::with(Config::default().dns, options).await;
+        let problems = rig.server.debug_client().problems();
+        assert!(problems.len() == 1 && problems[0].contains(expected), "{problems:?}");
+        assert!(problems[0].contains("or to [] to forward nothing"), "{problems:?}");
         assert_eq!(rig.lookup("example.com.").await, "ServFail");
         assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
     }

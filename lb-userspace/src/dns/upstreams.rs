@@ -17,6 +17,9 @@ use super::upstream::Upstream;
 use crate::config::{DnsConfig, Forward, Unrouted};
 use crate::interfaces::Interfaces;
 
+/// The resolvers of this host.
+pub(super) const RESOLV_CONF: &str = "/etc/resolv.conf";
+
 /// systemd-resolved's list of its own upstreams, without those of single links.
 const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
 
@@ -72,7 +75,7 @@ enum DefaultUpstreams {
 /// The routes at one moment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RoutePlan {
-    /// The longest domain first; the last one has all names.
+    /// The longest domain first; the last one has all names, where any are forwarded.
     routes: Vec<(Domain, Arc<UpstreamRoute>)>,
 }
 
@@ -137,36 +140,18 @@ impl Upstreams {
         resolv_conf: PathBuf,
         registry: UpstreamRegistry,
     ) -> Upstreams {
-        let interfaces = Interfaces::read();
-        let is_ours = |server: &SocketAddr| is_ourselves(*server, own, &interfaces);
-        let mut routes = Vec::new();
-        for (domain, server) in &config.routes {
-            if is_ours(server) {
-                warn!(
-                    "dns.routes sends {domain} to {server}, which is this server, so its names \
-                     fail; name the resolver that has them"
-                );
-            }
-            routes.push((Arc::from(domain.trim_matches('.')), *server));
-        }
+        let routes = config.routes.iter();
+        let routes = routes.map(|(domain, server)| (Arc::from(domain.trim_matches('.')), *server));
         let others = match &config.forward {
             Forward::ResolvConf => DefaultUpstreams::ResolvConf(
                 ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()).into(),
             ),
-            Forward::Servers(servers) => {
-                if servers.iter().all(is_ours) {
-                    warn!(
-                        "dns.forward names no resolver but this one, so names outside the zone \
-                         fail; name one there, or set it to \"resolv.conf\""
-                    );
-                }
-                DefaultUpstreams::Fixed(servers.clone())
-            }
+            Forward::Servers(servers) => DefaultUpstreams::Fixed(servers.clone()),
         };
         let zone = (config.unrouted == Unrouted::Forward)
             .then(|| Arc::from(config.domain.trim_matches('.')));
         let upstreams = Upstreams {
-            routes,
+            routes: routes.collect(),
             zone,
             others,
             own: own.to_vec(),
@@ -176,8 +161,46 @@ impl Upstreams {
             created: Instant::now(),
             checked_us: AtomicU64::new(0),
         };
+        for problem in upstreams.own_addresses() {
+            warn!("{problem}");
+        }
         upstreams.rebuild();
         upstreams
+    }
+
+    /// What keeps names from being forwarded, with the fix.
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.refresh(Instant::now());
+        let mut problems = self.own_addresses();
+        if let DefaultUpstreams::ResolvConf(file) = &self.others {
+            problems.extend(file.problem());
+        }
+        problems
+    }
+
+    /// Where this server is configured as its own upstream.
+    fn own_addresses(&self) -> Vec<String> {
+        let interfaces = Interfaces::read();
+        let is_ours = |server: &SocketAddr| is_ourselves(*server, &self.own, &interfaces);
+        let own = self.routes.iter().filter(|(_, server)| is_ours(server));
+        let problem = |(domain, server): &(Arc<str>, SocketAddr)| {
+            format!(
+                "dns.routes sends {domain} to {server}, which is this server, so its names fail; name the \
+                 resolver that has them"
+            )
+        };
+        let mut problems: Vec<String> = own.map(problem).collect();
+        if let DefaultUpstreams::Fixed(servers) = &self.others
+            && !servers.is_empty()
+            && servers.iter().all(is_ours)
+        {
+            problems.push(
+                "dns.forward names no resolver but this one, so names outside the zone fail; name one there, \
+                 set it to \"resolv.conf\", or to [] to forward nothing"
+                    .to_owned(),
+            );
+        }
+        problems
     }
 
     /// The version of the plan, which increases with each change.
@@ -206,6 +229,11 @@ impl Upstreams {
         }
     }
 
+    /// Whether only names of `dns.routes` are forwarded, by the configuration.
+    fn forwards_nothing(&self) -> bool {
+        matches!(&self.others, DefaultUpstreams::Fixed(servers) if servers.is_empty())
+    }
+
     fn rebuild(&self) {
         let interfaces = Interfaces::read();
         let route = |domain: &Arc<str>, servers: &[SocketAddr]| {
@@ -225,7 +253,9 @@ impl Upstreams {
         };
         let mut routes: Vec<_> =
             self.routes.iter().map(|(domain, server)| route(domain, &[*server])).collect();
-        routes.push(route(&Arc::default(), &others));
+        if !self.forwards_nothing() {
+            routes.push(route(&Arc::default(), &others));
+        }
         routes.sort_by_key(|(suffix, _)| std::cmp::Reverse(suffix.n_labels()));
         if let Some(zone) = &self.zone {
             let suffix = Domain::new(zone);
@@ -260,6 +290,12 @@ pub fn reached_at(listen: &[SocketAddr]) -> Vec<SocketAddr> {
         }
     }
     all
+}
+
+/// What keeps a server with this configuration from forwarding names outside the zone, with the fix.
+pub fn upstream_problems(config: &DnsConfig) -> Vec<String> {
+    let registry = UpstreamRegistry::default();
+    Upstreams::new(config, &config.listen, RESOLV_CONF.into(), registry).problems()
 }
 
 /// Whether a query to `server` would arrive at a server that listens on `own`.

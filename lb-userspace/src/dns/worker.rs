@@ -112,7 +112,7 @@ impl RelayIo for WorkerIo {
             Completion::Truncated => ResponseCode::NoError,
             Completion::Failed(why) => {
                 debug!(client = %waiter.client, "not forwarded: {why}");
-                ResponseCode::ServFail
+                why.code()
             }
         };
         self.handler.stats.count(code);
@@ -489,8 +489,8 @@ fn forward(
         line.handler.origins.note(query.id(), query.question(), waits);
         return relay.ask(query, route, waiter, now, line);
     } else {
-        ForwardError::NoUpstream
+        ForwardError::NotForwarded
     };
-    encode::error(out, query, ResponseCode::ServFail, encode::max_len(query, Transport::Udp));
+    encode::error(out, query, why.code(), encode::max_len(query, Transport::Udp));
     line.answer(&waiter, query.question(), out, Completion::Failed(&why));
 }
