@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::snapshot::{Agent, SavedCatalog, SavedService};
 use crate::table::Instance;
-use crate::{boot, durable};
+use crate::{boot, durable, regular_file};
 
 /// The file's name, within the state directory.
 pub const FILE_NAME: &str = "catalog.json";
@@ -152,7 +152,7 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
 /// Reads what an earlier daemon wrote during this boot, as far as it isn't older than `max_age`. A file
 /// that can't be parsed is set aside as `catalog.corrupt`; no error is fatal.
 pub fn read(path: &Path, max_age: Duration) -> Option<SavedCatalog> {
-    let bytes = match durable::read(path) {
+    let bytes = match regular_file::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => {

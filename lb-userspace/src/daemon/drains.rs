@@ -18,7 +18,7 @@ use crate::datapath::{Mode, SharedDatapath};
 use crate::table::{
     Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, Table, resolve_drained,
 };
-use crate::{boot, durable};
+use crate::{boot, durable, regular_file};
 
 /// The file's name, within the state directory.
 const FILE_NAME: &str = "drains.json";
@@ -243,7 +243,7 @@ fn parse(text: &[u8]) -> Result<File, FileError> {
 
 /// The file that an earlier daemon left; `None` where there is none.
 fn read(path: &Path) -> Result<Option<File>, FileError> {
-    match durable::read(path) {
+    match regular_file::read(path) {
         Ok(text) => parse(&text).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(FileError::Read(error)),

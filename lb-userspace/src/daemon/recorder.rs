@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::capabilities;
-use crate::durable;
 use crate::table::vips::{Pools, VipSnapshot, Vips};
+use crate::{capabilities, durable, regular_file};
 
 /// The file's name, within the state directory.
 const FILE_NAME: &str = "vips.json";
@@ -276,7 +275,7 @@ pub async fn load(state_dir: &Path, pools: Pools) -> Vips {
 /// Reads the file. A missing one is fine; one that can't be parsed is set aside under another name.
 /// The version is 0 where the file has everything, else 1.
 fn read(path: &Path, pools: Pools) -> io::Result<Vips> {
-    let text = match durable::read(path) {
+    let text = match regular_file::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Ok(Vips::unrecorded(pools));
         }

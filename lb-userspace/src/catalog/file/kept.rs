@@ -4,11 +4,10 @@
 //! A static catalog doesn't age as Consul's does: what it has applies until somebody edits it, over
 //! reboots as well.
 
-use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use crate::durable;
+use crate::{durable, regular_file};
 
 /// The copy's name, within the state directory.
 const FILE_NAME: &str = "catalog.last.toml";
@@ -42,7 +41,7 @@ impl Kept {
 
     /// Whether the copy is of this text. It is read in pieces: texts have megabytes.
     fn has(&self, text: &str) -> bool {
-        let Ok(file) = File::open(&self.path) else { return false };
+        let Ok(file) = regular_file::open(&self.path) else { return false };
         let expected = self.head.bytes().chain(text.bytes());
         let n_expected = (self.head.len() + text.len()) as u64;
         let has_size = file.metadata().is_ok_and(|file| file.len() == n_expected);
@@ -51,7 +50,7 @@ impl Kept {
 
     /// The text, where there is one of this catalog.
     pub fn read(&self) -> Option<String> {
-        let text = String::from_utf8(durable::read(&self.path).ok()?).ok()?;
+        let text = String::from_utf8(regular_file::read(&self.path).ok()?).ok()?;
         text.strip_prefix(&self.head).map(str::to_owned)
     }
 

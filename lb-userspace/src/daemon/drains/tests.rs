@@ -251,14 +251,16 @@ async fn a_stop_waits_for_the_disk() {
 async fn a_file_that_is_read_late_applies_then_and_is_not_overwritten_before() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE_NAME);
-    // To read a FIFO takes as long as a disk that doesn't answer: until another writes to it.
+    // It isn't read before another is in its place.
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
     let mut book = DrainBook::open_within(dir.path(), Duration::ZERO).await.unwrap();
     assert!(book.drains().is_incomplete());
     let view = book.view();
+    let is_named = |it: &Option<String>| it.as_ref().is_some_and(|it| it.contains("it is a FIFO"));
+    book.problem.subscribe().wait_for(is_named).await.unwrap();
     let problem = view.problems().collect::<Vec<_>>().join("\n");
-    assert!(problem.contains("drains.json isn't read yet (the disk doesn't"), "{problem}");
+    assert!(problem.contains("drains.json isn't read yet (it is a FIFO"), "{problem}");
     book.flush().await.unwrap();
 
     let mut fleet = Fleet::new(book.drains());
@@ -280,9 +282,10 @@ async fn a_file_that_is_read_late_applies_then_and_is_not_overwritten_before() {
     let drains = vec![entry("n1", 1), entry("n2", 2), entry("n3", 3)];
     let file = File { version: VERSION, boot: book.boot.clone(), drains, edge: None };
     let text = serde_json::to_vec(&file).unwrap();
-    let (to, read) = (path.clone(), book.read());
-    let (_, read) =
-        tokio::join!(tokio::task::spawn_blocking(move || std::fs::write(to, text).unwrap()), read);
+    let new = dir.path().join("new");
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(&new, &path).unwrap();
+    let read = book.read().await;
     book.adopt(read);
     let now = book.drains();
     let shown: Vec<_> =
@@ -303,7 +306,7 @@ async fn a_file_that_cannot_be_read_stays_until_it_can() {
     // The thread reports the reason.
     let mut problem = book.problem.subscribe();
     let has = |why| move |it: &Option<String>| it.as_ref().is_some_and(|it| it.contains(why));
-    problem.wait_for(has("drains.json isn't read yet (Is a directory")).await.unwrap();
+    problem.wait_for(has("drains.json isn't read yet (it is a directory")).await.unwrap();
     std::fs::remove_dir(&path).unwrap();
     let read = book.read().await;
     book.adopt(read);
