@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lb_userspace::datapath::{Datapath, EdgeOptions};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_reuseaddr, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket};
 
 use crate::edge::{
@@ -466,6 +466,8 @@ pub fn syns_that_show_nothing() {
         let listener = network.backend.run(|| {
             let socket =
                 socket(AddressFamily::INET, SocketType::STREAM, Some(ipproto::MPTCP)).ok()?;
+            // The server's last connection may still be there.
+            set_socket_reuseaddr(&socket, true).unwrap();
             bind(&socket, &SocketAddr::from((BACKEND, PORT))).unwrap();
             listen(&socket, 1).unwrap();
             Some(socket)
