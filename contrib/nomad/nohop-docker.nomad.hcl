@@ -19,6 +19,21 @@ job "nohop" {
   type     = "system"
   priority = 90
 
+  constraint {
+    attribute = "${attr.kernel.name}"
+    value     = "linux"
+  }
+  # Linux 5.10 or later: versions such as 5.14.0-427.el9.x86_64 are no semantic ones.
+  constraint {
+    attribute = "${attr.kernel.version}"
+    operator  = "regexp"
+    value     = "^(5\\.[1-9][0-9]|[6-9]|[1-9][0-9])\\."
+  }
+  constraint {
+    attribute = "${attr.cpu.arch}"
+    value     = "amd64"
+  }
+
   update {
     max_parallel     = 1
     min_healthy_time = "10s"
@@ -51,6 +66,8 @@ job "nohop" {
         cap_add = ["bpf", "perfmon", "net_admin", "net_bind_service", "sys_admin", "sys_ptrace", "dac_read_search"]
         # Docker's AppArmor profile refuses to write below /sys/fs/bpf.
         security_opt = ["apparmor=unconfined"]
+        # Before 5.11 maps count as locked memory.
+        ulimit { memlock = "-1" }
         # To find sockets of other processes.
         pid_mode = "host"
         volumes = [

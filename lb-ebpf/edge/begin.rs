@@ -14,7 +14,7 @@ use crate::forward;
 use crate::maps::{self, count};
 use crate::settings::Side;
 use crate::skb::Skb;
-use crate::{hops, outcomes, settings, syn, tables, trace};
+use crate::{hops, outcomes, rate, settings, syn, tables, trace};
 
 /// What becomes of a packet instead of a flow: it goes on as it came. No [`Found`] has these numbers.
 pub const PASS: u64 = 0;
@@ -29,11 +29,6 @@ pub const EXPIRED: u64 = u64::MAX - 2;
 const N_TRIES: u32 = 16;
 /// How many of them before one is taken from a flow that is as good as over.
 const N_FREE_TRIES: u32 = 4;
-
-/// First packets a second that may take the record of a connection that isn't established, or of UDP: from a
-/// network (IPv4 /24, IPv6 /48), and for a VIP. In nanoseconds between them.
-const NETWORK_NS: u64 = 1_000_000_000 / 100;
-const VIP_NS: u64 = 1_000_000_000 / 20_000;
 
 /// Begins a flow with the packet that was read, in the place of one that is over. Returns a [`Found`],
 /// [`PASS`], [`DROP`], [`RESET`] or [`EXPIRED`].
@@ -64,6 +59,7 @@ pub fn begin(skb: &Skb, over: Found) -> u64 {
     }
     let is_local = nohop_edge_is_local(skb.0, backend - 1);
     let begun = nohop_edge_insert(claimed - 1, backend - 1, is_local);
+    // Of a flow whose port it got.
     outcomes::apply();
     nohop_edge_begun(claimed - 1, service - 1, begun)
 }
@@ -154,7 +150,7 @@ extern "C" fn nohop_edge_reserve() -> u64 {
         }
     }
     if claimed == flows::ONLY_PENDING {
-        if nohop_edge_is_flooded() != 0 {
+        if rate::nohop_edge_is_flooded() != 0 {
             trace::refused(EdgeCounter::SynFlood);
             return DROP;
         }
@@ -284,7 +280,7 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
 extern "C" fn nohop_edge_take_port(record_idx: u64) -> u64 {
     let holder = flows::nohop_edge_holder(record_idx, maps::now_ms().into());
     let is_pending = holder >> 32 == flows::PENDING;
-    if holder == 0 || is_pending && nohop_edge_is_flooded() != 0 {
+    if holder == 0 || is_pending && rate::nohop_edge_is_flooded() != 0 {
         return 0;
     }
     let is_ended = flows::nohop_edge_end(holder & u64::from(u32::MAX), FlowEnd::Taken as u64);
@@ -406,42 +402,4 @@ fn next_source(backend_idx: u32, nth: u32, is_ipv6: bool, source: *mut Address) 
         settings::Source::V6(address) => copy(address, source),
     }
     port
-}
-
-/// Whether more first packets come from a packet's network, or to its VIP, than may take the records of
-/// connections that aren't established. By the generic cell rate algorithm (ITU-T I.371), for up to a second's worth
-/// at once.
-#[inline(never)]
-#[unsafe(no_mangle)]
-extern "C" fn nohop_edge_is_flooded() -> u64 {
-    let Some(scratch) = maps::scratch() else { return 1 };
-    let packet = &scratch.packet;
-    let [high, low] = packet.source.words();
-    let network = match packet.is_ipv6 {
-        0 => u64::from_be(low) >> 8,
-        _ => u64::from_be(high) >> 16,
-    };
-    let [high, low] = packet.destination.words();
-    let vip = high ^ low ^ u64::from(packet.destination_port) << 48 ^ 1;
-    let now_ns = maps::now_ns();
-    let is_over = take(network, NETWORK_NS, now_ns) || take(vip, VIP_NS, now_ns);
-    is_over.into()
-}
-
-/// Takes one off an account; returns whether there is none left.
-#[inline(always)]
-fn take(key: u64, interval_ns: u64, now_ns: u64) -> bool {
-    // SplitMix64's finalizer (Steele, Lea, Flood 2014).
-    let mut hash = (key ^ key >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    let Some(account) = maps::account((hash >> 32) as u32) else { return true };
-    // SAFETY: the pointer is to an aligned word of an array's element, which stays.
-    unsafe {
-        let full_at_ns = account.read_volatile().max(now_ns);
-        if full_at_ns - now_ns > 1_000_000_000 {
-            return true;
-        }
-        account.write_volatile(full_at_ns + interval_ns);
-    }
-    false
 }

@@ -1,11 +1,11 @@
 //! The flows: how one is found, followed and ended.
 
 use lb_common::{
-    Address, EdgeCounter, FlowEnd, FlowKey4, FlowKey6, FlowRef, FlowState, IPPROTO_TCP, Packet,
-    Target,
+    Address, EdgeCounter, FlowEnd, FlowKey4, FlowKey6, FlowRef, FlowState, FlowWord, IPPROTO_TCP,
+    Packet, TCP_RST, TCP_SYN, Target, acknowledges,
 };
 
-use crate::maps::{self, count};
+use crate::maps::{self, Scratch, count};
 use crate::record::RecordPtr;
 use crate::{outcomes, random, settings};
 
@@ -169,18 +169,51 @@ pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
         let idle_ms = idle_ms(record, now_ms);
         record.set_last_ms(now_ms);
         record.add_packet(packet.len);
-        let word = record.word();
-        let shown = word.after(packet.tcp_flags, is_back, idle_ms);
+        let (word, number) = (record.word(), acknowledged(scratch, is_back));
+        let is_half_open = word.is_half_open();
+        let mut tcp_flags = packet.tcp_flags;
+        if is_half_open
+            && !is_back
+            && word.flags & FlowWord::PENDING == 0
+            && !acknowledges(number, record.upper())
+        {
+            tcp_flags &= TCP_RST;
+        }
+        let shown = word.after(tcp_flags, is_back, idle_ms);
         if shown != if is_back { word.backend } else { word.client } {
             record.set_shown(is_back, shown);
         }
         if packet.protocol == IPPROTO_TCP && record.word().is_unsettled() {
             outcomes::nohop_edge_settle(idx.into());
         }
+        let is_syn = is_back && packet.tcp_flags & TCP_SYN != 0;
+        let word = record.word();
+        if word.is_half_open() {
+            if is_syn && word.flags & FlowWord::PENDING == 0 {
+                record.set_upper(number);
+            }
+        } else if is_half_open {
+            record.set_upper(0);
+        }
     }
     set_target(&mut scratch.target, record, found);
     // Another processor may have ended it since it was found, and begun another flow with its record.
     (record.begun_ms() == begun_ms && is_of(record, idx, packet, is_back)).into()
+}
+
+/// What the TCP segment that was read acknowledges; a backend's SYN, what is to acknowledge it.
+#[inline(always)]
+fn acknowledged(scratch: &Scratch, is_back: bool) -> u32 {
+    const SEQUENCE: u32 = 4;
+    const ACKNOWLEDGEMENT: u32 = 8;
+    let Scratch { window, packet, .. } = scratch;
+    if packet.protocol != IPPROTO_TCP {
+        0
+    } else if is_back {
+        window.be32(packet.l4 + SEQUENCE).wrapping_add(1)
+    } else {
+        window.be32(packet.l4 + ACKNOWLEDGEMENT)
+    }
 }
 
 /// For how long no packet of a flow came, in milliseconds.

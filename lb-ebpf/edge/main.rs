@@ -24,6 +24,7 @@ mod maps;
 mod outcomes;
 #[path = "../src/random.rs"]
 mod random;
+mod rate;
 mod record;
 mod reset;
 mod settings;

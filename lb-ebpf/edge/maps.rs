@@ -167,10 +167,10 @@ pub fn next_port(backend_idx: u32, n_sources: u32, nth: u32) -> Option<PortPlace
     }
 }
 
-/// An account of first packets, by a hash.
+/// An account of first packets.
 #[inline(always)]
-pub fn account(hash: u32) -> Option<*mut u64> {
-    EDGE_ACCOUNTS.get_ptr_mut(hash % N_EDGE_ACCOUNTS)
+pub fn account(idx: u32) -> Option<*mut u64> {
+    EDGE_ACCOUNTS.get_ptr_mut(idx)
 }
 
 /// The service of the frontend that a packet goes to.

@@ -131,7 +131,7 @@ fn settle(record: RecordPtr, record_idx: u32) {
             store!(backend.unanswered_since_us = 0);
             // Of a SYN that was sent again it isn't known which one was answered (Karn's algorithm).
             if is_answered && record.packets() == 2 {
-                let connect_us = now_us().wrapping_sub(record.sent_us());
+                let connect_us = now_us().wrapping_sub(record.upper());
                 if connect_us <= i32::MAX as u32 {
                     store!(
                         backend.connect_us =
@@ -140,7 +140,7 @@ fn settle(record: RecordPtr, record_idx: u32) {
                 }
             }
         }
-        record.clear_sent_us();
+        record.set_upper(0);
         sign = if is_answered {
             Some(Sign::Answered)
         } else if word.backend & FlowWord::RST != 0 {
@@ -158,10 +158,12 @@ fn settle(record: RecordPtr, record_idx: u32) {
             Some(Sign::Closed)
         } else {
             let is_reset = either & FlowWord::FIN == 0 && word.backend & FlowWord::RST != 0;
+            let is_established = word.client & FlowWord::ACK != 0;
             // Of a SYN that was dropped the RST may be the answer to what came behind it.
             let is_refused = flags & FlowWord::SHOWS_REFUSAL != 0 && record.packets() == 2;
             match is_answered {
-                true => is_reset.then_some(Sign::Reset),
+                // A server that is well resets what an acknowledgement of something else came for.
+                true => (is_reset && is_established).then_some(Sign::Reset),
                 false => (is_reset && is_refused).then_some(Sign::Refused),
             }
         };
@@ -242,7 +244,7 @@ pub extern "C" fn nohop_edge_ended(record_idx: u64, end: u64) -> u64 {
         add(backend, in_flight, if is_pending { -1 } else { 0 });
     }
     if is_pending {
-        record.clear_sent_us();
+        record.set_upper(0);
         // Its time is over, and the backend hasn't answered.
         count_failure(record, record_idx as u32);
         defer(record_idx as u32, Sign::Failed);

@@ -124,19 +124,20 @@ impl RecordPtr {
         unsafe { (&raw mut (*self.0).word.flags).write_volatile(flags) };
     }
 
-    /// When its SYN was sent on, while it is pending, in microseconds.
+    /// The upper half of its bytes, see [`FlowRecord::bytes`]: when its SYN was sent on, or what the client has to
+    /// acknowledge.
     #[inline(always)]
-    pub fn sent_us(self) -> u32 {
+    pub fn upper(self) -> u32 {
         // SAFETY: as above.
         unsafe { ((&raw const (*self.0).bytes).read_volatile() >> 32) as u32 }
     }
 
-    /// Has its bytes be bytes alone: see [`FlowRecord::bytes`].
+    /// Sets it. With 0 its bytes are bytes alone.
     #[inline(always)]
-    pub fn clear_sent_us(self) {
+    pub fn set_upper(self, value: u32) {
         let upper = if cfg!(target_endian = "little") { 1 } else { 0 };
         // SAFETY: as above: half of an aligned word, which others add to whole.
-        unsafe { (&raw mut (*self.0).bytes).cast::<u32>().add(upper).write_volatile(0) };
+        unsafe { (&raw mut (*self.0).bytes).cast::<u32>().add(upper).write_volatile(value) };
     }
 
     /// Their bytes: see [`FlowRecord::n_bytes`].
@@ -144,8 +145,7 @@ impl RecordPtr {
     pub fn bytes(self) -> u64 {
         // SAFETY: as above.
         let bytes = unsafe { (&raw const (*self.0).bytes).read_volatile() };
-        let is_pending = self.word().flags & FlowWord::PENDING != 0;
-        if is_pending { bytes & u64::from(u32::MAX) } else { bytes }
+        if self.word().has_only_low_bytes() { bytes & u64::from(u32::MAX) } else { bytes }
     }
 
     /// The packets of both directions.

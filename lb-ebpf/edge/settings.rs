@@ -117,6 +117,12 @@ pub fn n_records() -> u32 {
     EDGE_CONTROL.get_ptr(0).map_or(0, |control| control_word!(control.settings.n_records))
 }
 
+/// See [`EdgeSettings::seed`](lb_common::EdgeSettings::seed).
+#[inline(always)]
+pub fn seed() -> u32 {
+    EDGE_CONTROL.get_ptr(0).map_or(0, |control| control_word!(control.settings.seed))
+}
+
 /// After how long without a packet a flow of this state ends, in milliseconds.
 #[inline(always)]
 pub fn timeout_ms(state: FlowState) -> u32 {

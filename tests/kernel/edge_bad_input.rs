@@ -5,18 +5,19 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use lb_userspace::datapath::{Datapath, EdgeOptions};
+use lb_userspace::datapath::{Datapath, EdgeFlow, EdgeFlowState, EdgeOptions};
 use rustix::net::sockopt::{Timeout, set_socket_reuseaddr, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket};
 
 use crate::edge::{
     BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, end_server, ends,
-    exchange, options, place, public, request, serve, serve_with, start_server, stop_server, web,
+    exchange, flows, options, place, public, request, serve, serve_with, start_server, stop_server, web,
 };
 use crate::names::Container;
 use crate::netns::{inside, ip};
 use crate::running_kernel;
 
+const FIN: u8 = 1;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 const TCP: u8 = 6;
@@ -494,6 +495,68 @@ pub fn syns_that_show_nothing() {
         answered("a hop limit of 3", &[Spec { from_port: 7_105, hops: 3, ..tcp(client) }]);
         is_ejected(false);
         stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// A client that hasn't seen the backend's SYN doesn't establish a connection, whatever it sends: its flow gives way as
+/// one that isn't established. Nor is the backend ejected that resets what isn't right.
+pub fn handshakes_that_are_not_completed() {
+    inside(|| {
+        let (place, network) = (place(), Network::new());
+        let datapath = serve(&place, vec![web()]);
+        let macs = [mac("out"), network.client.run(|| mac("v1"))];
+        let [client, _] = ends().map(|ends| ends.client);
+        // No host has it, so none resets what it gets.
+        let nobody = match client {
+            IpAddr::V4(ip) => IpAddr::from((u32::from(ip) + 7).to_be_bytes()),
+            other => other,
+        };
+        start_server(&network.backend, BACKEND.into(), 'A');
+        let idx = datapath.indices("web").unwrap().backends[&(BACKEND, PORT).into()];
+        let flow = |port: u16| {
+            let is_it = |flow: &EdgeFlow| flow.client == (nobody, port).into();
+            flows(&datapath).into_iter().find(is_it)
+        };
+        let wait = |port: u16, what: &str, is_so: &dyn Fn(&EdgeFlow) -> bool| {
+            let start = Instant::now();
+            loop {
+                let found = flow(port);
+                if let Some(found) = found.as_ref().filter(|it| is_so(it)) {
+                    return found.clone();
+                }
+                assert!(start.elapsed() < LONG, "{what}: {found:?}, {:?}", datapath.edge_counts());
+                std::thread::yield_now();
+            }
+        };
+        let cases = [
+            ("a FIN", FIN),
+            ("a FIN that acknowledges something", FIN | ACK),
+            ("an acknowledgement", ACK),
+            ("another", ACK),
+            ("a third", ACK),
+            ("a fourth", ACK),
+        ];
+        for (port, (what, tcp_flags)) in (7_201..).zip(cases) {
+            let send = |tcp_flags: u8| {
+                let packet = Spec { from_port: port, tcp_flags, ..tcp(nobody) }.packet();
+                network.client.run(move || send(macs, &[], &packet));
+            };
+            send(SYN);
+            wait(port, what, &|flow| flow.state == EdgeFlowState::SynReceived);
+            send(tcp_flags);
+            let flow = wait(port, what, &|flow| flow.packets >= 3);
+            let is_open = [EdgeFlowState::Established, EdgeFlowState::HalfClosed];
+            assert!(!is_open.contains(&flow.state) && flow.bytes < 1_000, "{what}: {flow:?}");
+            if tcp_flags == ACK {
+                // The backend's RST.
+                wait(port, what, &|flow| flow.state == EdgeFlowState::Closed);
+            }
+        }
+        assert!(datapath.counters().ejected(idx).is_none());
+        let vip = SocketAddr::from((PUBLIC, 80));
+        network.client.run(move || request(vip, b"?")).unwrap();
+        stop_server(&network.backend, BACKEND.into());
+        assert!(flows(&datapath).iter().all(|flow| flow.bytes < 10_000), "{:?}", flows(&datapath));
     });
 }
 

@@ -102,6 +102,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_ejections_are_reported", edge_trace::ejections_are_reported),
     since((5, 10), "edge_packets_that_are_not_right", edge_bad_input::packets_that_are_not_right),
     since((5, 10), "edge_syns_that_show_nothing", edge_bad_input::syns_that_show_nothing),
+    since((5, 10), "edge_handshakes", edge_bad_input::handshakes_that_are_not_completed),
     since((5, 10), "edge_vlans", edge_bad_input::vlans),
     once("edge_jumbo_frames", edge_bad_input::jumbo_frames),
     once("edge_without_forwarding", edge_bad_input::without_forwarding),

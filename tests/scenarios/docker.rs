@@ -1,11 +1,14 @@
 //! A real Docker, and the image of the packages in it.
 
+use std::process::{Command, Output};
+
 use anyhow::{Context, Result, ensure};
 use testbed::cgroup::Cgroup;
 use testbed::process::Process;
 use testbed::{cmd, tempdir::TempDir};
 
 use crate::cluster::Nodes;
+use crate::nohop_in_docker;
 
 /// Its programs, and what images' are linked with.
 pub const PROGRAMS: &[&str] =
@@ -20,15 +23,16 @@ pub struct Docker {
     socket: String,
     _process: Process,
     // Removed with what runs in it.
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
     directory: TempDir,
 }
 
-/// Hides /run and what is written to /etc, which it has no options for. Mounts the cgroups as its daemon and
+/// Hides /run, /var/lib, and what is written to /etc, which it has no options for. Mounts the cgroups as its daemon and
 /// runc look for them, and runs it in one below the root of them.
 const DOCKERD: &str = r#"
 mount -t tmpfs none /run && mkdir /run/etc /run/work &&
 mount -t overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work none /etc &&
+mount -t tmpfs none /var/lib && mount -t bpf none /sys/fs/bpf &&
 mount -t cgroup2 none /sys/fs/cgroup && mkdir -p /sys/fs/cgroup/dockerd &&
 echo $$ > /sys/fs/cgroup/dockerd/cgroup.procs && exec "$@"
 "#;
@@ -57,7 +61,7 @@ impl Docker {
         command.env("container", "test");
         let process = Process::spawn("dockerd", command)?;
         process.wait_for_line(&["API listen on"])?;
-        Ok(Docker { socket, _process: process, _cgroup: cgroup, directory })
+        Ok(Docker { socket, _process: process, cgroup, directory })
     }
 
     /// Where it serves its API, as `DOCKER_HOST` has it.
@@ -70,10 +74,25 @@ impl Docker {
         &self.directory
     }
 
+    /// What it and its containers run in; they see it as the root.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
+    /// What `docker` with these words prints; it must succeed.
     pub fn run(&self, words: &str) -> Result<String> {
-        let mut docker = std::process::Command::new(cmd::installed("docker")?);
+        cmd::stdout(self.command(words)?)
+    }
+
+    /// The outcome of `docker` with these words.
+    pub fn output(&self, words: &str) -> Result<Output> {
+        cmd::output(self.command(words)?)
+    }
+
+    fn command(&self, words: &str) -> Result<Command> {
+        let mut docker = Command::new(cmd::installed("docker")?);
         docker.args(["--host", &self.socket]).args(words.split_whitespace());
-        cmd::stdout(docker)
+        Ok(docker)
     }
 }
 
@@ -87,5 +106,5 @@ pub fn packaged_image() -> Result<()> {
     let printed = docker.run(&format!("run --rm --network none {name} version"))?;
     let version = name.replace(':', " ");
     ensure!(printed.lines().next() == Some(&version), "{version:?} isn't in {printed:?}");
-    Ok(())
+    nohop_in_docker::serves(&nodes, &docker, name, "/usr/bin/nohop")
 }

@@ -53,6 +53,7 @@ mod names_by_resolvers;
 mod names_from_containers;
 mod names_outlive_the_daemon;
 mod names_under_load;
+mod nohop_in_docker;
 mod non_vip_passthrough;
 mod not_ready_before_consul;
 mod one_of_ten_fails;
@@ -211,6 +212,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("names_from_cni", &["host-local"], names_from_containers::by_cni),
     ("names_from_docker", docker::PROGRAMS, names_from_containers::by_docker),
     ("node_by_name", &["node"], clients_by_name::node),
+    ("nohop_in_docker", docker::PROGRAMS, nohop_in_docker::run),
     ("postgres", &["psql", "initdb", "postgres"], postgres::run),
     ("prometheus_rules", &["promtool"], rules::run),
     ("python_by_name", &["python3"], clients_by_name::python),

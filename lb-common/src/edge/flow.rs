@@ -9,7 +9,7 @@ use crate::{Address, IPPROTO_TCP};
 pub const MAX_EDGE_SOURCES: usize = 4;
 /// How many networks of public VIPs of each family are compared with.
 pub const MAX_EDGE_NETWORKS: usize = 4;
-/// How many accounts of first packets there are.
+/// How many accounts of first packets there are: half of them those of networks, then those of VIPs.
 pub const N_EDGE_ACCOUNTS: u32 = 16_384;
 /// How many addresses of its host an edge knows.
 pub const MAX_OWN_ADDRESSES: u32 = 4_096;
@@ -141,8 +141,9 @@ pub struct FlowRecord {
     pub source: [u8; 4],
     /// The packets of both directions.
     pub packets: u64,
-    /// Their bytes, from the IP header on. While the flow is pending ([`FlowWord::PENDING`]), the upper half is
-    /// when its SYN was sent on: the low 32 bits of CLOCK_MONOTONIC in microseconds.
+    /// Their bytes, from the IP header on. The upper half is something else of a connection that isn't established
+    /// ([`FlowWord::has_only_low_bytes`]): while it is pending, when its SYN was sent on, as the low 32 bits of
+    /// CLOCK_MONOTONIC in microseconds; then what the client has to acknowledge ([`acknowledges`]), until it does.
     pub bytes: u64,
 }
 
@@ -238,10 +239,23 @@ impl FlowWord {
         }
     }
 
+    /// Whether the upper half of [`FlowRecord::bytes`] isn't of the number of bytes.
+    #[inline(always)]
+    pub const fn has_only_low_bytes(self) -> bool {
+        self.flags & FlowWord::PENDING != 0 || self.is_half_open()
+    }
+
+    /// Whether it is a connection whose backend has answered, and whose client hasn't confirmed that yet.
+    #[inline(always)]
+    pub const fn is_half_open(self) -> bool {
+        matches!(self.state(), FlowState::SynReceived)
+    }
+
     /// What a side has shown after a packet of its own. `idle_ms` is for how long none came before it.
     ///
     /// The sequence number of a RST isn't known to be right, so it is one of many signs: a side that sends
-    /// something else later wasn't it.
+    /// something else later wasn't it. Those of other packets aren't either, so of a client's, before the connection is
+    /// established, the caller leaves out the flags that lead on unless it [`acknowledges`] the backend's SYN.
     #[inline(always)]
     pub const fn after(self, tcp_flags: u8, is_back: bool, idle_ms: u32) -> u8 {
         let shown = if is_back { self.backend } else { self.client };
@@ -289,8 +303,8 @@ impl FlowWord {
 impl FlowRecord {
     /// The bytes of its packets.
     pub const fn n_bytes(&self) -> u64 {
-        let is_pending = self.word.flags & FlowWord::PENDING != 0;
-        if is_pending { self.bytes & u32::MAX as u64 } else { self.bytes }
+        let is_low = self.word.has_only_low_bytes();
+        if is_low { self.bytes & u32::MAX as u64 } else { self.bytes }
     }
 }
 
@@ -350,6 +364,14 @@ impl FlowState {
     }
 }
 
+/// Whether a client that sends this acknowledgement number has seen the backend's SYN: `expected` is the number after
+/// the SYN's own, 0 where it isn't known. What it has seen beyond that may be data that was sent along with the SYN
+/// (RFC 7413), of at most a window without scaling. Who hasn't seen the SYN finds a right number once in 65,536 times.
+#[inline(always)]
+pub const fn acknowledges(number: u32, expected: u32) -> bool {
+    expected == 0 || number.wrapping_sub(expected) < 65_536
+}
+
 /// Whether a packet is a client's first of a TCP connection.
 #[inline(always)]
 pub fn is_first_syn(tcp_flags: u8) -> bool {
@@ -389,8 +411,8 @@ pub struct EdgeSettings {
     pub n_sources6: u32,
     /// How many records there are.
     pub n_records: u32,
-    /// Zero.
-    pub padding: u32,
+    /// A random number, by which nobody outside knows who shares an account of first packets.
+    pub seed: u32,
     /// After how long without a packet a flow ends, in milliseconds, by its state.
     pub timeouts_ms: [u32; N_FLOW_STATES],
     /// The last heartbeat of a daemon that keeps the frontends, in nanoseconds of CLOCK_MONOTONIC. One that

@@ -198,7 +198,7 @@ ip link set silent up
 ip link set peer up
 ip neighbour add 10.9.9.53 lladdr 02:00:00:00:00:53 dev silent
 dnsmasq --conf-file=/dev/null --no-resolv --no-hosts --user=root --pid-file= \
-    --bind-interfaces --listen-address=127.0.0.1 --address=/agent.dns/127.0.0.9
+    --bind-interfaces --listen-address=127.0.0.1 --address=/agent.dns/127.0.0.9 --local=/agent.dns/
 exec chroot "$0" /nohop check --consul-addr "http://$1:8500"
 "#;
 

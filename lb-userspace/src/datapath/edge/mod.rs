@@ -15,6 +15,7 @@ pub mod status;
 mod xdp;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
@@ -635,6 +636,7 @@ impl LoadedEdge {
             timeouts_ms: [ms(timeouts.closed); N_FLOW_STATES],
             n_records: self.maps.records().len(),
             heartbeat_ns: monotonic_ns(),
+            seed: if before.seed == 0 { random_seed() } else { before.seed },
             ..before
         };
         let longer = [
@@ -847,8 +849,14 @@ impl AttachedTo {
     }
 }
 
+/// A random number that isn't 0.
+fn random_seed() -> u32 {
+    RandomState::new().hash_one(()) as u32 | 1
+}
+
 /// Whether an interface's packets begin with an Ethernet header, as those of WireGuard and PPP don't; also
 /// where that can't be read.
+
 fn has_ethernet(name: &str) -> bool {
     // ARPHRD_ETHER and ARPHRD_LOOPBACK (linux/if_arp.h).
     let kind = std::fs::read_to_string(format!("/sys/class/net/{name}/type"));
