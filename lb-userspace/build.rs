@@ -61,6 +61,7 @@ fn main() {
         let flags = prefixes.split('\x1f').map(|it| format!("'--remap-path-prefix={it}'"));
         let flags = flags.collect::<Vec<_>>().join(", ");
         cargo.arg("--config").arg(format!("build.rustflags=[{flags}]"));
+        cargo.env("RUSTC_WRAPPER", object_dir.join("rustc-anywhere.sh"));
     }
     match cargo.status() {
         Ok(status) if status.success() => {}

@@ -19,29 +19,34 @@ const SEARCH: CapabilitySet = CapabilitySet::SYS_ADMIN.union(CapabilitySet::SYS_
 /// For the calling thread, one of the daemon's own: drops what only the start needs, such as
 /// CAP_NET_BIND_SERVICE, and sets aside what only searches need ([`for_search`]).
 pub fn for_datapath() {
-    reduce(DATAPATH.union(SEARCH), DATAPATH);
+    reduce(DATAPATH.union(SEARCH), |permitted| {
+        // What CAP_SYS_ADMIN allows as well (capabilities(7)), where it takes their place: Docker 20.10 of Debian 12
+        // has no names for them.
+        let is_whole = permitted.contains(CapabilitySet::BPF.union(CapabilitySet::PERFMON));
+        if is_whole { DATAPATH } else { DATAPATH.union(CapabilitySet::SYS_ADMIN) }
+    });
 }
 
 /// For the calling thread, which ends with its search: takes up what [`for_datapath`] has set aside.
 pub fn for_search() {
-    reduce(CapabilitySet::all(), CapabilitySet::all());
+    reduce(CapabilitySet::all(), |permitted| permitted);
 }
 
 /// For the calling thread, which only reads and writes files, and asks sources.
 pub fn for_files() {
-    reduce(FILES, FILES);
+    reduce(FILES, |permitted| permitted);
 }
 
 /// For the calling thread, which serves requests: drops all.
 pub fn none() {
-    reduce(CapabilitySet::empty(), CapabilitySet::empty());
+    reduce(CapabilitySet::empty(), |permitted| permitted);
 }
 
-/// Keeps of what the calling thread has these alone, and has `effective` of them in effect.
-fn reduce(permitted: CapabilitySet, effective: CapabilitySet) {
+/// Keeps of what the calling thread has these alone, and has what `effective` takes of them in effect.
+fn reduce(kept: CapabilitySet, effective: fn(CapabilitySet) -> CapabilitySet) {
     let reduced = capabilities(None).and_then(|has| {
-        let permitted = has.permitted & permitted;
-        let effective = permitted & effective;
+        let permitted = has.permitted & kept;
+        let effective = permitted & effective(permitted);
         set_capabilities(
             None,
             CapabilitySets { effective, permitted, inheritable: has.inheritable & permitted },
@@ -69,6 +74,12 @@ mod tests {
         let set_aside = of_thread(for_datapath);
         assert_eq!(set_aside.effective, all & DATAPATH);
         assert_eq!(set_aside.permitted, all & (DATAPATH | SEARCH));
+        let without = of_thread(|| {
+            reduce(!CapabilitySet::BPF, |permitted| permitted);
+            for_datapath();
+        });
+        let bpf = CapabilitySet::BPF;
+        assert_eq!(without.effective, all & (DATAPATH | CapabilitySet::SYS_ADMIN) & !bpf);
         let searches = of_thread(|| {
             for_datapath();
             for_search();
