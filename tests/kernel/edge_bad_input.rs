@@ -11,7 +11,8 @@ use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket};
 
 use crate::edge::{
     BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, end_server, ends,
-    exchange, flows, options, place, public, request, serve, serve_with, start_server, stop_server, web,
+    exchange, flows, options, place, public, request, serve, serve_with, start_server, stop_server,
+    web,
 };
 use crate::names::Container;
 use crate::netns::{inside, ip};
