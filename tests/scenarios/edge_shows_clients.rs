@@ -156,7 +156,7 @@ pub fn run() -> Result<()> {
     let no_syn = "nohop_client_addresses_total{result=\"no_syn\"}";
     ensure!(metric(&node, shown)? == 2 && metric(&node, no_syn)? == 1, "{:#}", node.status()?);
     let found = finding(&node, "addresses of clients")?;
-    ensure!(found.starts_with("note") && found.contains("1 connections from 10.99.9.9"), "{found}");
+    ensure!(found.starts_with("note") && found.contains("1 connection from 10.99.9.9"), "{found}");
     old.stop()?;
     let _old = site.nginx(&dir.path().join("old"), 8081)?;
     let (client, seen) = site.seen("81/")?;
