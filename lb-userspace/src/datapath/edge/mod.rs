@@ -856,7 +856,6 @@ fn random_seed() -> u32 {
 
 /// Whether an interface's packets begin with an Ethernet header, as those of WireGuard and PPP don't; also
 /// where that can't be read.
-
 fn has_ethernet(name: &str) -> bool {
     // ARPHRD_ETHER and ARPHRD_LOOPBACK (linux/if_arp.h).
     let kind = std::fs::read_to_string(format!("/sys/class/net/{name}/type"));
