@@ -24,14 +24,18 @@ pub fn adjusted(checksum: u16, difference: u32) -> u16 {
     !fold(u32::from(fold(difference)) + u32::from(!checksum))
 }
 
-/// The sum of a part of the window. A function of its own in the kernel: its loop is unrolled, and the stack there
-/// is short.
+/// The sum of a part of the window, folded to 16 bits: from a multiple of four octets on. A function of
+/// its own in the kernel: its loop is unrolled, and the stack there is short.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 pub(super) fn sum(window: &Window, begin: u32, len: u32) -> u32 {
     let (mut sum, mut at) = (0, 0);
+    while at + 4 <= len && at < WINDOW_LEN as u32 {
+        sum += u64::from(window.long_word(begin + at));
+        at += 4;
+    }
     while at < len && at < WINDOW_LEN as u32 {
-        sum += u32::from(window.word(begin + at));
+        sum += u64::from(window.word(begin + at));
         at += 2;
     }
-    sum
+    folded(sum).into()
 }

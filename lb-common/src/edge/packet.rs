@@ -2,6 +2,8 @@
 
 use core::hint::black_box;
 
+use zerocopy::{Immutable, IntoBytes};
+
 use crate::{Address, IPPROTO_TCP, IPPROTO_UDP};
 
 /// How many bytes of a packet are looked at, from its IP header on. All headers that are translated have
@@ -35,7 +37,7 @@ pub const ICMP_HEADER: u32 = 8;
 
 /// The first bytes of a packet, from its IP header on.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Immutable, IntoBytes)]
 pub struct Window {
     /// The bytes. What the packet doesn't have has any value.
     pub octets: [u8; WINDOW_LEN],
@@ -65,6 +67,13 @@ impl Window {
     #[inline(always)]
     pub fn word(&self, at: u32) -> u16 {
         u16::from_ne_bytes([self.octet(at), self.octet(at + 1)])
+    }
+
+    /// The 32 bits there, likewise, at a multiple of four: by one load.
+    #[inline(always)]
+    pub fn long_word(&self, at: u32) -> u32 {
+        let words: &[u32; WINDOW_LEN / 4] = zerocopy::transmute_ref!(self);
+        words[at as usize / 4 & (WINDOW_LEN / 4 - 1)]
     }
 
     /// Writes 16 bits as [`Window::word`] reads them.
