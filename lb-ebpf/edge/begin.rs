@@ -91,10 +91,12 @@ extern "C" fn nohop_edge_admit() -> u64 {
         trace::refused(EdgeCounter::UnknownFlow);
         return RESET;
     }
-    // No packet of this edge's comes back to it. Two services of datagrams could answer each other for ever.
+    // No host sends to itself by this one, and no packet of this edge's comes back to it. Two services of datagrams
+    // could answer each other for ever.
     let is_own = match settings::side(&packet.source, packet.is_ipv6 != 0) {
         Side::None => false,
         Side::Source => true,
+        Side::Vip if packet.protocol == IPPROTO_TCP => packet.source == packet.destination,
         Side::Vip => maps::is_vip(packet, &packet.source),
     };
     if is_own {
@@ -253,8 +255,14 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
         }
         // The flow begins with its second key.
         let mut has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
-        if !has_port && nth > N_FREE_TRIES && nohop_edge_take_port(record_idx) != 0 {
-            has_port = flows::nohop_edge_insert_key(record_idx, 1) != 0;
+        if !has_port && (nth > N_FREE_TRIES || nth == n_tries) {
+            let taken = nohop_edge_take_port(record_idx);
+            if taken == FLOODED {
+                clear(record_idx);
+                trace::refused(EdgeCounter::SynFlood);
+                return DROP;
+            }
+            has_port = taken != 0 && flows::nohop_edge_insert_key(record_idx, 1) != 0;
         }
         if has_port && flows::nohop_edge_insert_key(record_idx, 0) != 0 {
             if is_local != 0 {
@@ -262,8 +270,7 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
             }
             return Found::of(record_idx as u32, false, is_local != 0).0;
         }
-        let Some(record) = maps::record(record_idx as u32) else { return 0 };
-        record.clear();
+        clear(record_idx);
         if has_port {
             // Another processor has begun the same flow: of a client that sends its first packet twice the next
             // one finds that.
@@ -274,18 +281,38 @@ extern "C" fn nohop_edge_insert(record_idx: u64, backend_idx: u64, is_local: u64
     0
 }
 
-/// Ends the flow that has the port which was tried, where it needs it as little as a record. Returns 1 if it did.
+/// Makes a record no flow's.
+#[inline(always)]
+fn clear(record_idx: u64) {
+    if let Some(record) = maps::record(record_idx as u32) {
+        record.clear();
+    }
+}
+
+/// See [`nohop_edge_take_port`].
+const FLOODED: u64 = 2;
+
+/// Ends the flow that has the port which was tried, where it needs it as little as a record. Returns 1 if it did, 0 if
+/// that flow needs it; [`FLOODED`] where too many come to take it.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_edge_take_port(record_idx: u64) -> u64 {
     let holder = flows::nohop_edge_holder(record_idx, maps::now_ms().into());
-    let is_pending = holder >> 32 == flows::PENDING;
-    if holder == 0 || is_pending && rate::nohop_edge_is_flooded() != 0 {
+    let seen = holder >> 32;
+    if holder == 0 {
         return 0;
     }
-    let is_ended = flows::nohop_edge_end(holder & u64::from(u32::MAX), FlowEnd::Taken as u64);
+    if seen == flows::PENDING && rate::nohop_edge_is_flooded() != 0 {
+        return FLOODED;
+    }
+    let (end, counter) = if seen == flows::OVER {
+        (FlowEnd::Timeout, EdgeCounter::Expired)
+    } else {
+        (FlowEnd::Taken, EdgeCounter::Taken)
+    };
+    let is_ended = flows::nohop_edge_end(holder & u64::from(u32::MAX), end as u64);
     if is_ended != 0 {
-        count(EdgeCounter::Taken);
+        count(counter);
     }
     is_ended
 }

@@ -170,13 +170,10 @@ pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
         record.set_last_ms(now_ms);
         record.add_packet(packet.len);
         let (word, number) = (record.word(), acknowledged(scratch, is_back));
-        let is_half_open = word.is_half_open();
+        let is_unconfirmed = word.is_unconfirmed();
+        let is_pending = word.flags & FlowWord::PENDING != 0;
         let mut tcp_flags = packet.tcp_flags;
-        if is_half_open
-            && !is_back
-            && word.flags & FlowWord::PENDING == 0
-            && !acknowledges(number, record.upper())
-        {
+        if is_unconfirmed && !is_back && (is_pending || !acknowledges(number, record.upper())) {
             tcp_flags &= TCP_RST;
         }
         let shown = word.after(tcp_flags, is_back, idle_ms);
@@ -188,11 +185,11 @@ pub extern "C" fn nohop_edge_follow(found: u64) -> u64 {
         }
         let is_syn = is_back && packet.tcp_flags & TCP_SYN != 0;
         let word = record.word();
-        if word.is_half_open() {
-            if is_syn && word.flags & FlowWord::PENDING == 0 {
-                record.set_upper(number);
-            }
-        } else if is_half_open {
+        if is_syn && word.is_unconfirmed() && word.flags & FlowWord::PENDING == 0 {
+            record.set_upper(number);
+        }
+        // Another processor may have read the acknowledgement meanwhile.
+        if (is_syn || is_unconfirmed) && !record.word().has_only_low_bytes() {
             record.set_upper(0);
         }
     }
@@ -401,7 +398,7 @@ pub const PENDING: u64 = 2;
 /// It is that of a connection which is closed, or of a datagram that wasn't answered, for a while.
 const SPENT: u64 = 3;
 /// It is that of a flow whose time is over.
-const OVER: u64 = 4;
+pub const OVER: u64 = 4;
 
 /// Claims a record if it is free or its flow's time is over. Returns [`CLAIMED`], [`PENDING`], [`SPENT`] or 0.
 #[inline(never)]

@@ -13,8 +13,14 @@ const NULL: u64 = libc::makedev(1, 3);
 /// Opens a file for reading, without waiting for anything but the disk.
 ///
 /// # Errors
-/// When it can't be opened, or is no regular file: then what it is, with the fix, to follow its path.
+/// When it can't be opened, or is no regular file: then what it is, with the fix, to follow its path. A descriptor of
+/// this process, such as `/dev/stdin`, may be anything.
 pub fn open(path: &Path) -> io::Result<File> {
+    // What the caller has passed on is open already.
+    let own = ["/dev/stdin", "/dev/fd/", "/proc/self/fd/"];
+    if own.iter().any(|own| path.as_os_str().as_encoded_bytes().starts_with(own.as_bytes())) {
+        return File::open(path);
+    }
     // Before it is opened, for devices; and after it, as it may be another one by then.
     check(&fs::metadata(path)?)?;
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
@@ -61,7 +67,7 @@ fn check(found: &Metadata) -> io::Result<()> {
         _ if kind.is_socket() => "a socket",
         _ => "a device",
     };
-    Err(io::Error::other(format!("it is {what}, and no regular file: put one in its place")))
+    Err(io::Error::other(format!("it is {what}, not a regular file; replace it with one")))
 }
 
 #[cfg(test)]
@@ -90,8 +96,13 @@ mod tests {
             (".", "a directory"),
         ] {
             let error = read_or_null(&at(name)).unwrap_err().to_string();
-            assert!(error.contains(expected) && error.contains("put one in its place"), "{error}");
+            assert!(error.contains(expected) && error.contains("replace it with one"), "{error}");
         }
+        let (reader, writer) = std::io::pipe().unwrap();
+        std::io::Write::write_all(&mut &writer, b"passed on").unwrap();
+        drop(writer);
+        let passed = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader));
+        assert_eq!(read(Path::new(&passed)).unwrap(), b"passed on");
         let null = Path::new("/dev/null");
         assert_eq!(read_or_null(null).unwrap(), b"");
         assert!(read(null).unwrap_err().to_string().contains("a device"));

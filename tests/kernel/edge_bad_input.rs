@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use lb_common::FlowWord;
 use lb_userspace::datapath::{Datapath, EdgeFlow, EdgeFlowState, EdgeOptions};
 use rustix::net::sockopt::{Timeout, set_socket_reuseaddr, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket};
@@ -20,6 +21,7 @@ use crate::running_kernel;
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;
+const RST: u8 = 4;
 const ACK: u8 = 16;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -320,7 +322,8 @@ pub fn packets_that_are_not_right() {
             ("from an IPv6 multicast address", "martian", from("ff02::1")),
             ("from the VIP itself", "martian", from("203.0.113.10")),
             ("from the IPv6 VIP itself", "martian", from("fd99::10")),
-            ("from another VIP", "martian", from("203.0.113.11")),
+            ("from another VIP", "martian", udp("203.0.113.11".parse().unwrap()).packet()),
+            ("from another VIP, by TCP", "flows_begun", from("203.0.113.11")),
             ("from another IPv6 VIP", "martian", udp("fd99::11".parse().unwrap()).packet()),
             ("from between the VIPs", "flows_begun", from("203.0.113.12")),
             ("from edge.source", "martian", from("10.7.0.1")),
@@ -552,6 +555,27 @@ pub fn handshakes_that_are_not_completed() {
                 // The backend's RST.
                 wait(port, what, &|flow| flow.state == EdgeFlowState::Closed);
             }
+        }
+        // A RST of its own ends the backend's side of it, and counts until something else comes a second later.
+        let resets = [(7_301, FIN), (7_302, ACK), (7_303, ACK), (7_304, ACK)];
+        let send_to = |port: u16, tcp_flags: u8| {
+            let packet = Spec { from_port: port, tcp_flags, ..tcp(nobody) }.packet();
+            network.client.run(move || send(macs, &[], &packet));
+        };
+        for (port, _) in resets {
+            send_to(port, SYN);
+            wait(port, "a SYN", &|flow| flow.state == EdgeFlowState::SynReceived);
+            send_to(port, RST);
+        }
+        for (port, tcp_flags) in resets {
+            let rested = Duration::from_millis(FlowWord::RESET_IS_FINAL_MS.into());
+            let is_reset =
+                |flow: &EdgeFlow| flow.state == EdgeFlowState::Closed && flow.idle >= rested;
+            let n_packets = wait(port, "a RST", &is_reset).packets;
+            send_to(port, tcp_flags);
+            let flow = wait(port, "behind a RST", &|flow| flow.packets > n_packets);
+            let is_open = [EdgeFlowState::Established, EdgeFlowState::HalfClosed];
+            assert!(!is_open.contains(&flow.state) && flow.bytes < 1_000, "{flow:?}");
         }
         assert!(datapath.counters().ejected(idx).is_none());
         let vip = SocketAddr::from((PUBLIC, 80));

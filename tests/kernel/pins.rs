@@ -55,7 +55,7 @@ pub fn two_daemons_are_one_too_many() {
         assert!(error.contains(&format!("process {pid},")), "{error}");
     }
     assert!(!place.pin("v4").exists());
-    first.keep();
+    first.leave();
     assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the first stays in use");
     // It has stopped, and can't end yet.
     place.options.layout = own_layout;

@@ -116,7 +116,8 @@ pub fn unread_log() -> Result<()> {
     nohop.start_again_with_stderr(&log)?;
     // Many times what a pipe and the daemon's own queue hold: each table names all its services.
     let names: Vec<String> = (0..90).map(|nth| format!("{}-{nth}", "x".repeat(50))).collect();
-    let lost = |status: &Value| status["problems"].to_string().contains("were dropped");
+    let lost =
+        |status: &Value| status["problems"].to_string().contains("of the log since the start");
     let mut is_lost = false;
     for round in 0..400 {
         let backends = [if round % 2 == 0 { two.address } else { one.address }];

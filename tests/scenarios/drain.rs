@@ -88,7 +88,10 @@ pub fn by_hand() -> Result<()> {
     let by: Vec<_> = backends.into_iter().flatten().map(|it| &it["drained_by"]).collect();
     ensure!(by == ["instance:backend/helloworld-0", "node:backend", "node:backend"], "{by:?}");
     let held = cli(nohop, "undrain helloworld-1", 1)?;
-    ensure!(held.contains("`nohop undrain node:backend` ends what drains it"), "{held}");
+    ensure!(
+        held.contains("is drained by another drain, which `nohop undrain node:backend` ends"),
+        "{held}"
+    );
     let listed: Value = serde_json::from_str(&cli(nohop, "drain --json", 0)?)?;
     let of = |nth: usize| (&listed[nth]["kind"], &listed[nth]["name"], &listed[nth]["backends"]);
     ensure!(of(0) == (&"node".into(), &"backend".into(), &3.into()), "{listed:#}");

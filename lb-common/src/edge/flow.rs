@@ -242,20 +242,26 @@ impl FlowWord {
     /// Whether the upper half of [`FlowRecord::bytes`] isn't of the number of bytes.
     #[inline(always)]
     pub const fn has_only_low_bytes(self) -> bool {
-        self.flags & FlowWord::PENDING != 0 || self.is_half_open()
+        self.flags & FlowWord::PENDING != 0 || self.is_unconfirmed()
     }
 
-    /// Whether it is a connection whose backend has answered, and whose client hasn't confirmed that yet.
+    /// Whether it is a connection whose backend has answered, and whose client hasn't confirmed that, also where a side
+    /// has reset it since.
     #[inline(always)]
-    pub const fn is_half_open(self) -> bool {
-        matches!(self.state(), FlowState::SynReceived)
+    pub const fn is_unconfirmed(self) -> bool {
+        let Self { client, backend, protocol, .. } = self;
+        protocol == IPPROTO_TCP
+            && client != 0
+            && backend & FlowWord::FIRST != 0
+            && client & FlowWord::ACK == 0
     }
 
     /// What a side has shown after a packet of its own. `idle_ms` is for how long none came before it.
     ///
     /// The sequence number of a RST isn't known to be right, so it is one of many signs: a side that sends
-    /// something else later wasn't it. Those of other packets aren't either, so of a client's, before the connection is
-    /// established, the caller leaves out the flags that lead on unless it [`acknowledges`] the backend's SYN.
+    /// something else later wasn't it. Those of other packets aren't either: of a client's, while the connection is
+    /// [unconfirmed](FlowWord::is_unconfirmed), the caller leaves out all flags but a RST's, unless it [`acknowledges`]
+    /// the backend's SYN.
     #[inline(always)]
     pub const fn after(self, tcp_flags: u8, is_back: bool, idle_ms: u32) -> u8 {
         let shown = if is_back { self.backend } else { self.client };
@@ -263,7 +269,10 @@ impl FlowWord {
             return shown | FlowWord::FIRST;
         }
         if tcp_flags & TCP_RST != 0 {
-            return shown | FlowWord::RST;
+            // It ends an earlier connection of the backend's, not this one, whose SYN comes again.
+            let is_of_other =
+                !is_back && self.backend & (FlowWord::FIRST | FlowWord::OTHER) == FlowWord::OTHER;
+            return if is_of_other { shown } else { shown | FlowWord::RST };
         }
         let mut shown = shown;
         if shown & FlowWord::RST != 0 && idle_ms >= FlowWord::RESET_IS_FINAL_MS {
@@ -528,7 +537,7 @@ pub enum EdgeCounter {
     Broken = 16,
     /// Dropped: a SYN whose checksum is wrong.
     BadChecksum = 17,
-    /// Flows whose record another one got before their time was over: closed ones, UDP, and connections that
+    /// Flows whose record or port another one got before their time was over: closed ones, UDP, and connections that
     /// weren't established.
     Taken = 18,
     /// SYNs that were sent on with the client's address.

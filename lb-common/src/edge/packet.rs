@@ -73,7 +73,7 @@ impl Window {
     #[inline(always)]
     pub fn long_word(&self, at: u32) -> u32 {
         let words: &[u32; WINDOW_LEN / 4] = zerocopy::transmute_ref!(self);
-        words[at as usize / 4 & (WINDOW_LEN / 4 - 1)]
+        words[(at as usize / 4) & (WINDOW_LEN / 4 - 1)]
     }
 
     /// Writes 16 bits as [`Window::word`] reads them.

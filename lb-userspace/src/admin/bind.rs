@@ -85,6 +85,17 @@ pub enum BindError {
     },
 }
 
+impl BindError {
+    /// Whether something else listens there.
+    pub fn is_in_use(&self) -> bool {
+        match self {
+            BindError::InUse(_) => true,
+            BindError::Tcp { source, .. } => source.kind() == ErrorKind::AddrInUse,
+            _ => false,
+        }
+    }
+}
+
 /// A socket that listens.
 #[derive(Debug)]
 pub enum Listener {
@@ -92,12 +103,12 @@ pub enum Listener {
     Unix(UnixListener, SocketFile),
     /// On an address and port.
     Tcp(TcpListener),
-    /// On an address and port, once they can be had.
+    /// On an address and port, once they are available.
     Waiting(Arc<WaitingListener>),
 }
 
-/// A TCP address that can't be listened on yet, which keeps no daemon from its start: another process holds a
-/// port that any user may take, or no interface has the address.
+/// A TCP address with a port from 1024 on that can't be listened on yet, without which the daemon starts: another
+/// process holds the port, as any user's may, or no interface has the address.
 #[derive(Debug)]
 pub struct WaitingListener {
     address: SocketAddr,
@@ -122,7 +133,7 @@ impl WaitingListener {
         loop {
             match listen_tcp(self.address) {
                 Ok(listener) => {
-                    tracing::info!("listening on {}: it can be had now", self.address);
+                    tracing::info!("listening on {}, which is available now", self.address);
                     *self.lock() = None;
                     return listener;
                 }
@@ -244,6 +255,10 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
         }
         AdminAddress::Tcp(socket_address) => match listen_tcp(*socket_address) {
             Ok(listener) => Ok(Listener::Tcp(listener)),
+            // Later the daemon hasn't the right to bind a low port.
+            Err(error) if is_absent(*socket_address, &error) => bind_absent(*socket_address)
+                .map(Listener::Tcp)
+                .map_err(|source| BindError::Tcp { address: *socket_address, source }),
             Err(error) if is_waited_for(*socket_address, &error) => {
                 Ok(Listener::Waiting(Arc::new(WaitingListener::new(*socket_address, error))))
             }
@@ -255,11 +270,30 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
 /// Whether an address may be had later, so that the daemon starts without it: any user may take a port from 1024
 /// on, and an address or its interface may come late (DHCP), or be away while the daemon is upgraded.
 fn is_waited_for(address: SocketAddr, error: &io::Error) -> bool {
-    match Errno::from_io_error(error) {
-        Some(Errno::ADDRINUSE) => address.port() >= FIRST_UNPRIVILEGED_PORT,
-        Some(Errno::ADDRNOTAVAIL | Errno::NODEV) => true,
-        _ => false,
+    let errno = Errno::from_io_error(error);
+    address.port() >= FIRST_UNPRIVILEGED_PORT
+        && matches!(errno, Some(Errno::ADDRINUSE | Errno::ADDRNOTAVAIL | Errno::NODEV))
+}
+
+/// Whether an address with a low port is one that no interface has (yet).
+fn is_absent(address: SocketAddr, error: &io::Error) -> bool {
+    address.port() < FIRST_UNPRIVILEGED_PORT
+        && Errno::from_io_error(error) == Some(Errno::ADDRNOTAVAIL)
+}
+
+/// Listens on an address that no interface has: connections come once one does.
+fn bind_absent(address: SocketAddr) -> io::Result<TcpListener> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    match address {
+        SocketAddr::V4(_) => sockopt::set_ip_freebind(&socket, true)?,
+        SocketAddr::V6(_) => sockopt::set_ipv6_freebind(&socket, true)?,
     }
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &address)?;
+    listen(&socket, BACKLOG)?;
+    prepared(socket.into())
 }
 
 /// Whether a TCP address can be listened on now.
@@ -268,13 +302,16 @@ fn is_waited_for(address: SocketAddr, error: &io::Error) -> bool {
 /// Why it can't, and whether that keeps the daemon from its start.
 pub fn try_bind(address: SocketAddr) -> Result<(), (BindError, bool)> {
     std::net::TcpListener::bind(address).map(drop).map_err(|source| {
-        let is_fatal = !is_waited_for(address, &source);
+        let is_fatal = !is_waited_for(address, &source) && !is_absent(address, &source);
         (BindError::Tcp { address, source }, is_fatal)
     })
 }
 
 fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
-    let listener = std::net::TcpListener::bind(address)?;
+    prepared(std::net::TcpListener::bind(address)?)
+}
+
+fn prepared(listener: std::net::TcpListener) -> io::Result<TcpListener> {
     listener.set_nonblocking(true)?;
     // Its connections inherit it.
     rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER)?;
@@ -439,10 +476,15 @@ mod tests {
     async fn why_an_address_cannot_be_listened_on() {
         // TEST-NET-1 (RFC 5737), which no interface has.
         let absent = AdminAddress::Tcp("192.0.2.77:9153".parse().unwrap());
-        // It may come later, and its port is none that another process could have taken.
-        let absent = bind(&[absent, AdminAddress::Tcp("192.0.2.77:80".parse().unwrap())]).unwrap();
+        // It may come later. With a low port it is listened on at once.
+        let low = AdminAddress::Tcp("192.0.2.77:80".parse().unwrap());
+        let bound = bind(&[absent, low]);
+        if rustix::process::geteuid().is_root() {
+            assert!(matches!(bound.as_ref().unwrap()[1], Listener::Tcp(_)));
+        }
+        let absent = bind(&[AdminAddress::Tcp("192.0.2.77:9153".parse().unwrap())]).unwrap();
         let absent = waiting(&absent);
-        assert_eq!(absent.len(), 2);
+        assert_eq!(absent.len(), 1);
         for problem in absent.iter().map(|waiting| waiting.problem().unwrap()) {
             assert!(problem.contains("no interface of this host has 192.0.2.77"), "{problem}");
         }

@@ -545,10 +545,13 @@ fn admin_address(address: SocketAddr, daemon: Option<&api::Status>) -> (bool, Ch
         (Ok(()), _) => (true, Ok(format!("{address} is free"))),
         (Err((error, is_fatal)), None) => (is_fatal, in_two(&error.to_string())),
         // It waits for the address, or holds it.
-        (Err((error, _)), Some(status)) => match status.problems.contains(&error.to_string()) {
-            true => (false, in_two(&error.to_string())),
-            false => (true, Ok(format!("{address} is held by the running daemon"))),
-        },
+        (Err((error, _)), Some(status)) => {
+            let text = error.to_string();
+            match error.is_in_use() && !status.problems.contains(&text) {
+                true => (true, Ok(format!("{address} is held by the running daemon"))),
+                false => (false, in_two(&text)),
+            }
+        }
     }
 }
 
@@ -634,7 +637,7 @@ fn resolvers(config: &DnsConfig) -> CheckResult {
         None if config.forward == Forward::Servers(Vec::new()) => {
             Ok("dns.forward is empty: other names are refused".to_owned())
         }
-        None => Ok("there is one to forward to".to_owned()),
+        None => Ok("there is a resolver to forward to".to_owned()),
     }
 }
 

@@ -350,13 +350,18 @@ fn backend_row(backend: &BackendStatus) -> Vec<Cell> {
     vec![
         state(&state_name(backend.state)),
         (&backend.address).into(),
-        place(&backend.node, &backend.instance_name),
+        place(&backend.node, named(&backend.instance_name, &backend.instance)),
         format!("weight {}", backend.weight).into(),
         format!("connects {}", backend.connects).into(),
         in_flight.unwrap_or_default().into(),
         failures.into(),
         reason(&backend.reason).into(),
     ]
+}
+
+/// An instance's name, or its id from a daemon that gives it none yet.
+fn named<'a>(name: &'a str, id: &'a str) -> &'a str {
+    if name.is_empty() { id } else { name }
 }
 
 fn reason(reason: &Option<String>) -> &str {

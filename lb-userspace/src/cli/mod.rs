@@ -39,8 +39,8 @@ use crate::{daemon, logging};
 use args::{Arguments, ClientArguments, Command, ConfigCommand, DnsCommand};
 use columns::Palette;
 use process::{
-    ANSWER, FAILURE, LONGEST_WAIT, USAGE, environment, load, print, print_error, runtime, write,
-    write_text,
+    ANSWER, FAILURE, LONGEST_WAIT, USAGE, environment, load, print, print_error, runtime,
+    show_line, write, write_text,
 };
 
 /// Between two tries to reach a daemon that isn't there yet.
@@ -73,7 +73,7 @@ pub fn main() -> ExitCode {
             }
             if is_json {
                 // The failure is reported already, if stdout fails as well.
-                let _ = write(true, &Failure { error: text }, |_| String::new());
+                let _ = show_line(true, &Failure { error: text }, |_| String::new());
             }
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()

@@ -58,13 +58,14 @@ fn flow_text(flow: &FlowTraceRecord) -> String {
 fn connection_text(connection: &TraceRecord) -> String {
     let TraceRecord { comm, pid, service, frontend, .. } = connection;
     let time = time_of_day(connection.time);
-    let client = connection.client_name.as_deref();
+    let client = connection.client_name.as_deref().or(connection.cgroup.as_deref());
     let client = client.map(|name| format!("  {name}")).unwrap_or_default();
     let no_service = match connection.outcome.as_str() {
         "intercepted" | "passed" => "DNS query to",
         _ => "no service",
     };
-    let instance = connection.instance_name.as_deref();
+    // Of a daemon that gives them no names yet.
+    let instance = connection.instance_name.as_deref().or(connection.instance.as_deref());
     let instance = instance.map(|name| format!(" ({name})")).unwrap_or_default();
     let service = service.as_deref().unwrap_or(no_service);
     let udp = if connection.protocol == "udp" { " udp" } else { "" };

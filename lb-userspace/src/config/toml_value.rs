@@ -65,7 +65,8 @@ impl TomlValue<'_, '_> {
     /// An integer within a range.
     pub(super) fn integer<T: TryFrom<i64>>(&self, range: RangeInclusive<i64>) -> Parsed<T> {
         let Some(integer) = self.value.get_ref().as_integer() else {
-            return self.unexpected("an integer", Some("write one without quotes"));
+            let is_quoted = self.value.get_ref().is_str();
+            return self.unexpected("an integer", is_quoted.then_some("write one without quotes"));
         };
         let number = i64::from_str_radix(integer.as_str(), integer.radix()).ok();
         match number.filter(|number| range.contains(number)).and_then(|n| T::try_from(n).ok()) {

@@ -391,7 +391,10 @@ impl DrainBook {
         }
         let n = drains.len() - n_before;
         if n > 0 {
-            tracing::info!(n_drains = n, "what an earlier run drained stays so: see `nohop drain`");
+            tracing::info!(
+                n_drains = n,
+                "drains of an earlier run are restored: see `nohop drain`"
+            );
         }
         self.drains.send_replace(Arc::new(drains));
         if is_changed || is_other {
@@ -572,7 +575,7 @@ pub fn result(
     };
     let (mut n_backends, mut n_services) = (0, 0);
     // The other drains that keep what is undrained.
-    let mut holders = BTreeSet::new();
+    let (mut holders, mut n_held) = (BTreeSet::new(), 0);
     for service in table.services.values() {
         let covered = service
             .backends
@@ -595,6 +598,7 @@ pub fn result(
             Change::Undrain => warnings.extend(covered.iter().filter_map(|backend| {
                 let (by, _) = drains.find(&backend.node, &backend.id, backend.address)?;
                 holders.insert(by);
+                n_held += 1;
                 Some(format!(
                     "{} of {} is still drained, by {by}",
                     backend.shown_address, service.name
@@ -602,11 +606,12 @@ pub fn result(
             })),
         }
     }
-    // Who undrains it wants it to get connections.
-    let problem = (!is_changed && !holders.is_empty()).then(|| {
+    // Who undrains it wants it to get connections. Of a node or an address some instances may be drained on purpose.
+    let is_held = n_held == n_backends && n_held != 0 && !matches!(target, DrainTarget::Node(_));
+    let problem = (!is_changed && is_held).then(|| {
         let holders: Vec<String> =
             holders.iter().map(|by| format!("`nohop undrain {by}`")).collect();
-        format!("{target} isn't drained by itself: {} ends what drains it", holders.join(" and "))
+        format!("{target} is drained by another drain, which {} ends", holders.join(" and "))
     });
     api::DrainChange {
         ok: problem.is_none(),

@@ -120,7 +120,7 @@ pub fn direct(what: &str, instances: &[InstanceStatus]) -> String {
 pub fn other_port(service: &Service, connected: SocketAddr, shown: &str) -> Option<String> {
     let port = connected.port();
     let Ports::Only(ports) = &service.ports else { return None };
-    let is_pin = service.pin.is_some_and(|pin| pin.port() == port);
+    let is_pin = service.pin.is_some_and(|pin| SocketAddr::from(pin) == connected);
     if is_pin || ports.contains(&port) || service.public.contains(&connected) {
         return None;
     }
@@ -466,9 +466,10 @@ pub(super) mod tests {
         let note = "dns has 203.0.113.10:53 as well: `nohop explain dns`";
         assert_eq!(also_at(ip, &dns), note);
         let web = &table.services["web"];
-        for allowed in ["127.128.0.1:80", "127.128.0.1:81", "203.0.113.10:443"] {
+        for allowed in ["127.128.0.1:80", "127.0.0.1:81", "203.0.113.10:443"] {
             assert_eq!(other_port(web, allowed.parse().unwrap(), allowed), None, "{allowed}");
         }
+        assert!(other_port(web, "127.128.0.1:81".parse().unwrap(), "web.service:81").is_some());
         let refused = other_port(web, "127.128.0.1:443".parse().unwrap(), "web.service:443");
         let refused = refused.unwrap();
         assert!(refused.contains("web.service:443 is refused") && refused.contains("at port 80"));

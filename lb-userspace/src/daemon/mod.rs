@@ -739,7 +739,7 @@ impl Daemon {
         match self.config.on_exit {
             OnExit::Keep => {
                 tracing::info!("stopping: {scope} stays served");
-                self.datapath.keep();
+                self.datapath.leave();
             }
             OnExit::Detach => {
                 tracing::info!("stopping: detaching from {scope}");

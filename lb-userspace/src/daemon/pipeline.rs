@@ -184,7 +184,7 @@ fn log_change(last: &Table, next: &Table) {
     }
     if rejected.len() > MAX_NAMED {
         let more = counted(rejected.len() - MAX_NAMED, "more name");
-        tracing::warn!("{more} can't be had: `nohop explain NAME` says why");
+        tracing::warn!("{more} are unavailable: `nohop explain NAME` has the reason");
     }
 }
 

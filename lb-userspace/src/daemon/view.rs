@@ -661,7 +661,6 @@ impl DaemonView {
         }
     }
 
-    /// The explanation of a name in lower case, without the domain.
     /// Explains a name, and what a connection to a port of it gets.
     async fn explain_name_at(
         &self,
@@ -686,6 +685,7 @@ impl DaemonView {
         explanation
     }
 
+    /// The explanation of a name in lower case, without the domain.
     async fn explain_name(&self, name: &str, table: &Table, may_ask: bool) -> api::Explanation {
         let sources = self.sources.borrow().clone();
         let mut sources = sources.iter().filter(|source| source.has(name)).map(SourceView::name);

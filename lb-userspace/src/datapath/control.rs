@@ -540,7 +540,7 @@ impl Datapath {
             .ok()
     }
 
-    /// Leaves everything attached, pinned and unlocked, for the next daemon.
+    /// Leaves everything attached and pinned, for the next daemon.
     pub fn keep(&self) {
         self.intercept.stop();
         // Another process may get our process id, and queries for us would be refused.
@@ -551,6 +551,11 @@ impl Datapath {
             trace: TraceSwitch::default(),
             ..self.control_block.daemon()
         });
+    }
+
+    /// [`keep`](Self::keep), and lets the next daemon have it, though this process may not be able to end yet.
+    pub fn leave(&self) {
+        self.keep();
         self.pins.unlock();
     }
 

@@ -460,9 +460,9 @@ impl SharedDatapath {
         lock(&self.datapath).active_since_last()
     }
 
-    /// As [`Datapath::keep`].
-    pub fn keep(&self) {
-        lock(&self.datapath).keep();
+    /// As [`Datapath::leave`].
+    pub fn leave(&self) {
+        lock(&self.datapath).leave();
     }
 
     /// As [`Datapath::detach`].

@@ -58,6 +58,8 @@ pub(super) struct Upstreams {
     own: Vec<SocketAddr>,
     registry: UpstreamRegistry,
     plan: RwLock<Arc<RoutePlan>>,
+    /// Where this server was its own upstream when the plan was made.
+    own_problems: RwLock<Vec<String>>,
     /// Of the plan.
     version: AtomicU64,
     created: Instant,
@@ -157,21 +159,22 @@ impl Upstreams {
             own: own.to_vec(),
             registry,
             plan: RwLock::default(),
+            own_problems: RwLock::default(),
             version: AtomicU64::new(0),
             created: Instant::now(),
             checked_us: AtomicU64::new(0),
         };
-        for problem in upstreams.own_addresses() {
-            warn!("{problem}");
-        }
         upstreams.rebuild();
+        let own_problems = upstreams.own_problems.read().unwrap_or_else(PoisonError::into_inner);
+        own_problems.iter().for_each(|problem| warn!("{problem}"));
+        drop(own_problems);
         upstreams
     }
 
     /// What keeps names from being forwarded, with the fix.
     pub(super) fn problems(&self) -> Vec<String> {
         self.refresh(Instant::now());
-        let mut problems = self.own_addresses();
+        let mut problems = self.own_problems.read().unwrap_or_else(PoisonError::into_inner).clone();
         if let DefaultUpstreams::ResolvConf(file) = &self.others {
             problems.extend(file.problem());
         }
@@ -179,9 +182,8 @@ impl Upstreams {
     }
 
     /// Where this server is configured as its own upstream.
-    fn own_addresses(&self) -> Vec<String> {
-        let interfaces = Interfaces::read();
-        let is_ours = |server: &SocketAddr| is_ourselves(*server, &self.own, &interfaces);
+    fn own_addresses(&self, interfaces: &Interfaces) -> Vec<String> {
+        let is_ours = |server: &SocketAddr| is_ourselves(*server, &self.own, interfaces);
         let own = self.routes.iter().filter(|(_, server)| is_ours(server));
         let problem = |(domain, server): &(Arc<str>, SocketAddr)| {
             format!(
@@ -236,6 +238,8 @@ impl Upstreams {
 
     fn rebuild(&self) {
         let interfaces = Interfaces::read();
+        *self.own_problems.write().unwrap_or_else(PoisonError::into_inner) =
+            self.own_addresses(&interfaces);
         let route = |domain: &Arc<str>, servers: &[SocketAddr]| {
             let others =
                 servers.iter().filter(|server| !is_ourselves(**server, &self.own, &interfaces));

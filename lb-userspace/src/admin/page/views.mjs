@@ -123,7 +123,7 @@ class Fetched extends Component {
   }
 
   render({ children }, { document, error }) {
-    const failure = error && html`<p class="banner fair" role="alert">${document ? `This is what the daemon reported last: ${error}` : error}</p>`;
+    const failure = error && html`<p class="banner fair" role="alert">${document ? `Can’t refresh: ${error}. Last known state:` : error}</p>`;
     if (!document) return failure || html`<p class="quiet">Loading…</p>`;
     return html`${failure}${children(document)}`;
   }

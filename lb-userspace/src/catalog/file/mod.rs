@@ -378,7 +378,7 @@ mod tests {
         says(&mut handle, Some("can't read")).await;
         let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
         rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
-        says(&mut handle, Some("it is a FIFO, and no regular file")).await;
+        says(&mut handle, Some("it is a FIFO, not a regular file")).await;
         assert_eq!(shows(&mut handle, &["a", "b"]).await, second);
 
         let new = dir.path().join("catalog.toml.new");

@@ -81,9 +81,8 @@ pub fn text(lookup: &api::DnsLookup) -> String {
         let _ = writeln!(text, "  from        {from}");
     }
     let name = lookup.question.split_once(". ").map_or("", |(name, _)| name);
-    if lookup.answers.is_empty() && !name.is_empty() && !name.contains('.') {
-        let _ =
-            writeln!(text, "  note        a service has the name {name}.service, or of dns.domain");
+    if lookup.answers.is_empty() && !["", "localhost"].contains(&name) && !name.contains('.') {
+        let _ = writeln!(text, "  note        for a service query {name}.service (dns.domain)");
     }
     text
 }
@@ -142,8 +141,7 @@ mod tests {
             ..lookup(None, None, None)
         };
         assert!(
-            text(&bare)
-                .ends_with("  note        a service has the name web.service, or of dns.domain\n")
+            text(&bare).ends_with("  note        for a service query web.service (dns.domain)\n")
         );
     }
 }

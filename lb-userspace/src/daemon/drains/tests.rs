@@ -108,8 +108,11 @@ async fn what_is_drained_gets_nothing_and_what_is_unknown_changes_nothing() {
     assert_eq!((undrained.drained, &undrained.warnings[..]), (false, &[warning.into()][..]));
     // Nor does it help to undrain it by another name than that by which it was drained.
     let held = fleet.change(&mut book, Change::Undrain, "web-1").unwrap();
-    let problem = "instance:n1/web-1 isn't drained by itself: `nohop undrain address:10.0.0.1` ends what drains it";
+    let problem = "instance:n1/web-1 is drained by another drain, which `nohop undrain address:10.0.0.1` ends";
     assert_eq!((held.ok, held.problem.as_deref()), (false, Some(problem)));
+    // A node of which an instance is drained on purpose isn't.
+    let of_node = fleet.change(&mut book, Change::Undrain, "n1").unwrap();
+    assert_eq!((of_node.ok, of_node.changed, of_node.warnings.len()), (true, false, 1));
     fleet.change(&mut book, Change::Undrain, "10.0.0.1").unwrap();
     assert_eq!(fleet.drained(), ["n3/db"]);
     let not_drained = fleet.change(&mut book, Change::Undrain, "web-1").unwrap();
