@@ -68,7 +68,10 @@ if is_upgrade "$@"; then
     if [ -d /run/systemd/system ]; then
         systemctl try-restart nohop.service || true
     fi
-    exit 0
+    # dpkg names the former version after a removal, too, which disabled the units.
+    if [ ! -d /run/systemd/system ] || systemctl is-enabled --quiet nohop.service || systemctl is-active --quiet nohop.service; then
+        exit 0
+    fi
 fi
 
 cat <<'END'

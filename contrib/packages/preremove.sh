@@ -10,6 +10,9 @@ esac
 if grep -qsE '^nameserver (127\.0\.0\.1|169\.254\.53\.53)$' /etc/resolv.conf; then
     echo "nohop: /etc/resolv.conf may name nohop alone; undo \`nohop dns setup\`, or no name is found from now on" >&2
 fi
+if [ -e /etc/systemd/resolved.conf.d/nohop.conf ]; then
+    echo "nohop: /etc/systemd/resolved.conf.d/nohop.conf sends queries to nohop; remove it, then: systemctl restart systemd-resolved" >&2
+fi
 if [ -d /run/systemd/system ]; then
     # The socket too: a query would start the daemon again.
     systemctl disable --now nohop.socket nohop.service || true

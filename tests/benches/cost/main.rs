@@ -165,6 +165,10 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
     };
     let eligible_few = &table_with(FEW, &backends, never);
     let eligible_many = &table_with(MANY, &backends, never);
+    let public = &table_with(FEW, &backends, |options| {
+        let networks = ["192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "198.18.0.0/15"];
+        options.vip.public = networks.map(|it| it.parse().expect("a network")).into();
+    });
     // Without what releases records.
     let stored = &table_with(FEW, &backends, |options| options.units = &UNITS[..1]);
 
@@ -201,6 +205,9 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
     ]);
     cases.extend([
         Case::of(many, connect4, "no VIP", move || traffic::connect_each(again(dead))),
+        Case::of(public, connect4, "no VIP, four public networks", move || {
+            traffic::connect_each(again(dead));
+        }),
         Case::of(many, connect4, "no backends", move || traffic::connect_each(again(vip(EMPTY)))),
         Case::of(many, connect4, "connected again", move || traffic::reconnect(vip(DEAD), n_calls)),
         Case::of(few, connect4, "a VIP among 10", move || traffic::connect_each(again(vip(DEAD)))),
