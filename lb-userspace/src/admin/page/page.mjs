@@ -118,7 +118,7 @@ class Page extends Component {
         <a class="name" href="?view=overview"><img src="icon.svg" alt="" width="20" height="20" />nohop</a>
         <nav aria-label="Views"><ul>${links.map(([name, { title }]) => html`<li><a href="?view=${name}" aria-current=${isCurrent(name) ? "page" : null}>${title}</a></li>`)}</ul></nav>
         <p class="link">${status && html`<${State} of=${isLost ? "lost" : status.ready ? "ready" : "not ready"} />`}
-          <button type="button" aria-pressed=${isPaused ? "true" : "false"} onClick=${() => pause(!isPaused)}>${isPaused ? "Paused" : "Pause"}</button></p>
+          <button type="button" aria-pressed=${isPaused ? "true" : "false"} onClick=${() => pause(!store.isPaused)}>${isPaused ? "Paused" : "Pause"}</button></p>
       </header>
       <main id="main">
         ${isLost && html`<p class="banner bad" role="alert"><${State} of="lost" /> The connection to the daemon is lost; this is what it reported last. Trying again…</p>`}
