@@ -89,7 +89,7 @@ pub fn run() -> Result<()> {
     // What is shown stays when it can't be fetched again, with the reason.
     browser.evaluate("fetch = () => Promise.reject(new Error('too many requests'))")?;
     browser.wait_for(
-        "document.querySelector('main [role=alert]')?.textContent.includes('last: too many')",
+        "document.querySelector('main [role=alert]')?.textContent.includes('refresh: too many')",
     )?;
     ensure!(browser.evaluate("document.querySelectorAll('tbody tr').length")? == 4);
     nohop.kill()?;
