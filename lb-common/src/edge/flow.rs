@@ -420,7 +420,7 @@ pub struct EdgeSettings {
     pub n_sources6: u32,
     /// How many records there are.
     pub n_records: u32,
-    /// A random number, by which nobody outside knows who shares an account of first packets.
+    /// A random number, so that outsiders can't find out who shares an account of first packets.
     pub seed: u32,
     /// After how long without a packet a flow ends, in milliseconds, by its state.
     pub timeouts_ms: [u32; N_FLOW_STATES],

@@ -443,7 +443,7 @@ pub struct BackendStatus {
     pub state: BackendState,
     /// Why, where that isn't plain.
     pub reason: Option<String>,
-    /// What it is drained by, the argument of `nohop undrain`; `null` where nobody drained it.
+    /// What it is drained by, the argument of `nohop undrain`; `null` where no drain covers it.
     #[serde(default)]
     pub drained_by: Option<String>,
     /// Connects that it was chosen for, since it came.

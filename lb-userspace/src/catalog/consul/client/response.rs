@@ -103,7 +103,7 @@ pub fn check_status(
 /// Whether the response is Consul's to a key that isn't there, which has an index all the same, so that
 /// one can wait for it. A proxy's "not found" has none, and says nothing about the key; it may be without
 /// a text as Consul's is. Behind a proxy that drops the index the other headers show that it is Consul's;
-/// behind one that drops all of them it can't be told from the proxy's own.
+/// behind one that drops all of them it can't be distinguished from the proxy's own.
 pub fn is_absent_key(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> bool {
     let is_absent = index(headers).is_some() || body.is_empty() && has_consuls(headers);
     status == StatusCode::NOT_FOUND && is_absent

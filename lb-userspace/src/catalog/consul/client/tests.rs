@@ -156,7 +156,7 @@ async fn an_absent_key_is_null() {
     assert_eq!(output.stats().requests()["404"], 1);
 }
 
-/// Behind a proxy that drops Consul's headers an absent key can't be told from a path that the proxy hides.
+/// Behind a proxy that drops Consul's headers an absent key can't be distinguished from a path that the proxy hides.
 #[tokio::test]
 async fn a_404_without_consuls_headers_names_the_proxy() {
     const SWITCH: &str = "/v1/kv/nohop/off";
