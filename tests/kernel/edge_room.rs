@@ -20,6 +20,7 @@ use crate::edge::{
     BACKEND, CLIENT, LONG, Network, PORT, PUBLIC, SILENT, SOURCE, apply, count, flows, options,
     place, public, request, serve, serve_with, start_server, stop_server,
 };
+use crate::fixture::table;
 use crate::names::Container;
 use crate::netns::inside;
 
@@ -437,5 +438,40 @@ pub fn a_backend_is_silent() {
         let connect_us = counters.connect_us(idx).unwrap();
         assert!(connect_us < 20_000_000, "{connect_us}");
         stop_server(&network.backend, BACKEND.into());
+    });
+}
+
+/// More VIPs than the map of frontends has room for: services come first, what doesn't fit is a problem in `status`,
+/// and nothing of it is left when there are fewer.
+pub fn too_many_vips() {
+    inside(|| {
+        let (mut place, _network) = (place(), Network::new());
+        // Those of the hooks have room for all.
+        place.options.datapath.max_services = 8_192;
+        let mut datapath = serve(&place, Vec::new());
+        let many = |n: u32| {
+            let first = u32::from(Ipv4Addr::new(203, 0, 0, 0));
+            let vips: Vec<SocketAddr> =
+                (0..n).map(|nth| (Ipv4Addr::from(first + nth), 80).into()).collect();
+            public("web", &[(BACKEND, PORT).into()], &vips)
+        };
+        let room = |datapath: &Datapath| {
+            let pressure = datapath.pressure();
+            pressure.into_iter().find(|(map, _)| *map == "EDGE_FRONTENDS").unwrap().1
+        };
+        let capacity = room(&datapath).capacity;
+        // By TCP and UDP, and two of any port.
+        let n_vips = capacity / 4 + 10;
+        assert!(datapath.apply(&table(vec![many(n_vips)])).unwrap().is_empty());
+        let problems = datapath.edge_status().unwrap().problems;
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].starts_with("edge: 40 of 16424 public frontends"), "{problems:?}");
+        assert_eq!(room(&datapath).used, capacity);
+        // What was given up doesn't keep others out.
+        let vip = SocketAddr::from((PUBLIC, 80));
+        apply(&mut datapath, vec![public("web", &[(BACKEND, PORT).into()], &[vip])]);
+        assert_eq!(room(&datapath).used, 4);
+        apply(&mut datapath, vec![many(capacity / 4)]);
+        assert_eq!(room(&datapath).used, capacity);
     });
 }

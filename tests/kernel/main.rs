@@ -131,6 +131,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "edge_interfaces_change", edge::interfaces_change),
     once("edge_a_full_table", edge_room::a_full_table),
     once("edge_room_without_a_daemon", edge_room::room_without_a_daemon),
+    once("edge_too_many_vips", edge_room::too_many_vips),
     once("edge_a_sweep_in_parts", edge_room::a_sweep_in_parts),
     once("edge_room_elsewhere", edge_room::room_elsewhere),
     once("edge_a_flood", edge_room::a_flood),

@@ -515,7 +515,9 @@ impl Datapath {
 
     /// How full each map is.
     pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
-        self.reconciler.pressure()
+        let mut pressure = self.reconciler.pressure();
+        pressure.extend(self.edge.pressure());
+        pressure
     }
 
     /// A handle to the programs' counters.

@@ -1,4 +1,4 @@
-//! The unit's maps.
+//! The unit's maps, but for those of frontends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -11,26 +11,19 @@ use std::sync::Arc;
 use aya::Ebpf;
 use aya::maps::{MapData, PerCpuArray};
 use lb_common::{
-    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, EdgeServiceRef, EdgeSettings,
-    FlowAddresses6, FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, Frontend,
-    Frontend6, N_FAST_PATHS, PROOF_GENERATION, is_long_ago,
+    Address, EdgeControl, EdgeCounters, EdgeInterface, EdgeProcessor, EdgeSettings, FlowAddresses6,
+    FlowKey4, FlowKey6, FlowRecord, FlowRef, FlowState, FlowWord, N_FAST_PATHS, PROOF_GENERATION,
+    is_long_ago,
 };
-
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::super::bpf::ProgramWait;
 use super::super::error::DatapathError;
-use super::super::kernel::{
-    AtomicArray, Hash, Plain, io_error, take_hash, take_per_cpu, wait_for_programs,
-};
-use super::super::maps::FrontendKey;
+use super::super::kernel::{AtomicArray, Hash, Plain, io_error, take_hash, take_per_cpu};
 use super::super::pins::{Pins, monotonic_ns};
 
 /// The maps.
 #[derive(Debug)]
 pub struct EdgeMaps {
-    frontends: Hash<Frontend, EdgeServiceRef>,
-    frontends6: Hash<Frontend6, EdgeServiceRef>,
     own: Hash<Address, u32>,
     /// The addresses in `own`.
     own_addresses: BTreeSet<IpAddr>,
@@ -41,9 +34,6 @@ pub struct EdgeMaps {
     counters: Arc<AtomicArray<EdgeCounters>>,
     interfaces: Arc<AtomicArray<EdgeInterface>>,
     processors: Processors,
-    program_wait: Option<ProgramWait>,
-    /// Whether frontends were removed whose elements a program may still read.
-    is_dirty: bool,
     /// Records that were claimed at the last sweep, by their indices, with their times.
     stuck: BTreeMap<u32, u32>,
 }
@@ -107,8 +97,6 @@ impl EdgeMaps {
     /// When one isn't there.
     pub fn take(ebpf: &mut Ebpf) -> Result<EdgeMaps, DatapathError> {
         Ok(EdgeMaps {
-            frontends: take_hash(ebpf, "EDGE_FRONTENDS")?,
-            frontends6: take_hash(ebpf, "EDGE_FRONTENDS6")?,
             own: take_hash(ebpf, "EDGE_OWN")?,
             own_addresses: BTreeSet::new(),
             flows: take_hash(ebpf, "EDGE_FLOWS")?,
@@ -121,8 +109,6 @@ impl EdgeMaps {
             counters: AtomicArray::take(ebpf, "EDGE_COUNTERS")?,
             interfaces: AtomicArray::take(ebpf, "EDGE_INTERFACES")?,
             processors: Processors(take_per_cpu(ebpf, "EDGE_PROCESSORS")?),
-            program_wait: ProgramWait::new().ok(),
-            is_dirty: false,
             stuck: BTreeMap::new(),
         })
     }
@@ -189,81 +175,6 @@ impl EdgeMaps {
     /// What the fast path knows of interfaces.
     pub fn interfaces(&self) -> &Arc<AtomicArray<EdgeInterface>> {
         &self.interfaces
-    }
-
-    /// All frontends, each with its service.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn frontends(&self) -> io::Result<BTreeMap<FrontendKey, EdgeServiceRef>> {
-        let mut all = BTreeMap::new();
-        for found in self.frontends.iter() {
-            let (Plain(key), Plain(target)) = found.map_err(io_error)?;
-            let Frontend { address, port, protocol, .. } = key;
-            let key = FrontendKey { address: address.into(), port, protocol };
-            all.insert(key, target);
-        }
-        for found in self.frontends6.iter() {
-            let (Plain(key), Plain(target)) = found.map_err(io_error)?;
-            let Frontend6 { address, port, protocol, .. } = key;
-            let key = FrontendKey { address: address.into(), port, protocol };
-            all.insert(key, target);
-        }
-        Ok(all)
-    }
-
-    /// A frontend was inserted that was there already: the kernel uses the element of its former value for the next
-    /// one, as after a removal.
-    pub fn replaced(&mut self) {
-        self.is_dirty = true;
-    }
-
-    /// Inserts a frontend, or makes it lead to another service.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn insert(&mut self, key: FrontendKey, service: EdgeServiceRef) -> io::Result<()> {
-        // The kernel reuses a removed element at once.
-        if std::mem::take(&mut self.is_dirty) {
-            wait_for_programs(self.program_wait.as_ref());
-        }
-        let target = Plain(service);
-        let FrontendKey { port, protocol, .. } = key;
-        match key.address {
-            IpAddr::V4(ip) => {
-                let address = ip.octets();
-                let key = Plain(Frontend { address, port, protocol, padding: 0 });
-                self.frontends.insert(key, target, 0).map_err(io_error)
-            }
-            IpAddr::V6(ip) => {
-                let address = ip.octets();
-                let key = Plain(Frontend6 { address, port, protocol, padding: 0 });
-                self.frontends6.insert(key, target, 0).map_err(io_error)
-            }
-        }
-    }
-
-    /// Removes a frontend; one that is absent is no error.
-    ///
-    /// # Errors
-    /// When the kernel refuses.
-    pub fn remove(&mut self, key: &FrontendKey) -> io::Result<()> {
-        let &FrontendKey { address, port, protocol } = key;
-        let removed = match address {
-            IpAddr::V4(ip) => {
-                let address = ip.octets();
-                self.frontends.remove(&Plain(Frontend { address, port, protocol, padding: 0 }))
-            }
-            IpAddr::V6(ip) => {
-                let address = ip.octets();
-                self.frontends6.remove(&Plain(Frontend6 { address, port, protocol, padding: 0 }))
-            }
-        };
-        self.is_dirty = true;
-        match removed.map_err(io_error) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
-        }
     }
 
     /// Ends the flows of these records whose time is over, some thousand at most, and calls the function with each.
