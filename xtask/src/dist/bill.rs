@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum as _;
 use serde_json::{Value, json};
 
-use super::release::Release;
+use super::release::{Architecture, Release};
 use crate::process;
 use crate::repository;
 
@@ -46,7 +47,10 @@ fn crates() -> Result<BTreeMap<(String, String), Crate>> {
         let mut cargo = Command::new("cargo");
         cargo.args(["metadata", "--format-version", "1", "--locked", "--manifest-path", manifest]);
         if root == "lb-userspace" {
-            cargo.args(["--filter-platform", "x86_64-unknown-linux-gnu"]);
+            for architecture in Architecture::value_variants() {
+                let triple = format!("{}-unknown-linux-gnu", architecture.name());
+                cargo.args(["--filter-platform", &triple]);
+            }
         }
         let metadata = process::output(cargo.current_dir(repository::root()))?;
         let metadata = serde_json::from_str(&metadata).context("can't parse cargo's metadata")?;
