@@ -187,13 +187,15 @@ async fn post_within<T: DeserializeOwned>(
     document(address, Request::post(path), limit, late).await
 }
 
-/// Traces connections: hands each line to `each` as it comes, until that returns false.
+/// Traces connections: calls `opened` once the daemon does, and hands each line to `each` as it comes, until that
+/// returns false.
 ///
 /// # Errors
 /// When the daemon refuses, or the connection breaks.
 pub async fn trace(
     address: &AdminAddress,
     filter: &TraceFilter,
+    opened: impl FnOnce(),
     each: impl FnMut(&[u8]) -> bool,
 ) -> Result<(), ClientError> {
     let request = Request::get(filter.path());
@@ -201,12 +203,12 @@ pub async fn trace(
         AdminAddress::Unix(socket) => {
             let stream = UnixStream::connect(socket).await;
             let stream = stream.map_err(|source| unreachable(address, source))?;
-            read_lines(stream, request, "nohop", each).await
+            read_lines(stream, request, "nohop", opened, each).await
         }
         AdminAddress::Tcp(tcp) => {
             let stream = TcpStream::connect(tcp).await;
             let stream = stream.map_err(|source| unreachable(address, source))?;
-            read_lines(stream, request, &tcp.to_string(), each).await
+            read_lines(stream, request, &tcp.to_string(), opened, each).await
         }
     };
     let exchange = |source| ClientError::Exchange { address: address.clone(), source };

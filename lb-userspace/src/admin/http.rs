@@ -48,8 +48,8 @@ pub enum ExchangeError {
     Body(String),
 }
 
-/// Sends a request without a body to `host`, and hands each line of the answer to `each` as it comes,
-/// until that returns false. An answer that isn't [`JSON_LINES`] is returned instead, read to its end.
+/// Sends a request without a body to `host`, calls `opened` when the answer begins, and hands each line of it to
+/// `each` as it comes, until that returns false. An answer that isn't [`JSON_LINES`] is returned instead, read to its end.
 ///
 /// # Errors
 /// When the connection breaks before that.
@@ -57,6 +57,7 @@ pub async fn read_lines(
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     request: request::Builder,
     host: &str,
+    opened: impl FnOnce(),
     mut each: impl FnMut(&[u8]) -> bool,
 ) -> Result<Option<HttpResponse>, ExchangeError> {
     let request =
@@ -72,6 +73,7 @@ pub async fn read_lines(
             let body = body.map_err(|error| ExchangeError::Body(error.to_string()))?.to_bytes();
             return Ok(Some(HttpResponse { status: head.status, headers: head.headers, body }));
         }
+        opened();
         let mut rest = Vec::new();
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame.map_err(broken)?.into_data() else { continue };

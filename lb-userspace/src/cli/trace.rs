@@ -1,9 +1,11 @@
 //! `nohop trace`: connections as they happen.
 
+use std::io::{IsTerminal as _, stderr, stdout};
+
 use anyhow::Context;
 
 use super::args::ClientArguments;
-use super::process::{end_when_unread, environment, runtime, show_line};
+use super::process::{end_when_unread, environment, print_error, runtime, show_line};
 use crate::admin::api::{FlowTraceRecord, TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, client};
 use crate::counted::counted;
@@ -13,15 +15,20 @@ pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<(
     let address = client::find(arguments.admin.as_deref(), &environment)?;
     end_when_unread();
     let mut failed = Ok(());
-    let traced = runtime()?.block_on(client::trace(&address, &filter, |line| {
-        match print(line, arguments.json) {
-            Ok(is_read) => is_read,
-            Err(error) => {
-                failed = Err(error);
-                false
-            }
+    let opened = || {
+        // Or a cluster at rest looks like a command that hangs.
+        if stdout().is_terminal() && stderr().is_terminal() {
+            print_error("connections that begin from now on; Ctrl-C ends it");
         }
-    }));
+    };
+    let each = |line: &[u8]| match print(line, arguments.json) {
+        Ok(is_read) => is_read,
+        Err(error) => {
+            failed = Err(error);
+            false
+        }
+    };
+    let traced = runtime()?.block_on(client::trace(&address, &filter, opened, each));
     failed.and(traced.map_err(Into::into))
 }
 
