@@ -14,6 +14,7 @@ mod ejected;
 mod explain;
 mod holdback;
 mod intercept;
+mod kernel_reports;
 mod metrics;
 mod names;
 mod network;
@@ -25,59 +26,52 @@ mod recorder;
 pub mod reload;
 mod revision;
 mod shadow_mode;
+mod start;
+mod tasks;
 mod timers;
 mod trace;
+mod unreachable;
 pub mod view;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
-use aya_log::EbpfLogger;
-use rustix::event::{PollFd, PollFlags};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{Id, JoinHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 
-use crate::admin::{TcpAccess, View as _, api};
+use crate::admin::{TcpAccess, api};
 use crate::catalog::resolve::Resolver;
-use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
+use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit};
 use crate::config::{
     AllCritical, CatalogConfig, Config, ConfigErrors, Expired, OnExit, Problem, TraceAccess,
-    VipConfig, cgroup,
 };
-use crate::datapath::{
-    Datapath, Mode, Options, Report, Reports, SharedDatapath, announce_start, route,
-};
+use crate::datapath::SharedDatapath;
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
-use crate::table::{Builder, DrainError, SharedWaits};
-use crate::{admin, capabilities, catalog, dns};
+use crate::table::{DrainError, SharedWaits};
+use crate::{capabilities, catalog, dns};
 use drains::{DrainBook, DrainRequest, Obstacles};
 use network::HostNetwork;
 use notify::Notify;
 use pipeline::Pipeline;
 use prober::BackendProber;
-use recorder::Recorder;
 use reload::{ReloadCounts, Request};
 use shadow_mode::{OffFile, ShadowSwitch};
+use tasks::Tasks;
 use timers::{sleep_until, ticks};
 use trace::Tracer;
-use view::DaemonView;
 
 /// How often the attachment is looked at, and what failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
 /// How often a connection of our own proves that the hooks run.
 const VERIFY_TICK: Duration = Duration::from_secs(5);
-
-/// How often the unreachable route is checked and put back.
-const ROUTE_TICK: Duration = Duration::from_secs(10);
 
 /// How often the source gets the services that were connected to.
 const USAGE_TICK: Duration = Duration::from_secs(60);
@@ -86,7 +80,7 @@ const USAGE_TICK: Duration = Duration::from_secs(60);
 /// they were given up.
 const RETRY_TICK: Duration = Duration::from_secs(60 * 60);
 
-/// How long a stop waits for the VIPs and the drains to be recorded.
+/// How long a stop waits for the VIPs and the drains to be recorded, and for the tasks to end.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The reloads that may wait for their turn, and as many drains.
@@ -168,212 +162,6 @@ struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the parts.
-    async fn start(config: Config, read: reload::Read, servers: Handle) -> anyhow::Result<Daemon> {
-        let scope = scope(&config)?;
-        catalog::check_first(&config)?;
-        // Exclusive resources come first, so that a second daemon disturbs nothing.
-        let admin_listeners = admin::bind(&config.admin.listen)?;
-        announce_start(&config.bpffs);
-        let dns_sockets = dns::bind(&config.dns).await?;
-        let dns_addresses = dns_sockets.addresses().to_vec();
-        let listen_tls = dns_sockets.tls_addresses().to_vec();
-
-        let vips = recorder::load(&config.state_dir, (&config.vip).into());
-        let exposed = recorder::exposure(&config.state_dir);
-        let (mut vips, drains, exposed) =
-            tokio::join!(vips, DrainBook::open(&config.state_dir), exposed);
-        let drains = drains.context("can't start a thread")?;
-        let recorder = Recorder::start(&config.state_dir).context("can't start a thread")?;
-        for pool in config.vip.pools() {
-            route::add_unreachable(pool).await?;
-        }
-        let off_file = OffFile::watch(&config).await.context("can't start a thread")?;
-        let mut shadow = ShadowSwitch::new(&config, off_file.is_there());
-        let is_shadow = shadow.mode(false) != Mode::Translate;
-        // Nothing after this fails except for lack of threads or file descriptors: then what is attached
-        // stays, as after a crash.
-        let map_creator = Some("/proc/self/exe".into());
-        let options = Options { is_shadow, map_creator, ..Options::of(&config, &scope) };
-        let mut datapath = Datapath::start(&options)?;
-        if datapath.is_shadow() && !is_shadow {
-            shadow.inherit();
-        }
-        // A state directory that was lost takes no address from a name that the kernel knows.
-        for (name, addresses) in datapath.names() {
-            vips.claim(&name, &addresses);
-        }
-        let served = datapath.served();
-        // The first table must not take away what the kernel serves before the source has answered.
-        let sources = Sources::spawn(&config, datapath.in_use())?;
-        let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
-        tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
-        // Before the events are read, those of its programs among them.
-        datapath.configure_edge(edge::options(&config));
-        let (changes_out, changes) = mpsc::channel(ejected::MAX_CHANGES);
-        forward_from_kernel(&mut datapath, sources.demand(), changes_out);
-        let trace_events = datapath.take_trace_events();
-        let trace_events = trace_events
-            .inspect_err(|error| tracing::warn!("connections can't be traced: {error}"))
-            .ok();
-
-        let counters = datapath.counters();
-        let datapath = Arc::new(SharedDatapath::new(datapath));
-        tokio::task::block_in_place(|| datapath.probe_hooks());
-        datapath.set_mode(shadow.mode(sources.is_off()));
-        let (attached_out, attached) = watch::channel(datapath.hooks().translate);
-        let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);
-        let reload_counts = Arc::<ReloadCounts>::default();
-        let (drain_requests_out, drain_requests) = mpsc::channel(MAX_REQUESTS);
-        let (edge_vips_out, edge_vips) = watch::channel(config.edge.vips.clone());
-        let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
-        let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
-        let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
-        pipeline.builder().set_balance(&config.balance);
-        pipeline.builder().set_keep(kept_for(&config));
-        pipeline.builder().set_edge_vips(config.edge.vips.clone());
-        let waits = pipeline.builder().waits().clone();
-        waits.lock().contacts.set_served(served);
-        let table = pipeline.published();
-        let demand = sources.demand().clone();
-        let (dns, vip) = (&config.dns, &config.vip);
-        let dns = {
-            let _guard = servers.enter();
-            dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?
-        };
-        let tracer = Tracer::start(
-            trace_events,
-            datapath.clone(),
-            counters.clone(),
-            pipeline.published(),
-            scope.clone(),
-            config.admin.trace != TraceAccess::Off,
-        );
-        let tracer = Arc::new(tracer.context("can't start a thread")?);
-        let (problem, deadline_problem) = watch::channel(None);
-        let (routes_out, public_routes) = watch::channel(edge::PublicRoutes::default());
-        let n_returned = Arc::new(AtomicU64::new(0));
-        let ejections_changed = Arc::<tokio::sync::Notify>::default();
-        let ejected = ejected::FollowedEjections {
-            changes,
-            datapath: datapath.clone(),
-            counters: counters.clone(),
-            n_returned: n_returned.clone(),
-            changed: ejections_changed.clone(),
-        };
-        let (config_out, shown_config) = watch::channel(config.clone());
-        let view = Arc::new(DaemonView {
-            debug_client: dns.debug_client(),
-            dns: api::DnsStatus {
-                listen: dns_addresses.clone(),
-                listen_tls,
-                domain: config.dns.domain.clone(),
-                upstreams: Vec::new(),
-            },
-            dns_stats: dns.stats(),
-            scope: scope.clone(),
-            datapath: datapath.clone(),
-            counters,
-            table,
-            waits,
-            sources: sources.views(),
-            demand: sources.demand().clone(),
-            tag,
-            pool,
-            recorder: pipeline.recorder().clone(),
-            propagation: pipeline.propagation().clone(),
-            at: pipeline.at().subscribe(),
-            reloads: reloads_out,
-            reload_counts: Arc::clone(&reload_counts),
-            drains: drains.view(),
-            drain_requests: drain_requests_out,
-            tracer: tracer.clone(),
-            deadline_problem,
-            exposed,
-            waiting: admin::waiting(&admin_listeners),
-            public_routes,
-            edge_vips,
-            n_returned,
-            config: shown_config,
-        });
-        for address in admin::exposed(&config.admin.listen) {
-            tracing::warn!(
-                "admin.listen: who can reach {address} can read what `nohop status` and `nohop \
-                 services` show; a firewall, or an address of 127.0.0.0/8, keeps others out"
-            );
-        }
-        let (access_out, access) = watch::channel(tcp_access(&config));
-        let mut tasks = Tasks::default();
-        let at = pipeline.at().clone();
-        let shown = view.clone();
-        let revision =
-            revision::follow(move || shown.status(), sources.views(), ejections_changed, at);
-        tasks.spawn("the revision of the status", revision);
-        let serve = admin::serve(admin_listeners, access, view, Handle::current());
-        tasks.spawn_on("the admin interface", serve, &servers);
-        let routes = keep_unreachable(config.vip.clone(), datapath.clone());
-        tasks.spawn("the unreachable routes", routes);
-        for address in &dns_addresses {
-            tracing::info!("answering *.{} on {address}", config.dns.domain);
-        }
-        let (deadline_out, deadline) = watch::channel(config.balance.drain_deadline);
-        let followed = deadline::Followed {
-            table: pipeline.published(),
-            drains: drains.subscribe(),
-            deadline,
-            datapath: datapath.clone(),
-            problem,
-        };
-        tasks.spawn("the deadlines of drains", deadline::follow(followed));
-        let followed = edge::FollowedEdge {
-            table: pipeline.published(),
-            drains: drains.subscribe(),
-            datapath: datapath.clone(),
-            routes: routes_out,
-        };
-        tasks.spawn("the routes of public VIPs", edge::follow(followed));
-        tasks.spawn("the probes of ejected backends", ejected::follow(ejected));
-        let (network_out, network) = watch::channel(None);
-        tasks.spawn("this host's interfaces", network::follow(network_out));
-        tasks.spawn("the probe of the unit names", names::probe(datapath.clone()));
-        let resolver = Resolver::start(&config.dns.domain).await;
-        pipeline.builder().set_hosts(resolver.hosts());
-        pipeline.builder().set_drains(drains.drains());
-        Ok(Daemon {
-            config,
-            sources,
-            resolver,
-            waits: pipeline.builder().waits().clone(),
-            prober: BackendProber::default(),
-            pipeline,
-            datapath,
-            dns,
-            servers,
-            shadow,
-            off_file,
-            notify: Notify::of_environment(),
-            read,
-            reloads,
-            reload_counts,
-            reading: None,
-            drains,
-            drain_deadline: deadline_out,
-            drain_requests,
-            finding: JoinSet::new(),
-            tag: tag_out,
-            edge_vips: edge_vips_out,
-            pool: pool_out,
-            attached: attached_out,
-            tcp_access: access_out,
-            shown_config: config_out,
-            tracer,
-            dns_listen: dns_addresses,
-            network,
-            tasks,
-            scope,
-        })
-    }
-
     /// Passes each catalog through the stages, and checks the kernel side, until a signal ends it.
     async fn serve(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
         let mut tick = ticks(TICK, Duration::ZERO);
@@ -719,7 +507,8 @@ impl Daemon {
         let drains = tokio::time::timeout(FLUSH_TIMEOUT, self.drains.flush());
         // Clients get what is answered meanwhile.
         let (vips, drains, ..) = tokio::join!(vips, drains, self.sources.stop(), self.dns.stop());
-        self.tasks.running.abort_all();
+        // One that announces must not do so after the withdrawal below.
+        let _ = tokio::time::timeout(FLUSH_TIMEOUT, self.tasks.stop()).await;
         let vips = match vips {
             Ok(flushed) => flushed.map_err(|_| "their recorder has ended".to_owned()),
             Err(_) => Err(self.pipeline.recorder().failure()),
@@ -773,63 +562,6 @@ fn kept_for(config: &Config) -> Option<Duration> {
     }
 }
 
-/// Tasks that run as long as the daemon.
-#[derive(Default)]
-struct Tasks {
-    running: JoinSet<()>,
-    names: HashMap<Id, &'static str>,
-}
-
-impl Tasks {
-    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.spawn_on(name, task, &Handle::current());
-    }
-
-    /// Spawns it on another runtime.
-    fn spawn_on(
-        &mut self,
-        name: &'static str,
-        task: impl Future<Output = ()> + Send + 'static,
-        runtime: &Handle,
-    ) {
-        self.names.insert(self.running.spawn_on(task, runtime).id(), name);
-    }
-
-    /// Waits until one ends, which only a defect causes. Returns its name.
-    async fn ended(&mut self) -> &'static str {
-        let id = match self.running.join_next_with_id().await {
-            Some(Ok((id, ()))) => id,
-            Some(Err(error)) => error.id(),
-            None => return std::future::pending().await,
-        };
-        self.names.get(&id).copied().unwrap_or_default()
-    }
-}
-
-/// Puts the unreachable routes back, should something have flushed them, for as long as the daemon
-/// lives.
-async fn keep_unreachable(vip: VipConfig, datapath: Arc<SharedDatapath>) {
-    let mut ticks = ticks(ROUTE_TICK, Duration::ZERO);
-    loop {
-        ticks.tick().await;
-        let mut problems = Vec::new();
-        for pool in vip.pools() {
-            match route::add_unreachable(pool).await {
-                Ok(true) => tracing::warn!("the route that keeps {pool} unreachable was gone"),
-                Ok(false) => {}
-                // That is one of the holes.
-                Err(route::RouteError::Taken { .. }) => {}
-                Err(error) => problems.push(error.to_string()),
-            }
-            match route::holes(pool).await {
-                Ok(holes) => problems.extend(holes),
-                Err(error) => problems.push(error.to_string()),
-            }
-        }
-        datapath.set_route_problems(problems);
-    }
-}
-
 /// The configuration, once it was read, and who wants to know what becomes of it; never, while none
 /// is being read.
 async fn read(
@@ -845,93 +577,6 @@ async fn read(
 
 fn problem(what: String) -> ConfigErrors {
     ConfigErrors(vec![Problem { location: None, key: None, what }])
-}
-
-/// Starts the threads that forward the programs' log and events.
-fn forward_from_kernel(
-    datapath: &mut Datapath,
-    usage: &UsageSender,
-    changes: mpsc::Sender<ejected::EjectionChange>,
-) {
-    let start = |name: &str, forward: Box<dyn FnOnce() + Send>| {
-        let thread = std::thread::Builder::new().name(name.to_owned());
-        let work = move || {
-            capabilities::none();
-            forward();
-        };
-        if let Err(error) = thread.spawn(work) {
-            tracing::warn!("can't start the thread {name}: {error}");
-        }
-    };
-    if let Some(log) = datapath.take_logger() {
-        start("bpf-log", Box::new(|| forward_log(log)));
-    }
-    match datapath.take_reports() {
-        Ok(events) => {
-            let usage = usage.clone();
-            start("events", Box::new(move || forward_events(events, &usage, &changes)));
-        }
-        Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
-    }
-}
-
-/// Forwards what the programs in the kernel log, for as long as the daemon lives.
-fn forward_log(mut log: EbpfLogger<&'static dyn log::Log>) {
-    loop {
-        let mut readable = [PollFd::new(&log, PollFlags::IN)];
-        match rustix::event::poll(&mut readable, None) {
-            Ok(_) => log.flush(),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return tracing::warn!("the programs' log can't be read: {error}"),
-        }
-    }
-}
-
-/// Reports to the source each connection to a service that it doesn't follow, and logs ejections and has
-/// them probed, for as long as the daemon lives.
-fn forward_events(
-    mut events: Reports,
-    usage: &UsageSender,
-    changes: &mpsc::Sender<ejected::EjectionChange>,
-) {
-    loop {
-        while let Some(report) = events.next_report() {
-            match report {
-                Report::Connected(name) => {
-                    tracing::debug!("{name} is cold, and was connected to");
-                    usage.used(&name);
-                }
-                Report::Ejection { service, backend, ejected } => {
-                    let address = backend.address;
-                    match ejected {
-                        Some(ejected) => tracing::warn!("{service}: {address} is {ejected}"),
-                        None => tracing::info!("{service}: {address} gets connections again"),
-                    }
-                    // A scan finds one that there is no room for.
-                    let _ = changes.try_send(ejected::EjectionChange { service, backend });
-                }
-            }
-        }
-        let descriptors = events.descriptors();
-        let mut readable: Vec<_> =
-            descriptors.map(|ring| PollFd::from_borrowed_fd(ring, PollFlags::IN)).collect();
-        match rustix::event::poll(&mut readable, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return tracing::warn!("the programs' reports can't be read: {error}"),
-        }
-    }
-}
-
-/// The cgroup whose processes are served.
-fn scope(config: &Config) -> anyhow::Result<PathBuf> {
-    let scope = match &config.cgroup {
-        Some(scope) => scope.clone(),
-        None => cgroup::default_scope()?,
-    };
-    // Before anything else is touched.
-    cgroup::inspect(&scope)?;
-    cgroup::check_exclusions(&config.datapath.exclude_cgroups)?;
-    Ok(scope)
 }
 
 struct Signals {
@@ -953,14 +598,6 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[tokio::test]
-    async fn a_task_that_panics_is_named() {
-        let mut tasks = Tasks::default();
-        tasks.spawn("one that goes on", std::future::pending());
-        tasks.spawn("one with a defect", async { panic!("a defect") });
-        assert_eq!(tasks.ended().await, "one with a defect");
-    }
 
     #[test]
     fn a_tables_age_is_known_once_each_source_has_answered() {
