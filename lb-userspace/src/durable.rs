@@ -92,7 +92,7 @@ pub fn exposure(directory: &Path, daemon: ProcessOwner) -> Option<String> {
 
 /// Makes a directory where it is missing. What has its name and is none is named: mkdir(2) reports only that
 /// something is there.
-fn make_directory(path: &Path) -> io::Result<()> {
+pub fn make_directory(path: &Path) -> io::Result<()> {
     // Whatever the umask is.
     let made = DirBuilder::new().recursive(true).mode(0o755).create(path);
     made.map_err(|error| match error.kind() {

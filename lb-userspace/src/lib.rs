@@ -14,6 +14,7 @@ pub mod datapath;
 pub mod dns;
 mod dns_name;
 mod durable;
+mod file_lock;
 mod file_state;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;

@@ -349,6 +349,7 @@ const TRIALS: &[KernelTrial] = &[
     ),
     since((5, 10), "a_restart_loses_no_connect", restart::a_restart_loses_no_connect),
     since((5, 10), "a_new_layout_takes_over", restart::a_new_layout_takes_over),
+    once("another_directory_takes_over", restart::another_directory_takes_over),
     once("lower_sizes_take_nothing_away", restart::lower_sizes_take_nothing_away),
     once("maps_that_hold_less_are_not_used", restart::maps_that_hold_less_are_not_used),
     once("other_sizes_take_over", restart::other_sizes_take_over),

@@ -97,6 +97,30 @@ pub fn maps_that_hold_less_are_not_used() {
     assert!(connect((vip(2), 80)).is_ok());
 }
 
+/// `bpffs` names another directory: the former one's programs serve until there is a table, and not after that. While
+/// their daemon runs, another one for the same cgroup doesn't start.
+pub fn another_directory_takes_over() {
+    let servers = [b'a', b'b'].map(Server::start);
+    let [former, moved] =
+        [0, 1].map(|nth: usize| service("web", VIP, &[(servers[nth].address, 1)]));
+    let mut place = Place::new();
+    let mut datapath = place.start();
+    apply(&mut datapath, vec![former]);
+    let former = place.options.bpffs.clone();
+    place.options.bpffs = former.with_file_name("moved");
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
+    assert!(error.contains(&former.display().to_string()), "{error}");
+    drop(datapath);
+    let connector = Connector::start((VIP, 80));
+    let mut datapath = place.start();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    apply(&mut datapath, vec![moved]);
+    datapath.fix();
+    assert_eq!(connector.more(N_CONNECTS), "b");
+    assert_eq!(connector.stop(), "ab");
+    assert!(!former.join("v3").exists(), "{former:?} has pins");
+}
+
 /// Enough connections that a gap of a millisecond would be met.
 pub const N_CONNECTS: u64 = 300;
 

@@ -14,7 +14,7 @@ use crate::cluster::Cluster;
 const DOCUMENT: &str = include_str!("../../docs/openapi.json");
 
 /// Requests, each with the path in the document and the status of the answer.
-const REQUESTS: [(&str, &str, &str, u16); 24] = [
+const REQUESTS: [(&str, &str, &str, u16); 29] = [
     ("GET", "/", "/", 200),
     ("GET", "/v1/config", "/v1/config", 200),
     ("GET", "/v1/status", "/v1/status", 200),
@@ -39,6 +39,11 @@ const REQUESTS: [(&str, &str, &str, u16); 24] = [
     ("GET", "/readyz", "/readyz", 200),
     ("GET", "/readyz/edge", "/readyz/edge", 503),
     ("GET", "/v1/status", "/v1/status?after=1&wait=1", 200),
+    ("GET", "/v1/status", "/v1/status?after=x", 400),
+    ("GET", "/v1/flows", "/v1/flows?limit=0", 400),
+    ("POST", "/v1/drain", "/v1/drain", 400),
+    ("POST", "/v1/log", "/v1/log", 400),
+    ("POST", "/v1/undrain", "/v1/undrain?target=%zz", 400),
 ];
 
 pub fn run() -> Result<()> {
@@ -86,8 +91,13 @@ pub fn run() -> Result<()> {
 fn check(document: &Value, method: &str, path: &str, answer: &Answer) -> Result<()> {
     let operation = &document["paths"][path][method.to_lowercase()];
     let responses = operation["responses"].as_object().context("the route isn't documented")?;
-    let response = responses.get(&answer.status.to_string());
-    let content = &response.context("the status isn't documented")?["content"];
+    let response = responses.get(&answer.status.to_string()).or(responses.get("default"));
+    let response = response.context("the status isn't documented")?;
+    let response = match response["$ref"].as_str().and_then(|it| it.strip_prefix('#')) {
+        Some(pointer) => document.pointer(pointer).with_context(|| format!("no {pointer}"))?,
+        None => response,
+    };
+    let content = &response["content"];
     let head = answer.head.to_lowercase();
     let media_type = head.lines().find_map(|line| line.strip_prefix("content-type: "));
     let media_type = media_type.and_then(|it| it.split(';').next()).context("a media type")?;

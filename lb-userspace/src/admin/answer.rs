@@ -141,8 +141,11 @@ async fn wait_for_change(
     at: &mut watch::Receiver<At>,
     limits: &ListenerLimits,
 ) -> bool {
-    let Ok(_place) = limits.waiting.try_acquire() else { return false };
     let start = *at.borrow_and_update();
+    if start.is_past(wait.after, start) {
+        return true;
+    }
+    let Ok(_place) = limits.waiting.try_acquire() else { return false };
     let is_past = at.wait_for(|at| at.is_past(wait.after, start));
     let _ = tokio::time::timeout(wait.limit.min(limits.max_wait), is_past).await;
     true

@@ -1,5 +1,6 @@
 //! The client of the admin interface: how a command finds the daemon and sends requests.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hyper::http::request;
@@ -53,7 +54,11 @@ pub enum ClientError {
         address: AdminAddress,
     },
     /// The response takes too long.
-    #[error("the daemon at {address} doesn't answer within {} s", limit.as_secs())]
+    #[error(
+        "the daemon at {address} doesn't answer within {} s: it starts, has too much to do or hangs; see its log, and \
+         `nohop debug` collects what shows why",
+        limit.as_secs()
+    )]
     TimeLimit {
         /// The address.
         address: AdminAddress,
@@ -73,7 +78,7 @@ pub enum ClientError {
         limit: Duration,
     },
     /// The response is incomplete or isn't HTTP.
-    #[error("no valid response from {address}: does nohop listen there?")]
+    #[error("{}", exchange_failed(address, source))]
     Exchange {
         /// The address.
         address: AdminAddress,
@@ -82,7 +87,7 @@ pub enum ClientError {
         source: ExchangeError,
     },
     /// The daemon refused the request.
-    #[error("the daemon at {address} answers {status}: {body}")]
+    #[error("{}", refusal(address, *status, body))]
     Refused {
         /// The address.
         address: AdminAddress,
@@ -102,6 +107,28 @@ pub enum ClientError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+fn exchange_failed(address: &AdminAddress, error: &ExchangeError) -> String {
+    let has_ended = match error {
+        ExchangeError::Connection(error) => error.is_incomplete_message() || error.is_canceled(),
+        ExchangeError::Body(_) => true,
+        ExchangeError::Request(_) => false,
+    };
+    match has_ended {
+        true => {
+            format!("the daemon at {address} closed the connection: it has stopped, or restarts")
+        }
+        false => format!("no valid response from {address}: does nohop listen there?"),
+    }
+}
+
+/// A refusal of ours is a sentence; what says nothing may be another program's.
+fn refusal(address: &AdminAddress, status: StatusCode, body: &str) -> String {
+    match body.is_empty() {
+        true => format!("{address} answers {status} without a reason: does nohop listen there?"),
+        false => format!("the daemon at {address} answers {status}: {body}"),
+    }
 }
 
 impl ClientError {
@@ -191,7 +218,7 @@ async fn post_within<T: DeserializeOwned>(
 /// returns false.
 ///
 /// # Errors
-/// When the daemon refuses, or the connection breaks.
+/// When the daemon doesn't begin within 5 s, or refuses, or the connection breaks.
 pub async fn trace(
     address: &AdminAddress,
     filter: &TraceFilter,
@@ -199,22 +226,35 @@ pub async fn trace(
     each: impl FnMut(&[u8]) -> bool,
 ) -> Result<(), ClientError> {
     let request = Request::get(filter.path());
-    let answer = match address {
-        AdminAddress::Unix(socket) => {
-            let stream = UnixStream::connect(socket).await;
-            let stream = stream.map_err(|source| unreachable(address, source))?;
-            read_lines(stream, request, "nohop", opened, each).await
-        }
-        AdminAddress::Tcp(tcp) => {
-            let stream = TcpStream::connect(tcp).await;
-            let stream = stream.map_err(|source| unreachable(address, source))?;
-            read_lines(stream, request, &tcp.to_string(), opened, each).await
-        }
+    let has_begun = AtomicBool::new(false);
+    let opened = || {
+        has_begun.store(true, Ordering::Relaxed);
+        opened();
     };
     let exchange = |source| ClientError::Exchange { address: address.clone(), source };
-    match answer.map_err(exchange)? {
-        Some(refusal) => Err(refused(address, &refusal)),
-        None => Ok(()),
+    let traced = async {
+        let unreachable = |source| unreachable(address, source);
+        let answer = match address {
+            AdminAddress::Unix(socket) => {
+                let stream = UnixStream::connect(socket).await.map_err(unreachable)?;
+                read_lines(stream, request, "nohop", opened, each).await
+            }
+            AdminAddress::Tcp(tcp) => {
+                let stream = TcpStream::connect(tcp).await.map_err(unreachable)?;
+                read_lines(stream, request, &tcp.to_string(), opened, each).await
+            }
+        };
+        match answer.map_err(exchange)? {
+            Some(refusal) => Err(refused(address, &refusal)),
+            None => Ok(()),
+        }
+    };
+    let mut traced = std::pin::pin!(traced);
+    match tokio::time::timeout(TIME_LIMIT, &mut traced).await {
+        Ok(ended) => ended,
+        // Only the beginning is limited.
+        Err(_) if has_begun.load(Ordering::Relaxed) => traced.await,
+        Err(_) => Err(ClientError::TimeLimit { address: address.clone(), limit: TIME_LIMIT }),
     }
 }
 

@@ -84,7 +84,7 @@ async fn serve<V: View>(
             let mut response = answer(&request, client.local, &limits, view).await;
             if logs {
                 let (method, path) = (request.method(), request.uri().to_string());
-                let path = path.get(..MAX_LOGGED_PATH).unwrap_or(&path);
+                let path = &path[..path.floor_char_boundary(MAX_LOGGED_PATH)];
                 let (client, status) = (client.name, response.status().as_u16());
                 tracing::info!(target: "nohop::access", %client, %method, %path, status, "request");
             }

@@ -8,15 +8,16 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
 
 use super::args::{ClientArguments, ConfigArguments};
 use super::process::{environment, load, print, runtime};
 use super::{check, config_file, version};
-use crate::admin::client;
+use crate::admin::client::{self, ClientError};
 use crate::config::{AdminAddress, Config, Token};
 use crate::counted::counted;
 use crate::{regular_file, terminal};
@@ -42,8 +43,11 @@ const KERNEL_FILES: [&str; 12] = [
     "/proc/self/mountinfo",
 ];
 
+/// How long a connection to the daemon may take, which needs no answer of it.
+const CONNECT_LIMIT: Duration = Duration::from_secs(1);
+
 /// Files of the daemon's process, and of this machine's resolver.
-const DAEMON_FILES: [&str; 4] = ["status", "limits", "cgroup", "oom_score_adj"];
+const DAEMON_FILES: [&str; 6] = ["status", "limits", "cgroup", "oom_score_adj", "wchan", "stack"];
 const RESOLVER_FILES: [&str; 3] = ["/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/hosts"];
 
 /// What bpftool is asked for.
@@ -120,21 +124,39 @@ pub fn run(
 fn of_daemon(collection: &mut Collection, client: &ClientArguments) -> anyhow::Result<Option<u64>> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     let runtime = runtime()?;
-    let mut pid = None;
+    let mut is_silent = false;
+    let mut taken = |name: &str, asked: &dyn Fn() -> Result<String, ClientError>| {
+        // One that hangs doesn't answer the next request either.
+        let found = match is_silent {
+            true => Err("the daemon doesn't answer".to_owned()),
+            false => asked().map_err(|error| {
+                is_silent = matches!(error, ClientError::TimeLimit { .. });
+                error.to_string()
+            }),
+        };
+        collection.add(name, found);
+    };
     for (name, path) in [
         ("status.json", "/v1/status"),
         ("services.json", "/v1/services"),
         ("drain.json", "/v1/drain"),
         ("config-in-force.json", "/v1/config"),
     ] {
-        let document = runtime.block_on(client::get::<serde_json::Value>(&address, path));
-        pid = pid.or_else(|| document.as_ref().ok()?["pid"].as_u64());
-        let document = document.map_err(|error| error.to_string());
-        collection.add(name, document.and_then(|document| json(&document)));
+        taken(name, &|| {
+            let document = runtime.block_on(client::get::<serde_json::Value>(&address, path))?;
+            Ok(json(&document).unwrap_or_default())
+        });
     }
-    let metrics = runtime.block_on(client::get_text(&address, "/metrics"));
-    collection.add("metrics.txt", metrics.map_err(|error| error.to_string()));
-    Ok(pid.filter(|_| matches!(address, AdminAddress::Unix(_))))
+    taken("metrics.txt", &|| runtime.block_on(client::get_text(&address, "/metrics")));
+    Ok(runtime.block_on(process_at(&address)))
+}
+
+/// The process that listens at an address of this machine, whether it answers or not.
+async fn process_at(address: &AdminAddress) -> Option<u64> {
+    let AdminAddress::Unix(socket) = address else { return None };
+    let connected = tokio::time::timeout(CONNECT_LIMIT, UnixStream::connect(socket)).await;
+    let credentials = connected.ok()?.ok()?.peer_cred().ok()?;
+    u64::try_from(credentials.pid()?).ok()
 }
 
 fn write(

@@ -46,6 +46,9 @@ use process::{
 /// Between two tries to reach a daemon that isn't there yet.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How much longer than asked `status --wait-ready` waits for an answer to its last request.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// How long `run` waits before it exits for a mistake in the configuration, under a service manager:
 /// that starts it again at once, where it doesn't pace restarts or a lookup waits in a socket.
 const MISTAKE_PAUSE: Duration = Duration::from_secs(5);
@@ -195,8 +198,9 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
         let mut path = "/v1/status".to_owned();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let wait = left.min(LONGEST_WAIT);
-            let status = client::get_within::<api::Status>(&address, &path, wait + ANSWER).await;
+            // One that hangs must not hold this up for much longer than asked.
+            let limit = (left.min(LONGEST_WAIT) + ANSWER).min(left + GRACE);
+            let status = client::get_within::<api::Status>(&address, &path, limit).await;
             match status {
                 Ok(status) if status.ready || left.is_zero() => return Ok(status),
                 Ok(status) => {

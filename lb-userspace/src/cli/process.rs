@@ -23,9 +23,10 @@ pub const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// How long the daemon may take for an answer in addition to that.
 pub const ANSWER: Duration = Duration::from_secs(5);
 
-/// A variable of the environment; `None` where it is unset or isn't UTF-8.
+/// A variable of the environment; `None` where it is unset. What isn't UTF-8 in it is replaced, so that its reader
+/// refuses the value instead of missing it.
 pub fn environment(name: &str) -> Option<String> {
-    std::env::var(name).ok()
+    Some(std::env::var_os(name)?.to_string_lossy().into_owned())
 }
 
 /// The configuration that these arguments and the environment give.

@@ -1,7 +1,7 @@
 //! `nohop services`: all of them or some, once or as they change.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::runtime::Runtime;
@@ -10,16 +10,20 @@ use super::args::{ClientArguments, ServicesArguments};
 use super::columns::Palette;
 use super::format;
 use super::process::{
-    ANSWER, LONGEST_WAIT, end_when_unread, environment, print, runtime, show_line,
+    ANSWER, LONGEST_WAIT, end_when_unread, environment, print, print_error, runtime, show_line,
 };
 use crate::admin::api::{ServiceStatus, Status};
 use crate::admin::client::{self, ClientError};
 use crate::config::AdminAddress;
+use crate::counted::counted;
 
 /// The least time between two readings of all services, however often some change.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Lists the services, and with `--watch` follows them until the output is closed or no daemon answers.
+/// How long the daemon may be away, as for a restart.
+const RESTART: Duration = Duration::from_secs(30);
+
+/// Lists the services, and with `--watch` follows them until the output is closed or the daemon stays away.
 pub fn run(arguments: &ServicesArguments, client: &ClientArguments) -> anyhow::Result<()> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     let runtime = runtime()?;
@@ -27,9 +31,13 @@ pub fn run(arguments: &ServicesArguments, client: &ClientArguments) -> anyhow::R
     if arguments.watch {
         return watch(arguments, client.json, palette, &address, &runtime);
     }
-    let services = runtime.block_on(client::get(&address, "/v1/services"))?;
+    let services: Vec<ServiceStatus> = runtime.block_on(client::get(&address, "/v1/services"))?;
+    let n_all = services.len();
     let services = chosen(services, arguments);
-    print(client, &services, |services| format::services(services, palette))
+    print(client, &services, |services| match services.is_empty() && n_all > 0 {
+        true => format!("none of {} matches\n", counted(n_all, "service")),
+        false => format::services(services, palette),
+    })
 }
 
 /// The services that the arguments are for, with the backends that they are for.
@@ -114,8 +122,25 @@ fn watch(
     end_when_unread();
     let mut known: Option<BTreeMap<String, ServiceStatus>> = None;
     let mut path = "/v1/status".to_owned();
+    let mut lost_since = None;
     loop {
-        let (status, services) = runtime.block_on(next(address, &path))?;
+        let (status, services) = match runtime.block_on(next(address, &path)) {
+            Ok(read) => read,
+            Err(error) if known.is_some() && error.is_transient() => {
+                let since = *lost_since.get_or_insert_with(|| {
+                    print_error(&format!("{error}; trying again for {} s", RESTART.as_secs()));
+                    Instant::now()
+                });
+                if since.elapsed() >= RESTART {
+                    return Err(error.into());
+                }
+                path = "/v1/status".to_owned();
+                std::thread::sleep(PAUSE);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        lost_since = None;
         path = format!("/v1/status?after={}&wait={}", status.revision, LONGEST_WAIT.as_secs());
         let services = chosen(services, arguments);
         let now: BTreeMap<_, _> =

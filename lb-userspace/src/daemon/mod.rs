@@ -27,6 +27,7 @@ pub mod reload;
 mod revision;
 mod shadow_mode;
 mod start;
+mod state_lock;
 mod tasks;
 mod timers;
 mod trace;
@@ -63,6 +64,7 @@ use pipeline::Pipeline;
 use prober::BackendProber;
 use reload::{ReloadCounts, Request};
 use shadow_mode::{OffFile, ShadowSwitch};
+use state_lock::StateLock;
 use tasks::Tasks;
 use timers::{sleep_until, ticks};
 use trace::Tracer;
@@ -159,6 +161,7 @@ struct Daemon {
     tasks: Tasks,
     /// The cgroup whose processes are served.
     scope: PathBuf,
+    state_lock: StateLock,
 }
 
 impl Daemon {
@@ -522,6 +525,7 @@ impl Daemon {
                 tracing::warn!("stopping before the {what} are recorded: {problem}");
             }
         }
+        self.state_lock.unlock();
         // The view may be alive in a request that is being answered, so the datapath is taken apart
         // in place.
         let scope = self.scope.display();

@@ -17,6 +17,7 @@ use super::prober::BackendProber;
 use super::recorder::{self, Recorder};
 use super::reload::{self, ReloadCounts};
 use super::shadow_mode::{OffFile, ShadowSwitch};
+use super::state_lock::StateLock;
 use super::tasks::Tasks;
 use super::trace::Tracer;
 use super::view::DaemonView;
@@ -46,6 +47,7 @@ impl Daemon {
         let dns_addresses = dns_sockets.addresses().to_vec();
         let listen_tls = dns_sockets.tls_addresses().to_vec();
 
+        let state_lock = StateLock::take(&config.state_dir).await?;
         let vips = recorder::load(&config.state_dir, (&config.vip).into());
         let exposed = recorder::exposure(&config.state_dir);
         let (mut vips, drains, exposed) =
@@ -238,6 +240,7 @@ impl Daemon {
             network,
             tasks,
             scope,
+            state_lock,
         })
     }
 }

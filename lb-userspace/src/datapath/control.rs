@@ -19,6 +19,7 @@ use super::edge::{Edge, EdgeOptions, EdgeStatus, FlowReader};
 use super::error::DatapathError;
 use super::events::Reports;
 use super::features::{Features, Limit};
+use super::former::FormerPins;
 use super::in_flight::{Recount, Recounter};
 use super::intercept::{Intercept, InterceptSettings};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
@@ -47,6 +48,8 @@ pub struct Datapath {
     pub(super) edge: Edge,
     pub(super) pins: Pins,
     pub(super) pinned_maps: PinnedMaps,
+    /// What an earlier daemon left in another directory, until there is a table.
+    pub(super) former: FormerPins,
     pub(super) socket_terminator: SocketTerminator,
     pub(super) recounter: Recounter,
     /// How backends are to be chosen and ejected.
@@ -237,6 +240,11 @@ impl Datapath {
         self.names.fix(&self.pins);
         let reconciler = &self.reconciler;
         self.edge.fix(&self.pins, |name| Some(reconciler.indices(name)?.service));
+        let control = self.control_block.daemon();
+        let has_table = control.is_synced != 0 && control.is_inherited == 0;
+        if !self.former.is_empty() && self.units.are_switched() && has_table {
+            self.former.end();
+        }
         if self.counts_in_flight() {
             self.recounter.work(attachment.is_after_gap);
         }

@@ -101,6 +101,19 @@ pub fn detach_pinned(pins: &Pins) -> Result<usize, DatapathError> {
     problem.map_or(Ok(links.len()), |problem| Err(problem.into()))
 }
 
+/// Detaches what is pinned, and removes the pins. Returns the number of links.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn end_all(pins: &Pins) -> Result<usize, DatapathError> {
+    let n_links = detach_pinned(pins);
+    let n_filters = names::detach_filters(pins) + edge::detach_filters(pins);
+    // A link that is left needs its pin.
+    let n_links = n_links?;
+    pins.remove_all()?;
+    Ok(n_links + n_filters)
+}
+
 /// Detaches a pinned link and removes the pin. A later version's hook may be of a kind that can't be
 /// detached: it ends with its pin.
 fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), DatapathError> {

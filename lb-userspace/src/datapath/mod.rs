@@ -19,6 +19,7 @@ mod ejected;
 mod error;
 mod events;
 mod features;
+mod former;
 mod handle;
 mod ids;
 mod in_flight;

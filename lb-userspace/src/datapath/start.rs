@@ -11,15 +11,16 @@ use super::activity::Usage;
 use super::btf::SocketBits;
 use super::conns::TcpConns;
 use super::control::Datapath;
-use super::edge::{self, Edge};
+use super::edge::Edge;
 use super::error::DatapathError;
 use super::features::Features;
+use super::former::FormerPins;
 use super::in_flight::Recounter;
 use super::intercept::Intercept;
 use super::kernel::KernelMaps;
 use super::links::{self, ServedCgroup, Units};
 use super::map_specs::{Sizes, socket_shapes};
-use super::names::{self, Names};
+use super::names::Names;
 use super::object::load;
 use super::obstacles::{self, Obstacle};
 use super::options::Options;
@@ -56,11 +57,13 @@ impl Datapath {
         if let Some(refusal) = options.refusal {
             features.refusal = refusal;
         }
+        let former = FormerPins::open(&options.scope, &options.bpffs)?;
         let pins = Pins::open(&options.bpffs, options.layout)?;
         let (was_empty, had_links) = (pins.is_empty()?, !pins.all_links()?.is_empty());
         let storages = pins.take_other_storages()?;
         let started = Datapath::start_over(pins, &cgroup, options, features).map(|mut datapath| {
             datapath.notes.extend(note);
+            datapath.former = former;
             datapath
         });
         if started.is_err()
@@ -133,6 +136,7 @@ impl Datapath {
             edge,
             pins,
             pinned_maps,
+            former: FormerPins::default(),
             socket_terminator,
             recounter,
             balance: BalanceSettings::default(),
@@ -319,13 +323,7 @@ pub fn unload_after(bpffs: &Path, first: impl FnOnce() -> bool) -> Result<usize,
     if !first() {
         return Ok(0);
     }
-    let Some(pins) = pins else { return Ok(0) };
-    let n_links = links::detach_pinned(&pins);
-    let n_filters = names::detach_filters(&pins) + edge::detach_filters(&pins);
-    // A link that is left needs its pin.
-    let n_links = n_links?;
-    pins.remove_all()?;
-    Ok(n_links + n_filters)
+    pins.map_or(Ok(0), |pins| links::end_all(&pins))
 }
 
 #[cfg(test)]

@@ -1,24 +1,19 @@
 //! The lock on the directory of the pins, which keeps a second daemon away.
 
 use std::fs::{self, File};
-use std::io;
 use std::mem::offset_of;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData};
 use lb_common::Control;
-use rustix::fs::FlockOperation;
 use zerocopy::IntoBytes;
 
 use super::directory::{free_name, make_private, make_safe};
 use super::error::{PinError, io_error};
 use super::layouts::entries;
-
-/// How long a daemon that has ended may still hold the lock: a child that it was about to start has
-/// a copy of the descriptor until it runs its own program.
-const RELEASING: Duration = Duration::from_millis(300);
+use crate::file_lock::{LockHolder, holders, try_lock};
 
 /// The age of the heartbeat from which a daemon that isn't visible is taken for dead. Heartbeats come
 /// every second.
@@ -46,7 +41,7 @@ fn lock_or_replace(dir: &Path, has_replaced: bool) -> Result<File, PinError> {
     }
     let owner = owner(dir);
     let pid = owner.map(|owner| owner.pid);
-    let holders = lock_holders(&file);
+    let holders = holders(&file);
     let is_daemons = match holders.is_empty() {
         // It is in another process namespace, or has ended and left its descriptor to another
         // process.
@@ -59,10 +54,12 @@ fn lock_or_replace(dir: &Path, has_replaced: bool) -> Result<File, PinError> {
     let own = rustix::process::geteuid().as_raw();
     let are_others = holders.iter().all(|holder| ![0, own].contains(&holder.uid));
     let who = match holders.into_iter().next() {
-        Some(Holder { pid, command, uid }) if has_replaced || !are_others => {
+        Some(LockHolder { pid, command, uid }) if has_replaced || !are_others => {
             return Err(PinError::Locked { dir: dir.into(), pid, command, uid });
         }
-        Some(Holder { pid, command, uid }) => format!("process {pid} ({command}, of uid {uid})"),
+        Some(LockHolder { pid, command, uid }) => {
+            format!("process {pid} ({command}, of uid {uid})")
+        }
         None => "a process that isn't visible, and is no daemon,".to_owned(),
     };
     // It opened the directory before that was closed to others. A lock is on the inode, so a new
@@ -73,20 +70,6 @@ fn lock_or_replace(dir: &Path, has_replaced: bool) -> Result<File, PinError> {
     make_private(dir)?;
     reclaim(dir)?;
     lock_or_replace(dir, true)
-}
-
-/// Whether the lock was free.
-fn try_lock(file: &File) -> io::Result<bool> {
-    let deadline = Instant::now() + RELEASING;
-    loop {
-        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
-            result => return Ok(result.map(|()| true)?),
-        }
-    }
 }
 
 /// Moves the pins back from the directories that were moved aside: an earlier daemon may have been
@@ -112,41 +95,6 @@ fn reclaim(dir: &Path) -> Result<(), PinError> {
         let _ = fs::remove_dir(aside);
     }
     Ok(())
-}
-
-/// A process that has locked something.
-#[derive(Clone, Debug)]
-struct Holder {
-    pid: u32,
-    command: String,
-    uid: u32,
-}
-
-/// The processes that have locked a file, as far as this one sees them.
-fn lock_holders(file: &File) -> Vec<Holder> {
-    let Ok(metadata) = file.metadata() else { return Vec::new() };
-    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-    let holder = |pid: u32| {
-        let uid = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
-        let command = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        Some(Holder { pid, command: command.trim_end().to_owned(), uid })
-    };
-    lockers(&locks, metadata.dev(), metadata.ino()).into_iter().filter_map(holder).collect()
-}
-
-/// The processes that have locked a file by flock(), by the text of /proc/locks: `1: FLOCK  ADVISORY
-/// WRITE 1234 00:2b:5678 0 EOF`.
-fn lockers(locks: &str, dev: u64, inode: u64) -> Vec<u32> {
-    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
-    let file = format!("{major:02x}:{minor:02x}:{inode}");
-    let locker = |line: &str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        match fields[..] {
-            [_, "FLOCK", _, _, pid, of, ..] if of == file => pid.parse().ok(),
-            _ => None,
-        }
-    };
-    locks.lines().filter_map(locker).collect()
 }
 
 /// A daemon, by its map `CONTROL`.
@@ -198,19 +146,4 @@ fn control(maps: &Path) -> Option<Control> {
         control.as_mut_bytes()[..FORMER_SIZE].copy_from_slice(&map.get(&0, 0).ok()?);
     }
     Some(control)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_has_locked_it() {
-        let locks = "1: FLOCK  ADVISORY  WRITE 1234 00:2b:5678 0 EOF\n\
-                     1: -> FLOCK  ADVISORY  WRITE 99 00:2b:5678 0 EOF\n\
-                     2: POSIX  ADVISORY  WRITE 77 00:2b:5678 0 EOF\n\
-                     3: FLOCK  ADVISORY  WRITE 5 00:2b:56789 0 EOF\n\n4:";
-        assert_eq!(lockers(locks, rustix::fs::makedev(0, 0x2b), 5678), [1234]);
-        assert_eq!(lockers("", rustix::fs::makedev(0, 0x2b), 5678), [0u32; 0]);
-    }
 }
