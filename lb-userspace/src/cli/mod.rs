@@ -207,7 +207,9 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
                     let seconds = left.min(LONGEST_WAIT).as_secs().max(1);
                     path = format!("/v1/status?after={}&wait={seconds}", status.revision);
                 }
-                Err(error) if left.is_zero() || !error.is_transient() => return Err(error.into()),
+                Err(error) if Instant::now() >= deadline || !error.is_transient() => {
+                    return Err(error.into());
+                }
                 // There is no event for a socket that doesn't exist yet.
                 Err(_) => tokio::time::sleep(PAUSE.min(left)).await,
             }
