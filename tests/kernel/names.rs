@@ -599,13 +599,16 @@ pub fn reach_containers() {
     });
 }
 
-/// Daemons with pins of their own may share a network namespace, and the unspecified address is shared
+/// Daemons with cgroups and pins of their own may share a network namespace, and the unspecified address is shared
 /// with servers that have one of the addresses.
 pub fn leave_others_alone() {
     inside(|| {
         let place = Place::new();
         let mut datapath = serve(&place);
-        let mut options = Options::of(&Default::default(), &place.cgroup.path);
+        // Which has another cgroup: each has the hooks of one daemon.
+        let scope = place.cgroup.path.join("other");
+        std::fs::create_dir(&scope).unwrap();
+        let mut options = Options::of(&Default::default(), &scope);
         options.bpffs = place.options.bpffs.with_file_name("other");
         options.datapath.clone_from(&place.options.datapath);
         let mut other = Datapath::start(&options).unwrap();
