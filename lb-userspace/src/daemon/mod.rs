@@ -41,6 +41,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
@@ -98,6 +99,7 @@ pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
         runtime.worker_threads(2).enable_all().thread_name(name).on_thread_start(reduce);
         runtime.build().context("can't start the runtime")
     };
+    raise_file_limit();
     let runtime = start("nohop", capabilities::for_datapath)?;
     // Clients of DNS and of the admin interface are served without capabilities.
     let servers = start("server", capabilities::none)?;
@@ -106,6 +108,20 @@ pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
     servers.shutdown_timeout(Duration::from_millis(100));
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
+}
+
+/// Allows as many open files as the unit does, as far as the hard limit does: shells and container engines often start
+/// a process with 1,024, which the connections of two listeners can use up.
+fn raise_file_limit() {
+    const WANTED: u64 = 65_536;
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(WANTED, |most| most.min(WANTED));
+    if limit.current.is_some_and(|current| current < wanted) {
+        let raised = Rlimit { current: Some(wanted), ..limit };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::debug!("the limit of open files stays: {error}");
+        }
+    }
 }
 
 async fn daemon(config: Config, read: reload::Read, servers: Handle) -> anyhow::Result<()> {
