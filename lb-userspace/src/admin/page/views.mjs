@@ -109,14 +109,14 @@ class Fetched extends Component {
   async load() {
     const { path } = this.props;
     this.seen = store.status;
-    if (this.loading === path || this.forbidden === path) return;
+    if (this.loading === path || (this.forbidden === path && performance.now() < this.again)) return;
     this.loading = path;
     try {
       const document = await get(path);
       if (path === this.props.path) this.setState({ document, error: null });
     } catch (error) {
-      // The configuration decides on that, so each further request would be refused as well.
-      if (error.status === 403) this.forbidden = path;
+      // The configuration decides on that, which a reload may change: the next request is half a minute later.
+      if (error.status === 403) [this.forbidden, this.again] = [path, performance.now() + 30_000];
       if (path === this.props.path) this.setState({ error: error.message });
     }
     this.loading = null;
