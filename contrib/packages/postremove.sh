@@ -23,6 +23,6 @@ if [ "$1" = purge ]; then
     else
         rm -rf /var/lib/nohop
     fi
-    rm -f /etc/nohop/nohop.toml /etc/nohop/nohop.toml.old
+    rm -f /etc/nohop/nohop.toml /etc/nohop/nohop.toml.old /etc/nohop/nohop.toml.old.*
     rmdir /etc/nohop 2>/dev/null || true
 fi

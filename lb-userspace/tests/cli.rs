@@ -1,6 +1,8 @@
 //! The command line as a person meets it: exit codes and messages. Nothing here needs root.
 #![expect(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::process::{Command, Output};
 
 fn nohop(arguments: &[&str]) -> Output {
@@ -56,8 +58,73 @@ fn a_configuration_is_checked_without_a_daemon() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&report["ok"], report["problems"].as_array().unwrap().len()), (&false.into(), 2));
 
-    let (code, text) = said(&nohop(&["config", "check", "/nonexistent.toml"]));
-    assert!(code == Some(2) && text.contains("/nonexistent.toml"), "{text}");
+    for command in ["check", "migrate"] {
+        let (code, text) = said(&nohop(&["config", command, "/nonexistent.toml"]));
+        assert!(code == Some(2) && text.contains("/nonexistent.toml"), "{command}: {text}");
+    }
+    let default = "/etc/nohop/nohop.toml";
+    if std::fs::symlink_metadata(default).is_err() {
+        let output = nohop(&["config", "check"]);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(text, format!("there is no {default}: the defaults apply\n"));
+    }
+}
+
+#[test]
+fn a_migration_keeps_each_former_file() {
+    let (directory, path) = file("nohop.toml", "plane.max_services = 5\n");
+    let at = |name: &str| directory.path().join(name);
+    std::os::unix::fs::symlink(&path, at("link.toml")).unwrap();
+    std::fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+    let migrate = || {
+        let output = nohop(&["config", "migrate", "--apply", at("link.toml").to_str().unwrap()]);
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), output.stderr)
+    };
+    let mut changed = String::from("datapath.max_services = 5\n");
+    for (former, before) in [
+        ("nohop.toml.old", "plane.max_services = 5\n"),
+        ("nohop.toml.old.1", "catalog.source = 'consul'\n"),
+        ("nohop.toml.old.2", "plane.max_backends = 5\n"),
+    ] {
+        if former != "nohop.toml.old" {
+            std::fs::write(&path, before).unwrap();
+            changed = before.replace("source =", "sources =").replace("'consul'", "['consul']");
+            changed = changed.replace("plane", "datapath");
+        }
+        let (code, text, _) = migrate();
+        let is_former = format!("written; {} is the former file\n", at(former).display());
+        assert!(code == Some(0) && text.ends_with(&is_former), "{text}");
+        assert_eq!(std::fs::read_to_string(at(former)).unwrap(), before);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), changed);
+        for file in [at(former), path.clone().into()] {
+            assert_eq!(std::fs::metadata(file).unwrap().mode() & 0o777, 0o640);
+        }
+    }
+    assert!(std::fs::symlink_metadata(at("link.toml")).unwrap().is_symlink());
+    std::fs::write(&path, "[datapath]\n[plane]\n").unwrap();
+    let (code, _, error) = migrate();
+    let error = String::from_utf8(error).unwrap();
+    let expected = "link.toml:2: plane and datapath are both there; merge them by hand";
+    assert!(code == Some(2) && error.contains(expected), "{error}");
+}
+
+#[test]
+fn what_a_catalog_has_that_cant_be_served_is_a_warning() {
+    let (_directory, catalog) = file(
+        "catalog.toml",
+        "[[service]]\nname = 'a.b'\nbackend = [{ address = '10.0.0.7:1' }]\n[[service]]\n\
+         name = 'web'\nbackend = [{ address = '0.0.0.0:80' }, { address = '10.0.0.7:80' }]\n",
+    );
+    let (_other, path) =
+        file("nohop.toml", &format!("catalog = {{ sources = ['file'], file = {catalog:?} }}\n"));
+    let output = nohop(&["config", "check", &path]);
+    let (code, text) = said(&output);
+    assert_eq!((code, text.lines().count()), (Some(0), 2), "{text}");
+    for (line, expected) in
+        text.lines().zip(["`a.b` can't be a DNS name", "service `web`: 0.0.0.0"])
+    {
+        assert!(line.starts_with(&format!("warning: {catalog}: {expected}")), "{text}");
+    }
 }
 
 #[test]

@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::config::AdminAddress;
+use crate::config::{AdminAddress, is_v6_only, tcp_addresses};
 
 /// Who may use the socket: root and its group.
 const MODE: u32 = 0o660;
@@ -112,13 +113,14 @@ pub enum Listener {
 #[derive(Debug)]
 pub struct WaitingListener {
     address: SocketAddr,
+    is_v6_only: bool,
     /// Why it waits, by the last try; `None` once it listens.
     problem: Mutex<Option<String>>,
 }
 
 impl WaitingListener {
-    fn new(address: SocketAddr, source: io::Error) -> WaitingListener {
-        let waiting = WaitingListener { address, problem: Mutex::default() };
+    fn new(address: SocketAddr, is_v6_only: bool, source: io::Error) -> WaitingListener {
+        let waiting = WaitingListener { address, is_v6_only, problem: Mutex::default() };
         waiting.fail(source);
         waiting
     }
@@ -131,7 +133,7 @@ impl WaitingListener {
     /// Listens as soon as the address is free, which is tried every `pause`.
     pub(super) async fn listener(&self, pause: Duration) -> TcpListener {
         loop {
-            match listen_tcp(self.address) {
+            match listen_tcp(self.address, self.is_v6_only) {
                 Ok(listener) => {
                     tracing::info!("listening on {}, which is available now", self.address);
                     *self.lock() = None;
@@ -232,10 +234,11 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 /// # Errors
 /// For the first address that can't be listened on; then none is.
 pub fn bind(addresses: &[AdminAddress]) -> Result<Vec<Listener>, BindError> {
-    addresses.iter().map(bind_one).collect()
+    addresses.iter().map(|address| bind_one(address, addresses)).collect()
 }
 
-fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
+/// Listens on one of `addresses`.
+fn bind_one(address: &AdminAddress, addresses: &[AdminAddress]) -> Result<Listener, BindError> {
     let refused = |source: io::Error| match source.kind() {
         ErrorKind::AddrInUse => BindError::InUse(address.clone()),
         _ => BindError::Refused { address: address.clone(), source },
@@ -253,17 +256,21 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
             listener.set_nonblocking(true).map_err(refused)?;
             Ok(Listener::Unix(UnixListener::from_std(listener).map_err(refused)?, file))
         }
-        AdminAddress::Tcp(socket_address) => match listen_tcp(*socket_address) {
-            Ok(listener) => Ok(Listener::Tcp(listener)),
-            // Later the daemon hasn't the right to bind a low port.
-            Err(error) if is_absent(*socket_address, &error) => bind_absent(*socket_address)
-                .map(Listener::Tcp)
-                .map_err(|source| BindError::Tcp { address: *socket_address, source }),
-            Err(error) if is_waited_for(*socket_address, &error) => {
-                Ok(Listener::Waiting(Arc::new(WaitingListener::new(*socket_address, error))))
+        &AdminAddress::Tcp(address) => {
+            let is_v6_only = is_v6_only(address, tcp_addresses(addresses));
+            match listen_tcp(address, is_v6_only) {
+                Ok(listener) => Ok(Listener::Tcp(listener)),
+                // Later the daemon hasn't the right to bind a low port.
+                Err(error) if is_absent(address, &error) => bind_absent(address)
+                    .map(Listener::Tcp)
+                    .map_err(|source| BindError::Tcp { address, source }),
+                Err(error) if is_waited_for(address, &error) => {
+                    let waiting = WaitingListener::new(address, is_v6_only, error);
+                    Ok(Listener::Waiting(Arc::new(waiting)))
+                }
+                Err(source) => Err(BindError::Tcp { address, source }),
             }
-            Err(source) => Err(BindError::Tcp { address: *socket_address, source }),
-        },
+        }
     }
 }
 
@@ -283,38 +290,56 @@ fn is_absent(address: SocketAddr, error: &io::Error) -> bool {
 
 /// Listens on an address that no interface has: connections come once one does.
 fn bind_absent(address: SocketAddr) -> io::Result<TcpListener> {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = tcp_socket(address)?;
     match address {
         SocketAddr::V4(_) => sockopt::set_ip_freebind(&socket, true)?,
         SocketAddr::V6(_) => sockopt::set_ipv6_freebind(&socket, true)?,
     }
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    bind(&socket, &address)?;
-    listen(&socket, BACKLOG)?;
-    prepared(socket.into())
+    prepared(listen_by(socket, address)?)
 }
 
-/// Whether a TCP address can be listened on now.
+/// Whether a TCP address, one of `addresses`, can be listened on now.
 ///
 /// # Errors
 /// Why it can't, and whether that keeps the daemon from its start.
-pub fn try_bind(address: SocketAddr) -> Result<(), (BindError, bool)> {
-    std::net::TcpListener::bind(address).map(drop).map_err(|source| {
+pub fn try_bind(address: SocketAddr, addresses: &[AdminAddress]) -> Result<(), (BindError, bool)> {
+    let is_v6_only = is_v6_only(address, tcp_addresses(addresses));
+    listen_std(address, is_v6_only).map(drop).map_err(|source| {
         let is_fatal = !is_waited_for(address, &source) && !is_absent(address, &source);
         (BindError::Tcp { address, source }, is_fatal)
     })
 }
 
-fn listen_tcp(address: SocketAddr) -> io::Result<TcpListener> {
-    prepared(std::net::TcpListener::bind(address)?)
+fn listen_tcp(address: SocketAddr, is_v6_only: bool) -> io::Result<TcpListener> {
+    prepared(listen_std(address, is_v6_only)?)
+}
+
+fn listen_std(address: SocketAddr, is_v6_only: bool) -> io::Result<std::net::TcpListener> {
+    let socket = tcp_socket(address)?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_v6only(&socket, is_v6_only)?;
+    }
+    listen_by(socket, address)
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    Ok(socket)
+}
+
+fn listen_by(socket: OwnedFd, address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 fn prepared(listener: std::net::TcpListener) -> io::Result<TcpListener> {
     listener.set_nonblocking(true)?;
     // Its connections inherit it.
-    rustix::net::sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER)?;
+    sockopt::set_socket_send_buffer_size(&listener, SEND_BUFFER)?;
     TcpListener::from_std(listener)
 }
 
@@ -443,6 +468,26 @@ mod tests {
         for (address, expected) in table {
             let addresses = [address.parse().unwrap()];
             assert_eq!(exposed(&addresses).count() == 1, expected, "{address}");
+        }
+    }
+
+    /// On the same port, in either order; alone, that of IPv6 has IPv4, too.
+    #[tokio::test]
+    async fn both_wildcards_are_listened_on() {
+        // No one else gets the port of a socket that is bound and doesn't listen.
+        let any = "127.0.0.1:0".parse().unwrap();
+        let reserved = tcp_socket(any).unwrap();
+        rustix::net::bind(&reserved, &any).unwrap();
+        let address = rustix::net::getsockname(&reserved).unwrap();
+        let port = SocketAddr::try_from(address).unwrap().port();
+        let [v4, v6] = ["0.0.0.0", "[::]"].map(|ip| format!("{ip}:{port}").parse().unwrap());
+        let (v4, v6): (AdminAddress, AdminAddress) = (v4, v6);
+        for listen in [vec![v4, v6.clone()], vec![v6]] {
+            let listeners = bind(&listen).unwrap();
+            let waiting: Vec<_> = waiting(&listeners).iter().map(|it| it.problem()).collect();
+            assert!(waiting.is_empty(), "{waiting:?}");
+            std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+            std::net::TcpStream::connect(("::1", port)).unwrap();
         }
     }
 

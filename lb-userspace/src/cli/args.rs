@@ -12,6 +12,7 @@ use crate::admin::{OUTCOMES, TraceFilter};
 use crate::config::keys::{Key, toml, values};
 use crate::config::{Config, Flag, FlagValue};
 use crate::logging::LogFormat;
+use crate::table::check_target;
 
 /// What scripts can rely on.
 const EXIT_CODES: &str = "Exit codes: 0; 1 for a failure, a daemon that isn't ready (status), a missing \
@@ -131,6 +132,7 @@ pub enum Command {
         /// nodes have it), or id of an allocation (8 digits suffice); where one means several things,
         /// `node:NAME`, `address:ADDRESS`, `instance:ID` or `allocation:ID`. Or `edge`: this edge
         /// no longer announces its public VIPs, and open flows continue
+        #[arg(value_parser = drain_target)]
         target: Option<String>,
         /// The daemon.
         #[command(flatten)]
@@ -139,6 +141,7 @@ pub enum Command {
     /// Allow new connections from this node again to what was drained
     Undrain {
         /// What was drained, by the same name or as `nohop drain` lists it
+        #[arg(value_parser = drain_target)]
         target: String,
         /// The daemon.
         #[command(flatten)]
@@ -360,6 +363,9 @@ pub enum ConfigCommand {
     },
 }
 
+/// Setups whose files nohop doesn't write.
+const NOT_APPLIED: [&str; 4] = ["resolv_conf", "dnsmasq", "nomad", "docker"];
+
 /// Subcommands of `nohop dns`.
 #[derive(Debug, Subcommand)]
 pub enum DnsCommand {
@@ -370,10 +376,11 @@ pub enum DnsCommand {
         #[command(flatten)]
         resolvers: ResolverArguments,
         /// Apply it, for systemd-resolved
-        #[arg(long, requires = "systemd_resolved", conflicts_with = "undo")]
+        #[arg(long, requires = "systemd_resolved", conflicts_with_all = NOT_APPLIED,
+            conflicts_with = "undo")]
         apply: bool,
         /// Restore the former files, for systemd-resolved
-        #[arg(long, requires = "systemd_resolved")]
+        #[arg(long, requires = "systemd_resolved", conflicts_with_all = NOT_APPLIED)]
         undo: bool,
         /// Where the machine's files are: a test has others than the machine
         #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
@@ -483,6 +490,11 @@ pub struct ClientArguments {
     pub json: bool,
 }
 
+/// What is drained; the daemon finds out what it is.
+fn drain_target(text: &str) -> Result<String, String> {
+    check_target(text).map(|()| text.to_owned()).map_err(|error| error.to_string())
+}
+
 /// A DNS server's address.
 fn server(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse().map_err(|_| "write ADDR:PORT, such as 127.0.0.1:53")
@@ -516,14 +528,14 @@ impl ConfigArguments {
         let shadow = FlagValue::Bool(true);
         let source = self.catalog.as_ref().map(|_| "file".to_owned());
         [
-            // A relative path is the shell's; `auto` isn't a path.
-            directory("--cgroup", "cgroup", &self.cgroup, "auto"),
-            directory("--bpffs", "bpffs", &self.bpffs, ""),
-            directory("--state-dir", "state_dir", &self.state_dir, ""),
+            // `auto` isn't a path.
+            path("--cgroup", "cgroup", &self.cgroup, "auto"),
+            path("--bpffs", "bpffs", &self.bpffs, ""),
+            path("--state-dir", "state_dir", &self.state_dir, ""),
             list("--dns-listen", "dns.listen", &self.dns_listen),
             list("--admin-listen", "admin.listen", &self.admin_listen),
             list("--catalog", "catalog.sources", source.as_slice()),
-            text("--catalog", "catalog.file", &self.catalog),
+            path("--catalog", "catalog.file", &self.catalog, ""),
             text("--consul-addr", "consul.address", &self.consul_addr),
             self.shadow.then_some(Flag { name: "--shadow", key: "shadow", value: shadow }),
         ]
@@ -537,16 +549,11 @@ fn text(name: &'static str, key: &'static str, value: &Option<String>) -> Option
     value.as_ref().map(|text| Flag { name, key, value: FlagValue::Text(text.clone()) })
 }
 
-/// A directory, relative to the working directory, or a keyword.
-fn directory(
-    name: &'static str,
-    key: &'static str,
-    value: &Option<String>,
-    word: &str,
-) -> Option<Flag> {
-    let absolute = |path: &String| match std::path::absolute(path) {
-        Ok(absolute) if path != word => absolute.to_string_lossy().into_owned(),
-        _ => path.clone(),
-    };
-    text(name, key, &value.as_ref().map(absolute))
+/// A path, or a keyword.
+fn path(name: &'static str, key: &'static str, value: &Option<String>, word: &str) -> Option<Flag> {
+    let value = value.as_ref().map(|path| match path == word {
+        true => FlagValue::Text(path.clone()),
+        false => FlagValue::path(path),
+    })?;
+    Some(Flag { name, key, value })
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::{edge_check, nomad_check};
-use crate::admin::{api, client, try_bind};
+use crate::admin::{BindError, api, client, try_bind};
 use crate::catalog::Handle;
 use crate::config::{AdminAddress, Config, ConfigErrors, DnsConfig, Forward, SourceKind, cgroup};
 use crate::counted::counted;
@@ -67,7 +67,10 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
             Ok(_) => Ok("no problems".to_owned()),
             Err(ConfigErrors(errors)) => {
                 let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
-                wrong(errors.join("; "), "correct these")
+                wrong(
+                    errors.join("; "),
+                    "correct these; the other checks go by the defaults instead",
+                )
             }
         },
     )];
@@ -135,7 +138,8 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     }
     for address in &config.admin.listen {
         let AdminAddress::Tcp(address) = address else { continue };
-        let (is_required, found) = admin_address(*address, daemon.as_ref().ok());
+        let try_bind = || try_bind(*address, &config.admin.listen);
+        let (is_required, found) = admin_address(*address, try_bind, daemon.as_ref().ok());
         checks.push(finding("admin address", is_required, found));
     }
     checks.push(finding("other resolvers", false, resolvers(&config.dns)));
@@ -540,8 +544,12 @@ fn dns_port(
 
 /// Whether a TCP address of the admin interface can be listened on, and whether the daemon doesn't start
 /// otherwise.
-fn admin_address(address: SocketAddr, daemon: Option<&api::Status>) -> (bool, CheckResult) {
-    match (try_bind(address), daemon) {
+fn admin_address(
+    address: SocketAddr,
+    try_bind: impl Fn() -> Result<(), (BindError, bool)>,
+    daemon: Option<&api::Status>,
+) -> (bool, CheckResult) {
+    match (try_bind(), daemon) {
         (Ok(()), _) => (true, Ok(format!("{address} is free"))),
         (Err((error, is_fatal)), None) => (is_fatal, in_two(&error.to_string())),
         // It waits for the address, or holds it.
@@ -750,7 +758,7 @@ mod tests {
             Ok("192.0.2.1:0 is free".to_owned())
         );
         // One of the admin interface is waited for, and no lookup depends on it.
-        let (is_required, found) = admin_address(absent, None);
+        let (is_required, found) = admin_address(absent, || try_bind(absent, &[]), None);
         let (detail, _) = found.unwrap_err();
         assert!(
             !is_required && detail.ends_with("no interface of this host has 192.0.2.1"),

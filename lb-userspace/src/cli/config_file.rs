@@ -12,8 +12,8 @@ use super::args::RunArguments;
 use super::process::{USAGE, environment, print_error, write};
 use crate::catalog;
 use crate::config::keys::{toml, values};
-use crate::config::migrate::{self, Migrated};
-use crate::config::{Config, ConfigErrors, DEFAULT_PATH, Flag, LoadedConfig};
+use crate::config::migrate::{self, Migrated, NameConflict};
+use crate::config::{ConfigErrors, DEFAULT_PATH, Flag, LoadedConfig, Location, Problem};
 use crate::{durable, regular_file};
 
 /// The result of `nohop config check`.
@@ -22,25 +22,37 @@ struct ConfigReport {
     ok: bool,
     /// Each with its location and the fix.
     problems: Vec<String>,
+    /// What static catalogs have that can't be served; the rest of them is.
+    warnings: Vec<String>,
 }
 
 /// Reads the file as `nohop run --config FILE` would, with the environment of this process, and the
 /// static catalog that it names; prints the problems of both.
 pub fn check(file: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
-    let problems = match Config::load(file, &[], &environment) {
+    let loaded = LoadedConfig::load(file, &[], &environment);
+    let has_file = loaded.as_ref().map_or(true, |loaded| loaded.has_file);
+    let lines = |text: String| text.lines().map(str::to_owned).collect::<Vec<_>>();
+    let (problems, warnings) = match loaded {
         // A mistake in a static catalog keeps the daemon from starting as well.
-        Ok(config) => match catalog::check(&config) {
-            Ok(()) => Vec::new(),
-            Err(error) => error.to_string().lines().map(str::to_owned).collect(),
+        Ok(loaded) => match catalog::check(&loaded.config) {
+            Ok(warnings) => (Vec::new(), warnings),
+            Err(error) => (lines(error.to_string()), Vec::new()),
         },
-        Err(errors) => errors.0.iter().map(ToString::to_string).collect(),
+        Err(errors) => (errors.0.iter().map(ToString::to_string).collect(), Vec::new()),
     };
-    let report = ConfigReport { ok: problems.is_empty(), problems };
+    let report = ConfigReport { ok: problems.is_empty(), problems, warnings };
     if json || report.ok {
-        let file = file.unwrap_or(Path::new(DEFAULT_PATH));
-        write(json, &report, |_| format!("{}: no problems\n", file.display()))?;
-    } else {
+        let file = file.unwrap_or(Path::new(DEFAULT_PATH)).display();
+        write(json, &report, |report| match has_file {
+            true if report.warnings.is_empty() => format!("{file}: no problems\n"),
+            true => format!("{file}: can be used; see the warnings\n"),
+            false => format!("there is no {file}: the defaults apply\n"),
+        })?;
+    }
+    if !json {
         report.problems.iter().for_each(|problem| print_error(problem));
+        let warnings = report.warnings.iter().map(|warning| format!("warning: {warning}"));
+        warnings.for_each(|warning| print_error(&warning));
     }
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(USAGE) })
 }
@@ -53,24 +65,37 @@ struct MigrationReport {
     applied: bool,
     /// Each with its line.
     changes: Vec<String>,
+    /// Where the former file is, once the new one was written.
+    former: Option<PathBuf>,
 }
 
 /// Gives the keys of a file their present names. It is written only if this version reads it then, as a
 /// whole, and the former one stays beside it.
 pub fn migrate(file: Option<&Path>, apply: bool, json: bool) -> anyhow::Result<ExitCode> {
     let file = file.unwrap_or(Path::new(DEFAULT_PATH));
-    let before = regular_file::read_to_string(file)
-        .with_context(|| format!("can't read {}; name a readable file", file.display()))?;
-    let Migrated { text, changes } = migrate::migrate(&before);
-    if let Err(errors) = LoadedConfig::parse(file, text.as_bytes(), &[], &environment) {
+    let mistake = |line: Option<usize>, what: String| {
+        let location = line.map(|line| Location::File { path: file.to_owned(), line });
+        ConfigErrors(vec![Problem { location, key: None, what }])
+    };
+    let before = regular_file::read_to_string(file).map_err(|error| {
+        mistake(None, format!("can't read {}: {error}; name a readable file", file.display()))
+    })?;
+    let Migrated { text, changes, conflict } = migrate::migrate(&before);
+    let result = match conflict {
+        Some(NameConflict { line, what }) => Err(mistake(Some(line), what)),
+        None => LoadedConfig::parse(file, text.as_bytes(), &[], &environment).map(drop),
+    };
+    if let Err(errors) = result {
         print_error(&format!("{} is left as it is, since it has mistakes:", file.display()));
         return Err(errors.into());
     }
-    let applied = apply && !changes.is_empty();
-    if applied {
-        replace(file, &text).with_context(|| format!("can't write {}", file.display()))?;
+    let mut report =
+        MigrationReport { file: file.to_owned(), applied: false, changes, former: None };
+    if apply && !report.changes.is_empty() {
+        let former = replace(file, &text);
+        report.former = Some(former.with_context(|| format!("can't write {}", file.display()))?);
+        report.applied = true;
     }
-    let report = MigrationReport { file: file.to_owned(), applied, changes };
     write(json, &report, migration_text)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -81,15 +106,16 @@ fn migration_text(report: &MigrationReport) -> String {
         return format!("{file}: nothing to change\n");
     }
     let lines = report.changes.iter().map(|change| format!("{file}:{change}\n"));
-    let end = match report.applied {
-        true => format!("written; {file}.old is the former file\n"),
-        false => "nothing was written: --apply writes it\n".to_owned(),
+    let end = match &report.former {
+        Some(former) => format!("written; {} is the former file\n", former.display()),
+        None => "nothing was written: --apply writes it\n".to_owned(),
     };
     lines.chain([end]).collect()
 }
 
-/// Writes the file with the owner and the mode that it has, and keeps the former one.
-fn replace(file: &Path, text: &str) -> io::Result<()> {
+/// Writes the file with the owner and the mode that it has. The former one stays, as it is, under another name,
+/// which is returned.
+fn replace(file: &Path, text: &str) -> io::Result<PathBuf> {
     // A link stays one.
     let file = fs::canonicalize(file)?;
     let beside = |ending: &str| {
@@ -98,11 +124,22 @@ fn replace(file: &Path, text: &str) -> io::Result<()> {
         PathBuf::from(name)
     };
     let metadata = fs::metadata(&file)?;
-    fs::copy(&file, beside(".old"))?;
-    durable::replace(&beside(".new"), &[text.as_bytes()])?;
-    std::os::unix::fs::chown(beside(".new"), Some(metadata.uid()), Some(metadata.gid()))?;
-    fs::set_permissions(beside(".new"), metadata.permissions())?;
-    fs::rename(beside(".new"), &file)
+    let new = beside(".new");
+    durable::replace(&new, &[text.as_bytes()])?;
+    std::os::unix::fs::chown(&new, Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(&new, metadata.permissions())?;
+    // An earlier one, of which there may be several, isn't overwritten.
+    let mut former = beside(".old");
+    let mut n_taken = 0;
+    while let Err(error) = fs::hard_link(&file, &former) {
+        if error.kind() != io::ErrorKind::AlreadyExists {
+            return Err(error);
+        }
+        n_taken += 1;
+        former = beside(&format!(".old.{n_taken}"));
+    }
+    fs::rename(&new, &file)?;
+    Ok(former)
 }
 
 /// A key with its value, as `nohop config show --json` prints it.
@@ -120,7 +157,7 @@ pub struct Setting {
 
 /// Every key with its value and where the value comes from, as `nohop run` would read it.
 pub fn settings(file: Option<&Path>, flags: &[Flag]) -> Result<Vec<Setting>, ConfigErrors> {
-    let LoadedConfig { config, locations } = LoadedConfig::load(file, flags, &environment)?;
+    let LoadedConfig { config, locations, .. } = LoadedConfig::load(file, flags, &environment)?;
     let source = |key: &str| locations.get(key).map_or("default".into(), ToString::to_string);
     let mut settings: Vec<Setting> = values(&config)
         .into_iter()

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::args::ClientArguments;
-use super::process::{FAILURE, environment, print, print_error, runtime};
+use super::process::{USAGE, environment, print, print_error, runtime};
 use crate::admin::api::LogStatus;
 use crate::admin::client;
 
@@ -19,5 +19,6 @@ pub fn run(filter: Option<&str>, client: &ClientArguments) -> anyhow::Result<Exi
         Some(problem) if !client.json => print_error(&format!("error: {problem}")),
         _ => print(client, &status, |status| format!("{}\n", status.filter))?,
     }
-    Ok(if status.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) })
+    // It refuses nothing but a filter that isn't one.
+    Ok(if status.ok { ExitCode::SUCCESS } else { ExitCode::from(USAGE) })
 }

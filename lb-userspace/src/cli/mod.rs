@@ -28,13 +28,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{CommandFactory, FromArgMatches};
+use hyper::StatusCode;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::admin::client::ClientError;
 use crate::admin::{api, client};
+use crate::catalog::CatalogError;
 use crate::causes;
-use crate::config::{Config, ConfigErrors};
+use crate::config::{ConfigErrors, ConfigReader};
 use crate::datapath::{create_maps, probe};
+use crate::dns::DebugQueryError;
 use crate::{daemon, logging};
 use args::{Arguments, ClientArguments, Command, ConfigCommand, DnsCommand};
 use columns::Palette;
@@ -78,9 +82,7 @@ pub fn main() -> ExitCode {
                 // The failure is reported already, if stdout fails as well.
                 let _ = show_line(true, &Failure { error: text }, |_| String::new());
             }
-            let usage = error.is::<ConfigErrors>()
-                || error.is::<crate::catalog::CatalogError>()
-                || matches!(error.downcast_ref(), Some(client::ClientError::Address { .. }));
+            let usage = is_usage(&error);
             if usage && is_service {
                 std::thread::sleep(MISTAKE_PAUSE);
             }
@@ -89,6 +91,20 @@ pub fn main() -> ExitCode {
     };
     logging::drain();
     code
+}
+
+/// Whether it is a mistake in the usage or the configuration.
+fn is_usage(error: &anyhow::Error) -> bool {
+    let is_of_client = match error.downcast_ref() {
+        Some(ClientError::Address { .. }) => true,
+        Some(ClientError::Refused { status, .. }) => *status == StatusCode::BAD_REQUEST,
+        _ => false,
+    };
+    let is_of_query = matches!(
+        error.downcast_ref(),
+        Some(DebugQueryError::Name { .. } | DebugQueryError::Type { .. })
+    );
+    error.is::<ConfigErrors>() || error.is::<CatalogError>() || is_of_client || is_of_query
 }
 
 /// What `--json` prints where there is no result.
@@ -115,10 +131,8 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config, log_format } => {
             logging::start(log_format).context("can't start a thread")?;
-            let flags = config.flags();
-            let read = Arc::new(move || {
-                Config::load(config.config.config.as_deref(), &flags, &environment)
-            });
+            let reader = ConfigReader::new(config.config.config.as_deref(), config.flags());
+            let read = Arc::new(move || reader.read(&environment));
             daemon::run(read()?, read)?;
         }
         Command::Check { config, client } => {
@@ -229,6 +243,23 @@ mod tests {
     }
 
     #[test]
+    fn what_a_person_got_wrong_is_no_failure_of_the_daemon() {
+        let refused = |status| ClientError::Refused {
+            address: "unix:/a".parse().unwrap(),
+            status,
+            body: String::new(),
+        };
+        for (error, expected) in [
+            (refused(StatusCode::BAD_REQUEST).into(), true),
+            (refused(StatusCode::SERVICE_UNAVAILABLE).into(), false),
+            (DebugQueryError::Type { kind: "FOO".into() }.into(), true),
+            (anyhow::anyhow!("anything else"), false),
+        ] {
+            assert_eq!(is_usage(&error), expected, "{error}");
+        }
+    }
+
+    #[test]
     fn help_has_room_without_a_terminal() {
         let mut command = with_room(Arguments::command().term_width(0), Some("0"));
         let help = command.render_long_help().to_string();
@@ -237,10 +268,14 @@ mod tests {
     }
 
     #[test]
-    fn times_and_addresses_out_of_range_are_named() {
+    fn arguments_that_cant_be_are_named() {
         for (arguments, expected) in [
             ("status --wait-ready --timeout 18446744073709551615", "is not in 0..=31536000"),
             ("dns query web A --server 127.0.0.1", "write ADDR:PORT"),
+            ("drain node:", "name a node, an address, an instance or an allocation"),
+            ("undrain instance:", "name a node, an address, an instance or an allocation"),
+            ("dns setup --undo --resolv-conf", "cannot be used with '--resolv-conf'"),
+            ("dns setup --apply --systemd-resolved --docker", "cannot be used with '--docker'"),
         ] {
             let arguments = std::iter::once("nohop").chain(arguments.split(' '));
             let error = Arguments::try_parse_from(arguments).unwrap_err().to_string();

@@ -21,9 +21,12 @@ impl FromStr for AdminAddress {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let Some(path) = text.strip_prefix("unix:") else {
-            return socket_address(text).map(AdminAddress::Tcp).map_err(|_| {
-                format!("'{text}' isn't an address; write unix:/PATH or ADDR:PORT, port 1 to 65535")
-            });
+            if socket_address(text).is_err() {
+                return Err(format!(
+                    "'{text}' isn't an address; write unix:/PATH or ADDR:PORT, port 1 to 65535"
+                ));
+            }
+            return listen_address(text).map(AdminAddress::Tcp);
         };
         if !path.starts_with('/') || path.ends_with('/') {
             return Err(format!("'{text}' isn't an absolute path; write unix:/PATH"));
@@ -58,6 +61,27 @@ pub(super) fn socket_address(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.port() != 0 => Ok(address),
         _ => Err(format!("'{text}' isn't an address; write ADDR:PORT, port 1 to 65535")),
+    }
+}
+
+/// `ADDR:PORT` to listen on.
+pub(super) fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    let listen = socket_address(text)?;
+    let usual = "write an address of this host";
+    match listen {
+        _ if listen.ip().is_multicast() => Err(format!("{listen} is multicast; {usual}")),
+        SocketAddr::V4(v4) if v4.ip().is_broadcast() => {
+            Err(format!("{listen} is the broadcast address; {usual}"))
+        }
+        SocketAddr::V6(v6) if v6.ip().is_unicast_link_local() && v6.scope_id() == 0 => {
+            Err(format!(
+                "{listen} is link-local, so each interface may have it; write the index of one, as \
+                 `ip link` shows it: [{}%2]:{}",
+                v6.ip(),
+                v6.port()
+            ))
+        }
+        _ => Ok(listen),
     }
 }
 
@@ -225,7 +249,11 @@ pub(super) fn domain(text: &str) -> Result<String, String> {
 pub(super) fn host(text: &str) -> Result<String, String> {
     match text.parse::<std::net::IpAddr>() {
         Ok(address) => Ok(address.to_canonical().to_string()),
-        Err(_) => domain(text),
+        Err(_) => domain(text).map_err(|_| {
+            format!(
+                "'{text}' is neither a DNS name nor an IP address; write one without brackets and port"
+            )
+        }),
     }
 }
 

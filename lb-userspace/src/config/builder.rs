@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use toml::de::{DeArray, DeValue};
 
-use super::toml_value::{InvalidValue, line};
+use super::toml_value::InvalidValue;
 use super::{Config, Location, Problem};
 
 /// A key that the command line sets.
@@ -34,6 +34,13 @@ pub enum FlagValue {
 }
 
 impl FlagValue {
+    /// A path that a person wrote: a relative one is the working directory's.
+    pub fn path(path: &str) -> FlagValue {
+        let absolute = std::path::absolute(path);
+        // Of the empty one there is none.
+        FlagValue::Text(absolute.map_or(path.into(), |path| path.to_string_lossy().into_owned()))
+    }
+
     /// As a value of the file.
     pub(super) fn toml(&self) -> DeValue<'_> {
         match self {
@@ -51,7 +58,7 @@ impl FlagValue {
 }
 
 /// A source by its name in the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum SourceName {
     Consul,
@@ -70,12 +77,17 @@ pub(super) struct ConfigBuilder {
     pub(super) faulty: BTreeSet<&'static str>,
     /// Whether the text could be parsed at all.
     pub(super) is_toml: bool,
+    /// The lines of the text that couldn't.
+    pub(super) bad_lines: BTreeSet<usize>,
     pub(super) path: PathBuf,
+    /// Where the lines of the text end, in bytes.
+    line_ends: Vec<usize>,
     pub(super) problems: Vec<Problem>,
 }
 
 impl ConfigBuilder {
-    pub(super) fn new(path: &Path) -> ConfigBuilder {
+    pub(super) fn new(path: &Path, text: &[u8]) -> ConfigBuilder {
+        let ends = text.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
         ConfigBuilder {
             config: Config::default(),
             source_names: vec![SourceName::Consul],
@@ -83,21 +95,28 @@ impl ConfigBuilder {
             locations: BTreeMap::new(),
             faulty: BTreeSet::new(),
             is_toml: true,
+            bad_lines: BTreeSet::new(),
             path: path.to_owned(),
+            line_ends: ends.map(|(offset, _)| offset).collect(),
             problems: Vec::new(),
         }
     }
 
-    pub(super) fn location(&self, text: &[u8], offset: usize) -> Location {
-        Location::File { path: self.path.clone(), line: line(text, offset) }
+    /// The line of a place in the text, in bytes; lines count from 1.
+    pub(super) fn line(&self, offset: usize) -> usize {
+        1 + self.line_ends.partition_point(|end| *end < offset)
+    }
+
+    pub(super) fn location(&self, offset: usize) -> Location {
+        Location::File { path: self.path.clone(), line: self.line(offset) }
     }
 
     /// Adds a problem, unless its line isn't TOML, which is reported instead.
-    pub(super) fn reject(&mut self, text: &str, bad_lines: &[Location], fault: InvalidValue) {
-        let location = self.location(text.as_bytes(), fault.offset);
-        if !bad_lines.contains(&location) {
-            let InvalidValue { key, what, .. } = fault;
-            self.problems.push(Problem { location: Some(location), key: Some(key), what });
+    pub(super) fn reject(&mut self, fault: InvalidValue) {
+        let InvalidValue { key, offset, what } = fault;
+        if !self.bad_lines.contains(&self.line(offset)) {
+            let location = Some(self.location(offset));
+            self.problems.push(Problem { location, key: Some(key), what });
         }
     }
 

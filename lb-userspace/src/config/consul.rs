@@ -217,6 +217,15 @@ pub const VARIABLES: [(&str, &str); 9] = [
     ("CONSUL_PARTITION", "consul.partition"),
 ];
 
+/// Those of the keys whose values are paths.
+const FILES: [&str; 5] = [
+    "consul.token_file",
+    "consul.ca_file",
+    "consul.ca_path",
+    "consul.cert_file",
+    "consul.key_file",
+];
+
 /// Applies the variables of the environment. What a flag sets isn't checked.
 pub(super) fn read_environment(
     builder: &mut ConfigBuilder,
@@ -230,7 +239,11 @@ pub(super) fn read_environment(
     }
     for (variable, key) in VARIABLES {
         if let Some(text) = env(variable).filter(|_| !is_set(key)) {
-            builder.apply(key, variable, &FlagValue::Text(text));
+            let value = match FILES.contains(&key) {
+                true => FlagValue::path(&text),
+                false => FlagValue::Text(text),
+            };
+            builder.apply(key, variable, &value);
         }
     }
     // It overrides a scheme that disagrees, as in Consul's own tools, but no flag.

@@ -5,7 +5,7 @@ use serde_json::Value as Json;
 
 use super::builder::{ConfigBuilder, SourceName};
 use super::toml_value::{Parsed, TomlValue};
-use super::{Config, Token, address, balance, consul, edge, text};
+use super::{Config, MAX_PORTS, Token, address, balance, consul, edge, text};
 
 /// A key of the configuration.
 pub struct Key {
@@ -73,7 +73,7 @@ pub const KEYS: &[Key] = keys! {
         "count connections to VIPs, and redirect none (dry run)"
     live "catalog.sources" source_names: |value| value.list(|name| name.text(source_name));
         "sources of services: \"consul\", \"file\" or both; for one name the first that has it"
-    live "catalog.file" catalog_file: |value| value.text(text::path);
+    live "catalog.file" catalog_file: |value| value.text(text::path_or_none);
         "static catalog, for the source \"file\""
     live "catalog.tag" config.catalog.tag: |value| value.text(text::not_empty);
         "tag of the instances that are routed"
@@ -107,7 +107,7 @@ pub const KEYS: &[Key] = keys! {
         "how long connections to a backend that leaves may stay open; empty: as long as they like"
     live "consul.address" config.consul.address: |value| value.text(address::consul);
         "Consul agent: http://HOST:PORT, https://HOST:PORT or unix:///PATH"
-    live "consul.token_file" config.consul.token: |value| Ok(value.text(text::path)?.map(Token::File));
+    live "consul.token_file" config.consul.token: |value| Ok(value.text(text::path_or_none)?.map(Token::File));
         "file with the ACL token, re-read for every request"
     live "consul.datacenter" config.consul.datacenter: |value| value.text(|it| consul::name(it, "datacenter"));
         "datacenter; empty: the agent's"
@@ -115,13 +115,13 @@ pub const KEYS: &[Key] = keys! {
         "namespace (Consul Enterprise); empty: the token's"
     live "consul.partition" config.consul.partition: |value| value.text(|it| consul::name(it, "partition"));
         "admin partition (Consul Enterprise); empty: the agent's"
-    live "consul.ca_file" config.consul.tls.ca_file: |value| value.text(text::path);
+    live "consul.ca_file" config.consul.tls.ca_file: |value| value.text(text::path_or_none);
         "trusted CAs (PEM); without ca_file and ca_path the system's"
-    live "consul.ca_path" config.consul.tls.ca_path: |value| value.text(text::path);
+    live "consul.ca_path" config.consul.tls.ca_path: |value| value.text(text::path_or_none);
         "directory of trusted CAs (PEM)"
-    live "consul.cert_file" config.consul.tls.cert_file: |value| value.text(text::path);
+    live "consul.cert_file" config.consul.tls.cert_file: |value| value.text(text::path_or_none);
         "client certificate (PEM); needs key_file"
-    live "consul.key_file" config.consul.tls.key_file: |value| value.text(text::path);
+    live "consul.key_file" config.consul.tls.key_file: |value| value.text(text::path_or_none);
         "private key of the client certificate (PEM)"
     live "consul.tls_server_name" config.consul.tls.server_name: |value| value.text(consul::server_name);
         "expected name in the agent's certificate, if not the host of address"
@@ -133,7 +133,7 @@ pub const KEYS: &[Key] = keys! {
         "network of the VIPs, within 127.0.0.0/8, larger than datapath.max_services"
     restart(PROGRAMS) "vip.pool6" config.vip.pool6: |value| value.text(address::pool6_or_none);
         "network of the IPv6 VIPs, within fd00::/8, /64 to /120; empty: none"
-    live "vip.ports" config.vip.ports: |value| value.list(|port| port.integer(1..=65_535));
+    live "vip.ports" config.vip.ports: ports;
         "default ports of a service"
     restart("the network around the pins is a constant of the programs")
     "vip.pins" config.vip.pins: |value| value.table(address::service_name, |pin| pin.text(address::pin));
@@ -157,13 +157,13 @@ pub const KEYS: &[Key] = keys! {
     restart("the edge's programs have them from the start")
     "edge.timeouts" config.edge.timeouts: edge::timeouts;
         "after how long without a packet flows end, up to 7d: established, half_closed, closed, udp"
-    restart(LISTENS) "dns.listen" config.dns.listen: |value| value.list(|it| it.text(address::socket_address));
+    restart(LISTENS) "dns.listen" config.dns.listen: |value| value.list(|it| it.text(address::listen_address));
         "addresses of the DNS server, UDP and TCP"
-    restart(LISTENS) "dns.listen_tls" config.dns.listen_tls: |value| value.list_or_none(|it| it.text(address::socket_address));
+    restart(LISTENS) "dns.listen_tls" config.dns.listen_tls: |value| value.list_or_none(|it| it.text(address::listen_address));
         "addresses for DNS over TLS; needs tls_cert_file and tls_key_file"
-    restart(LISTENS) "dns.tls_cert_file" config.dns.tls_cert_file: |value| value.text(text::path);
+    restart(LISTENS) "dns.tls_cert_file" config.dns.tls_cert_file: |value| value.text(text::path_or_none);
         "certificate (PEM) of DNS over TLS, and those that signed it; read again when it changes"
-    restart(LISTENS) "dns.tls_key_file" config.dns.tls_key_file: |value| value.text(text::path);
+    restart(LISTENS) "dns.tls_key_file" config.dns.tls_key_file: |value| value.text(text::path_or_none);
         "its private key (PEM); read again when it changes"
     restart("applications cache answers of the former zone")
     "dns.domain" config.dns.domain: |value| value.text(address::domain);
@@ -229,6 +229,19 @@ pub const PLANNED: &[&str] = &[
     "intentions.direct",
     "dns.cache",
 ];
+
+/// The ports of services that name none.
+fn ports(value: &TomlValue) -> Parsed<Vec<u16>> {
+    let ports = value.list(|port| port.integer(1..=65_535))?;
+    if ports.len() > MAX_PORTS {
+        return value.fault(format!(
+            "has {} ports, and {MAX_PORTS} is the most; write those of most services, and have the \
+             others name their own",
+            ports.len()
+        ));
+    }
+    Ok(ports)
+}
 
 fn source_name(name: &str) -> Result<SourceName, String> {
     match name {

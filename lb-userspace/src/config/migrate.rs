@@ -14,21 +14,40 @@ pub struct Migrated {
     pub text: String,
     /// What was changed, each with its line: `3: plane.max_services is datapath.max_services now`.
     pub changes: Vec<String>,
+    /// What a person has to change.
+    pub conflict: Option<NameConflict>,
+}
+
+/// A name that can't be changed, since the new one is there, too.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NameConflict {
+    /// The line of the former name, from 1.
+    pub line: usize,
+    /// The problem, with the fix.
+    pub what: String,
 }
 
 /// Gives the keys of a file their present names and leaves everything else, comments included, as it is.
 /// What isn't TOML stays as it is: the parser of the configuration reports that.
 pub fn migrate(text: &str) -> Migrated {
-    let mut migrated = Migrated { text: text.to_owned(), changes: Vec::new() };
+    let mut migrated = Migrated { text: text.to_owned(), changes: Vec::new(), conflict: None };
     // A table that is spread over several lines is one of the document: each time one line is found.
     for _ in 0..=text.lines().count() {
         let Some(Renaming { edits, old, new }) = next(&migrated.text) else { break };
         let first = edits.iter().map(|(at, _)| at.start).min().unwrap_or_default();
         let line = migrated.text.get(..first).unwrap_or_default().matches('\n').count() + 1;
-        migrated.changes.push(format!("{line}: {old} is {new} now"));
+        let mut changed = migrated.text.clone();
         for (at, with) in edits {
-            migrated.text.replace_range(at, &with);
+            changed.replace_range(at, &with);
         }
+        let (_, errors) = DeTable::parse_recoverable(&changed);
+        if !errors.is_empty() {
+            let what = format!("{old} and {new} are both there; merge them by hand");
+            migrated.conflict = Some(NameConflict { line, what });
+            break;
+        }
+        migrated.text = changed;
+        migrated.changes.push(format!("{line}: {old} is {new} now"));
     }
     migrated
 }
@@ -97,13 +116,14 @@ exclude_cgroups = [\"plane.slice\"]
         let after = before
             .replace("source = \"file\"", "sources = [\"file\"]")
             .replace("[plane]", "[datapath]");
-        let Migrated { text, changes } = migrate(before);
+        let Migrated { text, changes, conflict } = migrate(before);
         assert_eq!(text, after);
         assert_eq!(
             changes,
             ["7: plane is datapath now", "5: catalog.source is catalog.sources now"]
         );
-        assert_eq!(migrate(&text), Migrated { text, changes: Vec::new() });
+        assert_eq!(conflict, None);
+        assert_eq!(migrate(&text), Migrated { text, changes: Vec::new(), conflict });
     }
 
     #[test]
@@ -112,6 +132,10 @@ exclude_cgroups = [\"plane.slice\"]
             ("plane.max_services = 5", "datapath.max_services = 5"),
             (
                 "plane.max_services = 5\nplane.max_backends = 6",
+                "datapath.max_services = 5\ndatapath.max_backends = 6",
+            ),
+            (
+                "plane.max_services = 5\ndatapath.max_backends = 6",
                 "datapath.max_services = 5\ndatapath.max_backends = 6",
             ),
             ("plane = { max_services = 5 }", "datapath = { max_services = 5 }"),
@@ -129,10 +153,27 @@ exclude_cgroups = [\"plane.slice\"]
     }
 
     #[test]
+    fn two_names_of_one_thing_are_for_a_person() {
+        for (text, line, names) in [
+            ("shadow = true\n[plane]\n[datapath]", 2, "plane and datapath"),
+            (
+                "[catalog]\nsources = ['file']\nsource = 'consul'",
+                3,
+                "catalog.source and catalog.sources",
+            ),
+            ("plane.max_services = 5\ndatapath.max_services = 6", 1, "plane and datapath"),
+        ] {
+            let what = format!("{names} are both there; merge them by hand");
+            let conflict = Some(NameConflict { line, what });
+            assert_eq!(migrate(text), Migrated { text: text.into(), changes: vec![], conflict });
+        }
+    }
+
+    #[test]
     fn what_cant_be_read_stays() {
         for text in ["[plane", "", "\u{feff}", "plane = 1\nplane = 2", "é = 1"] {
-            let Migrated { text: after, changes } = migrate(text);
-            assert_eq!((after.as_str(), changes.len()), (text, 0));
+            let Migrated { text: after, changes, conflict } = migrate(text);
+            assert_eq!((after.as_str(), changes.len(), conflict), (text, 0, None));
         }
     }
 }

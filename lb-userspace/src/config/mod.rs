@@ -8,6 +8,7 @@ pub mod consul;
 mod diagnostic;
 mod edge;
 pub mod keys;
+mod listen;
 pub mod migrate;
 mod parse;
 pub mod template;
@@ -32,13 +33,17 @@ pub use builder::{Flag, FlagValue};
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use diagnostic::{ConfigErrors, Location, Problem};
 pub use edge::FlowTimeouts;
-pub use parse::LoadedConfig;
+pub use listen::{is_v6_only, tcp_addresses};
+pub use parse::{ConfigReader, LoadedConfig};
 
 /// The configuration file without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
 
 /// The number of networks that public VIPs may come from: a connection to anything else is compared to each.
 pub const MAX_PUBLIC_NETWORKS: usize = 4;
+
+/// The most ports that a service may list: each is an entry of the kernel's maps.
+pub const MAX_PORTS: usize = 64;
 
 /// The number of cgroups that can be excluded at once.
 pub const MAX_EXCLUDED_CGROUPS: usize = 1_024;
@@ -189,7 +194,7 @@ pub struct VipConfig {
     pub pool: Ipv4Net,
     /// The pool that IPv6 VIPs come from, within fd00::/8; `None` where services have none.
     pub pool6: Option<Ipv6Net>,
-    /// The ports of every service that doesn't name its own; not empty, no duplicates.
+    /// The ports of every service that doesn't name its own: at most [`MAX_PORTS`], not empty, no duplicates.
     pub ports: Vec<u16>,
     /// Further addresses, each for one service, that apply in the host's network namespace only.
     pub pins: BTreeMap<String, SocketAddrV4>,
@@ -317,7 +322,7 @@ pub enum Unrouted {
 }
 
 /// Clients of the DNS server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Allowed {
     /// Those on networks that one of this host's interfaces is in.
@@ -388,7 +393,7 @@ impl Serialize for TraceAccess {
 }
 
 /// An address of the admin interface, written `unix:PATH` or `ADDR:PORT`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum AdminAddress {
     /// A unix socket.
     Unix(PathBuf),

@@ -1,7 +1,10 @@
 //! From a file, the environment and the flags to a checked configuration.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use toml::Spanned;
 use toml::de::DeTable;
@@ -19,6 +22,45 @@ pub struct LoadedConfig {
     pub config: Config,
     /// Where each value stands that isn't the default.
     pub locations: BTreeMap<&'static str, Location>,
+    /// Whether there is a file.
+    pub has_file: bool,
+}
+
+/// Reads the configuration of a daemon at its start, and at each reload. Only as long as no file was ever read
+/// the default one may be missing: when it vanishes, what it has isn't given up.
+#[derive(Debug)]
+pub struct ConfigReader {
+    path: PathBuf,
+    is_required: AtomicBool,
+    flags: Vec<Flag>,
+}
+
+impl ConfigReader {
+    /// Of `path`, or the default file.
+    pub fn new(path: Option<&Path>, flags: Vec<Flag>) -> ConfigReader {
+        ConfigReader {
+            path: path.unwrap_or(Path::new(DEFAULT_PATH)).to_owned(),
+            is_required: AtomicBool::new(path.is_some()),
+            flags,
+        }
+    }
+
+    /// Of a file that may be missing, as the default one.
+    #[cfg(test)]
+    pub(super) fn optional(path: &Path) -> ConfigReader {
+        ConfigReader { path: path.to_owned(), is_required: false.into(), flags: Vec::new() }
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// As [`LoadedConfig::load`].
+    pub fn read(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigErrors> {
+        let is_required = self.is_required.load(Ordering::Relaxed);
+        let loaded = LoadedConfig::read(&self.path, is_required, &self.flags, env)?;
+        self.is_required.fetch_or(loaded.has_file, Ordering::Relaxed);
+        Ok(loaded.config)
+    }
 }
 
 impl Config {
@@ -50,17 +92,31 @@ impl LoadedConfig {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<LoadedConfig, ConfigErrors> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
+        LoadedConfig::read(file, path.is_some(), flags, env)
+    }
+
+    /// As [`LoadedConfig::load`], of a file that may be missing, or not.
+    fn read(
+        file: &Path,
+        is_required: bool,
+        flags: &[Flag],
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<LoadedConfig, ConfigErrors> {
+        // A link that leads nowhere isn't missing.
+        let is_missing = || fs::symlink_metadata(file).is_err();
         let bytes = match regular_file::read_or_null(file) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.is_none() => {
-                Vec::new()
+            Ok(bytes) => Some(bytes),
+            Err(error) if error.kind() == ErrorKind::NotFound && !is_required && is_missing() => {
+                None
             }
             Err(error) => {
                 let what = format!("can't read {}: {error}; name a readable file", file.display());
                 return Err(ConfigErrors(vec![Problem { location: None, key: None, what }]));
             }
         };
-        LoadedConfig::parse(file, &bytes, flags, env)
+        let has_file = bytes.is_some();
+        let loaded = LoadedConfig::parse(file, &bytes.unwrap_or_default(), flags, env)?;
+        Ok(LoadedConfig { has_file, ..loaded })
     }
 
     /// As [`LoadedConfig::load`], with the content of the file.
@@ -70,11 +126,11 @@ impl LoadedConfig {
         flags: &[Flag],
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<LoadedConfig, ConfigErrors> {
-        let mut builder = ConfigBuilder::new(path);
+        let mut builder = ConfigBuilder::new(path, bytes);
         match std::str::from_utf8(bytes) {
             Ok(text) => builder.read_file(text),
             Err(error) => {
-                let location = builder.location(bytes, error.valid_up_to());
+                let location = builder.location(error.valid_up_to());
                 builder.is_toml = false;
                 let what = "not TOML: this isn't UTF-8; write the file in UTF-8".into();
                 builder.problems.push(Problem { location: Some(location), key: None, what });
@@ -96,22 +152,19 @@ impl LoadedConfig {
 impl ConfigBuilder {
     fn read_file(&mut self, text: &str) {
         let (document, errors) = DeTable::parse_recoverable(text);
-        let mut bad_lines = Vec::new();
         for error in errors {
             let offset = error.span().map_or(text.len(), |span| span.start);
-            let location = self.location(text.as_bytes(), offset);
             // The parser reports several errors for one mistake; the first of a line is the best.
-            if !bad_lines.contains(&location) {
+            if self.bad_lines.insert(self.line(offset)) {
                 let what = match (error.message(), error.span().and_then(|span| text.get(span))) {
                     ("duplicate key", Some(key)) => {
                         format!("not TOML: duplicate key {key}; remove one")
                     }
                     (message, _) => format!("not TOML: {message}"),
                 };
-                let location = Some(location.clone());
+                let location = Some(self.location(offset));
                 self.problems.push(Problem { location, key: None, what });
             }
-            bad_lines.push(location);
             self.is_toml = false;
         }
         for (name, value) in document.get_ref() {
@@ -121,32 +174,32 @@ impl ConfigBuilder {
                 Some(table) if is_section || !table.is_empty() && is_other_section(&name) => {
                     for (key, value) in table {
                         let key = format!("{name}.{}", key.get_ref());
-                        self.read_value(text, &bad_lines, TomlValue { key, value });
+                        self.read_value(TomlValue { key, value });
                     }
                 }
                 _ if is_section => {
                     let found = kind(value.get_ref());
                     let what = format!("expected a table, found {found}; write [{name}]");
                     let offset = value.span().start;
-                    self.reject(text, &bad_lines, InvalidValue { key: name, offset, what });
+                    self.reject(InvalidValue { key: name, offset, what });
                 }
-                _ => self.read_value(text, &bad_lines, TomlValue { key: name, value }),
+                _ => self.read_value(TomlValue { key: name, value }),
             }
         }
     }
 
-    fn read_value(&mut self, text: &str, bad_lines: &[Location], value: TomlValue) {
+    fn read_value(&mut self, value: TomlValue) {
         let offset = value.value.span().start;
         let Some(key) = Key::find(&value.key) else {
             let what = unknown(&value.key);
-            return self.reject(text, bad_lines, InvalidValue { key: value.key, offset, what });
+            return self.reject(InvalidValue { key: value.key, offset, what });
         };
-        let location = self.location(text.as_bytes(), offset);
+        let location = self.location(offset);
         self.locations.insert(key.name, location);
         if let Err(faults) = (key.read)(self, &value) {
             self.faulty.insert(key.name);
             for fault in faults {
-                self.reject(text, bad_lines, fault);
+                self.reject(fault);
             }
         }
     }
@@ -170,7 +223,8 @@ impl ConfigBuilder {
             validate::check(&mut self);
         }
         if self.problems.is_empty() {
-            return Ok(LoadedConfig { config: self.config, locations: self.locations });
+            let (config, locations) = (self.config, self.locations);
+            return Ok(LoadedConfig { config, locations, has_file: true });
         }
         self.problems.sort_by(|a, b| a.location.cmp(&b.location));
         Err(ConfigErrors(self.problems))

@@ -307,6 +307,7 @@ fn every_key_is_taken() {
 fn what_is_wrong_is_named_with_its_line_and_its_fix() {
     let too_many: Vec<_> = (0..1025).map(|n| format!("'c{n}'")).collect();
     let too_many = format!("datapath.exclude_cgroups = ['*', {}]", too_many.join(", "));
+    let many_ports = format!("vip.ports = {:?}", (1..=65).collect::<Vec<u16>>());
     let table: &[(&str, &[&str])] = &[
         // Not TOML.
         ("state_dir = ", &["f:1: not TOML: string values must be quoted, expected literal string"]),
@@ -350,7 +351,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "catalog.sources = ['consul', 'file', 'consul', 'dns']\ncatalog.file = '/c'",
             &[
-                "f:1: catalog.sources: duplicate element; remove one",
+                "f:1: catalog.sources: duplicate element 'consul'; remove one",
                 "f:1: catalog.sources: 'dns' is invalid; write `consul` or `file`",
             ],
         ),
@@ -398,7 +399,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
                 "f:2: edge.interfaces: 'sixteen-letters!' isn't the name of an interface; write one such \
                  as eth0",
                 "f:2: edge.interfaces: '' isn't the name of an interface; write one such as eth0",
-                "f:2: edge.interfaces: duplicate element; remove one",
+                "f:2: edge.interfaces: duplicate element 'eth0'; remove one",
                 "f:3: edge.source: ::1 lies in ::/64, where no backend replies to; write an address of \
                  this host, such as 10.0.0.2",
                 "f:3: edge.source: '10.0.0' isn't an address; write an address of this host, such as \
@@ -420,7 +421,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
              datapath.client_address_from = ['fd00::1', '127.0.0.1', '10.0.0.0/8']",
             &[
                 "f:1: edge.client_address: 'a b' isn't a DNS label; write 1 to 63 letters, digits, - and _",
-                "f:1: edge.client_address: duplicate element; remove one",
+                "f:1: edge.client_address: duplicate element 'Web'; remove one",
                 "f:2: datapath.client_address_from: fd00::1 is IPv6, which has no clients' addresses; \
                  remove it",
                 "f:2: datapath.client_address_from: 127.0.0.1 lies in 127.0.0.0/8, where no backend replies \
@@ -562,7 +563,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             &[
                 "f:2: vip.ports: 0 is out of range; write a number from 1 to 65535",
                 "f:3: vip.ports: 70000 is out of range; write a number from 1 to 65535",
-                "f:4: vip.ports: duplicate element; remove one",
+                "f:4: vip.ports: duplicate element 80; remove one",
             ],
         ),
         (
@@ -602,12 +603,26 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         ("on_exit = 'stay'", &["f:1: on_exit: 'stay' is invalid; write `keep` or `detach`"]),
         ("bpffs = 'b'", &["f:1: bpffs: 'b' isn't an absolute path; write one that begins with /"]),
         (
+            "catalog.sources = ['file']\ncatalog.file = 'c.toml'\nconsul.token_file = 't'\n\
+             dns.tls_key_file = './k'",
+            &[
+                "f:2: catalog.file: 'c.toml' isn't an absolute path; write one that begins with /",
+                "f:3: consul.token_file: 't' isn't an absolute path; write one that begins with /",
+                "f:4: dns.tls_key_file: './k' isn't an absolute path; write one that begins with /",
+            ],
+        ),
+        (
+            &many_ports,
+            &["f:1: vip.ports: has 65 ports, and 64 is the most; write those of most \
+                         services, and have the others name their own"],
+        ),
+        (
             "datapath.exclude_cgroups = ['/', '',\n'a/../..', 'a', './a', 'a']",
             &[
                 "f:1: datapath.exclude_cgroups: '/' isn't a cgroup below the root; write one such as 'system.slice'",
                 "f:1: datapath.exclude_cgroups: '' isn't a cgroup below the root; write one such as 'system.slice'",
                 "f:2: datapath.exclude_cgroups: 'a/../..' isn't a cgroup below the root; write one such as 'system.slice'",
-                "f:2: datapath.exclude_cgroups: duplicate element; remove one",
+                "f:2: datapath.exclude_cgroups: duplicate element 'a'; remove one",
             ],
         ),
         (
@@ -734,7 +749,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "admin.hosts = ['nohop:9153']",
             &[
-                "f:1: admin.hosts: 'nohop:9153' isn't a DNS name; write labels of letters, digits, - and _ between dots",
+                "f:1: admin.hosts: 'nohop:9153' is neither a DNS name nor an IP address; write one without brackets and port",
             ],
         ),
         ("admin.hosts = ['10.0.0.7', 'fd00::7', 'nohop.example']", &[]),
@@ -756,7 +771,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             ],
         ),
         ("admin.listen = ['0.0.0.0:9153']\nadmin.hosts = ['nohop.example']", &[]),
-        ("admin.listen = ['127.0.0.1:1', '10.0.0.7:1', '[fd00::7]:1', '[::ffff:10.0.0.7]:1']", &[]),
+        ("admin.listen = ['127.0.0.1:1', '10.0.0.7:1', '[fd00::7]:1', '[::ffff:10.0.0.8]:1']", &[]),
         (
             "admin.listen = ['unix:x']",
             &["f:1: admin.listen: 'unix:x' isn't an absolute path; write unix:/PATH"],
@@ -836,9 +851,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         ),
         (
             "dns.listen_tls = ['127.0.0.1:53']\ndns.tls_cert_file = '/c'\ndns.tls_key_file = '/k'",
-            &[
-                "f:1: dns.listen_tls: 127.0.0.1:53 is in dns.listen, too; choose another port, such as 853",
-            ],
+            &["f:1: dns.listen_tls: 127.0.0.1:53 is in dns.listen, too; choose another port"],
         ),
         (
             "catalog.sources = ['file']",
@@ -850,6 +863,50 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             "catalog.file = '/c'",
             &[
                 "f:1: catalog.file: a file is read only with sources = [\"file\"]; add that, or remove this",
+            ],
+        ),
+        // Addresses of which the daemon itself would have one in use when it binds another.
+        (
+            "[dns]\nlisten = ['0.0.0.0:5399', '127.0.0.1:5399']\n[admin]\n\
+             listen = ['127.0.0.1:5399', '127.0.0.1:5398', '[::ffff:127.0.0.1]:5398', \
+             'unix:/run/../run//x', 'unix:/run/./x']",
+            &[
+                "f:2: dns.listen: 0.0.0.0:5399 includes 127.0.0.1:5399; remove one, or choose another \
+                 port",
+                "f:4: admin.listen: 0.0.0.0:5399 of dns.listen includes 127.0.0.1:5399; remove one, or \
+                 choose another port",
+                "f:4: admin.listen: 127.0.0.1:5398 and [::ffff:127.0.0.1]:5398 are one address; remove \
+                 one",
+                "f:4: admin.listen: unix:/run/../run//x and unix:/run/./x are one path; remove one",
+            ],
+        ),
+        (
+            "dns.listen = ['10.0.0.1:53', '[fd00::1]:54']\nadmin.hosts = ['n']\n\
+             admin.listen = ['[::]:53', '[::]:54', '0.0.0.0:54']",
+            &[
+                "f:3: admin.listen: [::]:53 includes 10.0.0.1:53 of dns.listen; remove one, or choose \
+                 another port",
+                "f:3: admin.listen: [::]:54 includes [fd00::1]:54 of dns.listen; remove one, or choose \
+                 another port",
+            ],
+        ),
+        (
+            "admin.listen = ['0.0.0.0:1', '[::]:1', '[::1]:2', '127.0.0.1:2']\nadmin.hosts = ['n']",
+            &[],
+        ),
+        (
+            "dns.listen = ['[::]:53', '127.0.0.1:53', '10.0.0.1:53', '[fe80::1%2]:54', '[fe80::1%3]:54']",
+            &[],
+        ),
+        (
+            "[admin]\nlisten = ['224.0.0.1:1', '255.255.255.255:1', '[fe80::1]:1', '[ff02::1%2]:1']",
+            &[
+                "f:2: admin.listen: 224.0.0.1:1 is multicast; write an address of this host",
+                "f:2: admin.listen: 255.255.255.255:1 is the broadcast address; write an address of \
+                 this host",
+                "f:2: admin.listen: [fe80::1]:1 is link-local, so each interface may have it; write the \
+                 index of one, as `ip link` shows it: [fe80::1%2]:1",
+                "f:2: admin.listen: [ff02::1%2]:1 is multicast; write an address of this host",
             ],
         ),
         // All together, in the order of the file; a wrong pool contradicts nothing.
@@ -1091,7 +1148,7 @@ fn flags_are_checked_like_the_file() {
         list("--dns-listen", "dns.listen", "127.0.0.9:53"),
         list("--admin-listen", "admin.listen", "unix:/x"),
         list("--catalog", "catalog.sources", "file"),
-        flag("--catalog", "catalog.file", "c.toml"),
+        flag("--catalog", "catalog.file", "/c.toml"),
         flag("--bpffs", "bpffs", "/pins"),
         flag("--on-exit", "on_exit", "detach"),
     ];
@@ -1099,9 +1156,39 @@ fn flags_are_checked_like_the_file() {
     let config = check_all("", &flags, &[("CONSUL_HTTP_ADDR", "ftp://x:1")]).unwrap();
     assert_eq!(config.cgroup, Some("/cg".into()));
     assert_eq!((config.bpffs, config.on_exit), ("/pins".into(), OnExit::Detach));
-    assert_eq!(config.catalog.sources, [SourceKind::File("c.toml".into())]);
+    assert_eq!(config.catalog.sources, [SourceKind::File("/c.toml".into())]);
     assert_eq!(config.dns.listen, ["127.0.0.9:53".parse().unwrap()]);
     assert_eq!(config.admin.listen, [AdminAddress::Unix("/x".into())]);
+}
+
+#[test]
+fn relative_paths_are_the_shells() {
+    let here = std::env::current_dir().unwrap();
+    assert_eq!(FlagValue::path("c.toml"), FlagValue::Text(format!("{}/c.toml", here.display())));
+    for path in ["/c.toml", ""] {
+        assert_eq!(FlagValue::path(path), FlagValue::Text(path.into()));
+    }
+    let consul = check_all("", &[], &[("CONSUL_HTTP_TOKEN_FILE", "token")]).unwrap().consul;
+    assert_eq!(consul.token, Some(Token::File(here.join("token"))));
+}
+
+#[test]
+fn a_file_that_vanishes_is_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nohop.toml");
+    let ttl = |reader: &ConfigReader| {
+        reader.read(&|_| None).map(|config| config.dns.ttl).map_err(|errors| errors.to_string())
+    };
+    let reader = ConfigReader::optional(&path);
+    assert_eq!(ttl(&reader), Ok(30));
+    std::fs::write(&path, "dns.ttl = 5").unwrap();
+    assert_eq!(ttl(&reader), Ok(5));
+    std::fs::remove_file(&path).unwrap();
+    let error = ttl(&reader).unwrap_err();
+    assert!(error.starts_with(&format!("can't read {}: ", path.display())), "{error}");
+    // Nor is a link that leads nowhere no file, at a start either.
+    std::os::unix::fs::symlink(dir.path().join("away"), &path).unwrap();
+    ttl(&ConfigReader::optional(&path)).unwrap_err();
 }
 
 #[test]

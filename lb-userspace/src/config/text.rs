@@ -57,9 +57,9 @@ pub(super) fn not_empty(text: &str) -> Result<String, String> {
     if text.is_empty() { Err("is empty; write a value".into()) } else { Ok(text.into()) }
 }
 
-/// A path; an empty one means none.
-pub(super) fn path(text: &str) -> Result<Option<PathBuf>, String> {
-    Ok((!text.is_empty()).then(|| PathBuf::from(text)))
+/// An absolute path; an empty one means none.
+pub(super) fn path_or_none(text: &str) -> Result<Option<PathBuf>, String> {
+    if text.is_empty() { Ok(None) } else { absolute(text).map(Some) }
 }
 
 pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {

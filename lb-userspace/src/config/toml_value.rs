@@ -1,6 +1,7 @@
 //! A TOML document whose values have their key, and report the expected type.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::Hash;
 use std::ops::RangeInclusive;
 
 use toml::Spanned;
@@ -39,6 +40,15 @@ impl TomlValue<'_, '_> {
     pub(super) fn unexpected<T>(&self, expected: &str, fix: Option<&str>) -> Parsed<T> {
         let fix = fix.map(|fix| format!("; {fix}")).unwrap_or_default();
         self.fault(format!("expected {expected}, found {}{fix}", kind(self.value.get_ref())))
+    }
+
+    /// A string or a number as a message has it.
+    fn written(&self) -> String {
+        match self.value.get_ref() {
+            DeValue::String(text) => format!("'{text}'"),
+            DeValue::Integer(integer) => integer.to_string(),
+            value => kind(value).to_owned(),
+        }
     }
 
     /// Whether it is an array.
@@ -80,7 +90,7 @@ impl TomlValue<'_, '_> {
     }
 
     /// An array that isn't empty, as [`TomlValue::list_or_none`].
-    pub(super) fn list<T: PartialEq>(
+    pub(super) fn list<T: Eq + Hash>(
         &self,
         read: impl Fn(&TomlValue) -> Parsed<T>,
     ) -> Parsed<Vec<T>> {
@@ -91,28 +101,33 @@ impl TomlValue<'_, '_> {
     }
 
     /// An array without duplicates, each element as `read` understands it.
-    pub(super) fn list_or_none<T: PartialEq>(
+    pub(super) fn list_or_none<T: Eq + Hash>(
         &self,
         read: impl Fn(&TomlValue) -> Parsed<T>,
     ) -> Parsed<Vec<T>> {
         let Some(array) = self.value.get_ref().as_array() else {
             return self.unexpected("an array", Some("write a list in brackets"));
         };
-        let (mut elements, mut faults) = (Vec::new(), Vec::new());
+        let (mut elements, mut read_values, mut faults) = (Vec::new(), Vec::new(), Vec::new());
         for value in array.iter() {
             let element = TomlValue { key: self.key.clone(), value };
-            let fresh = read(&element).and_then(|element_read| {
-                if elements.contains(&element_read) {
-                    element.fault("duplicate element; remove one")
-                } else {
-                    Ok(element_read)
+            match read(&element) {
+                Ok(element_read) => {
+                    elements.push(element_read);
+                    read_values.push(element);
                 }
-            });
-            match fresh {
-                Ok(fresh) => elements.push(fresh),
                 Err(more) => faults.extend(more),
             }
         }
+        let mut seen = HashSet::new();
+        for (element, value) in elements.iter().zip(&read_values) {
+            if !seen.insert(element) {
+                let twice: Parsed<()> =
+                    value.fault(format!("duplicate element {}; remove one", value.written()));
+                faults.extend(twice.err().into_iter().flatten());
+            }
+        }
+        faults.sort_by_key(|fault| fault.offset);
         if faults.is_empty() { Ok(elements) } else { Err(faults) }
     }
 
@@ -185,9 +200,4 @@ pub(super) fn kind(value: &DeValue) -> &'static str {
         DeValue::Array(_) => "an array",
         DeValue::Table(_) => "a table",
     }
-}
-
-/// The line of a place in a text; lines count from 1.
-pub(super) fn line(text: &[u8], offset: usize) -> usize {
-    1 + text.iter().take(offset).filter(|byte| **byte == b'\n').count()
 }

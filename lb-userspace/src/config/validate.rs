@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::builder::ConfigBuilder;
-use super::{AdminAddress, ConsulAddress, Forward, SourceKind, Unrouted, consul, edge};
+use super::{AdminAddress, ConsulAddress, Forward, SourceKind, Unrouted, consul, edge, listen};
 
 /// Notes every rule between keys that is broken.
 pub(super) fn check(builder: &mut ConfigBuilder) {
@@ -14,6 +14,7 @@ pub(super) fn check(builder: &mut ConfigBuilder) {
     check_pins(builder);
     check_routes(builder);
     check_dns_tls(builder);
+    listen::check(builder);
     check_admin(builder);
     let own_addresses = own_addresses(builder);
     edge::check(builder, &own_addresses);
@@ -161,7 +162,7 @@ fn check_routes(builder: &mut ConfigBuilder) {
     }
 }
 
-/// DNS over TLS needs a certificate and its key, and addresses of its own.
+/// DNS over TLS needs a certificate and its key.
 fn check_dns_tls(builder: &mut ConfigBuilder) {
     let dns = builder.config.dns.clone();
     for (key, file) in
@@ -170,12 +171,6 @@ fn check_dns_tls(builder: &mut ConfigBuilder) {
         if !dns.listen_tls.is_empty() && file.is_none() {
             builder.conflict(&["dns.listen_tls", key], format!("needs {key}; name a PEM file"));
         }
-    }
-    if let Some(address) = dns.listen_tls.iter().find(|address| dns.listen.contains(address)) {
-        builder.conflict(
-            &["dns.listen_tls", "dns.listen"],
-            format!("{address} is in dns.listen, too; choose another port, such as 853"),
-        );
     }
 }
 
@@ -223,10 +218,8 @@ fn own_addresses(builder: &ConfigBuilder) -> Vec<(&'static str, SocketAddr)> {
     if let Forward::Servers(servers) = &config.dns.forward {
         addresses.extend(servers.iter().map(|address| ("dns.forward", *address)));
     }
-    addresses.extend(config.admin.listen.iter().filter_map(|address| match address {
-        AdminAddress::Tcp(address) => Some(("admin.listen", *address)),
-        AdminAddress::Unix(_) => None,
-    }));
+    let admin = listen::tcp_addresses(&config.admin.listen);
+    addresses.extend(admin.map(|address| ("admin.listen", address)));
     if let ConsulAddress::Http(authority) | ConsulAddress::Https(authority) = &config.consul.address
         && let Ok(address) = authority.parse()
     {

@@ -10,7 +10,7 @@ use tracing::info;
 use super::socket_activation::{self, ActivationError};
 use super::sockets::{Sockets, Transport, n_sockets};
 use super::tls::{self, CertificateError};
-use crate::config::DnsConfig;
+use crate::config::{DnsConfig, is_v6_only};
 
 /// How often a port is tried that must be free for both transports, where the kernel may choose.
 const PORT_TRIES: usize = 16;
@@ -102,7 +102,7 @@ pub async fn bind(config: &DnsConfig) -> Result<Sockets, DnsError> {
 }
 
 fn bind_tls(address: SocketAddr, listen: &[SocketAddr]) -> Result<TcpListener, DnsError> {
-    let socket = bind_one(address, SocketType::STREAM, v4_has_port(address, listen));
+    let socket = bind_one(address, SocketType::STREAM, is_v6_only(address, listen.iter().copied()));
     socket.and_then(self::listen).map_err(bind_error(TLS, address, Transport::Tcp))
 }
 
@@ -118,7 +118,7 @@ fn bind_error(
 fn bind_beside(mut sockets: Sockets, listen: &[SocketAddr]) -> Result<Sockets, DnsError> {
     let held = sockets.addresses.clone();
     for &address in listen.iter().filter(|address| !is_held(**address, &held)) {
-        let (udp, tcp, address) = bind_both(address, v4_has_port(address, listen))?;
+        let (udp, tcp, address) = bind_both(address, is_v6_only(address, listen.iter().copied()))?;
         sockets.udp.extend(udp);
         sockets.tcp.push(tcp);
         sockets.addresses.push(address);
@@ -135,18 +135,12 @@ fn is_held(address: SocketAddr, held: &[SocketAddr]) -> bool {
     })
 }
 
-/// Whether an IPv4 socket is to have any address on this port: one of IPv6 would take it, too.
-fn v4_has_port(address: SocketAddr, listen: &[SocketAddr]) -> bool {
-    let mut others = listen.iter().filter(|other| other.port() == address.port());
-    others.any(|other| other.is_ipv4() && other.ip().is_unspecified())
-}
-
 /// Whether `address`, one of those of `dns.listen`, can be bound now, as [`bind`] does.
 ///
 /// # Errors
 /// When it can't: those of [`bind`].
 pub fn try_bind(address: SocketAddr, listen: &[SocketAddr]) -> Result<(), DnsError> {
-    bind_both(address, v4_has_port(address, listen)).map(drop)
+    bind_both(address, is_v6_only(address, listen.iter().copied())).map(drop)
 }
 
 /// Whether `address`, one of those of `dns.listen_tls`, can be bound now.

@@ -130,6 +130,14 @@ pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, 
     answered.unwrap_or(Err(DebugQueryError::Silent { server }))
 }
 
+/// Checks that a name and a type can be asked for.
+///
+/// # Errors
+/// One of them can't.
+pub fn check_question(name: &str, kind: &str) -> Result<(), DebugQueryError> {
+    question(name, kind).map(drop)
+}
+
 fn question(name: &str, kind: &str) -> Result<Query, DebugQueryError> {
     let wrong = |source| DebugQueryError::Name { name: name.to_owned(), source };
     let mut parsed = Name::from_ascii(name).map_err(wrong)?;

@@ -46,7 +46,7 @@ mod tests;
 
 pub use acl::allowed_networks;
 pub use bind::{DnsError, bind, try_bind, try_bind_tls};
-pub use debug_query::{DebugClient, DebugQueryError, ask};
+pub use debug_query::{DebugClient, DebugQueryError, ask, check_question};
 pub use origin::AnswerOrigin;
 pub use resolv_conf::{is_stub, nameservers};
 pub use server::DnsServer;

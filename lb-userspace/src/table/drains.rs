@@ -266,6 +266,17 @@ pub enum DrainError {
     TooMany,
 }
 
+/// Checks that a text names something to drain, whether or not there is such a thing.
+///
+/// # Errors
+/// It is empty, or a kind without a name.
+pub fn check_target(text: &str) -> Result<(), DrainError> {
+    match Wanted::parse(text) {
+        Err(DrainError::Empty) => Err(DrainError::Empty),
+        _ => Ok(()),
+    }
+}
+
 /// What is known where something isn't.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Nearby {

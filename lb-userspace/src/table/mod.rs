@@ -31,7 +31,8 @@ use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable, SharedWaits, Waits};
 pub use drains::{
-    DRAIN_KINDS, Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, resolve_drained,
+    DRAIN_KINDS, Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, check_target,
+    resolve_drained,
 };
 pub use index::CatalogIndex;
 pub use input::{
@@ -40,10 +41,10 @@ pub use input::{
 };
 pub use instance_name::{allocation, display_name, is_uuid, short_allocation, with_display_names};
 pub use merge::ServiceMeta;
-pub use ports::{MAX_PORTS, Ports, Protocols};
+pub use ports::{Ports, Protocols};
 pub use public::PublicAddresses;
 pub use resolved_hosts::{Bridge, Host, Hosts};
-pub use validate::{check_name, may_be_reached};
+pub use validate::{catalog_problems, check_name, may_be_reached};
 
 /// One state of the world, as this node should present it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The most ports that a service may list: each is an entry of the kernel's maps.
-pub const MAX_PORTS: usize = 64;
+use crate::config::MAX_PORTS;
 
 /// The ports a service is connected to at.
 ///

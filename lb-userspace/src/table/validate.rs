@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::vips::Pools;
-use super::{Backend, BackendState, Bridge, Excluded, HealthStatus, Hosts, Instance};
+use super::{Backend, BackendState, Bridge, Catalog, Excluded, HealthStatus, Hosts, Instance};
 use crate::dns_name;
 
 /// An instance's place in the table.
@@ -182,6 +182,22 @@ fn weight(given: i64) -> (u16, Option<String>) {
 pub fn check_name(name: &str) -> Result<(), String> {
     let Some(problem) = dns_name::service_name_problem(name) else { return Ok(()) };
     Err(format!("`{name}` can't be a DNS name: it {problem}; register the service under another"))
+}
+
+/// What this node can't serve of a catalog, whatever its network: names, and addresses of backends. A sentence
+/// each.
+pub fn catalog_problems(catalog: &Catalog, pools: &Pools) -> impl Iterator<Item = String> {
+    catalog.iter().flat_map(move |(id, record)| {
+        let of_backends = record.instances().filter_map(move |instance| {
+            match validate(instance, pools, &Hosts::default(), None) {
+                Validation::In(Backend { state: BackendState::Unroutable, reason, .. }) => {
+                    Some(format!("service `{}`: {}", id.name, reason.unwrap_or_default()))
+                }
+                _ => None,
+            }
+        });
+        check_name(&id.name).err().into_iter().chain(of_backends)
+    })
 }
 
 #[cfg(test)]

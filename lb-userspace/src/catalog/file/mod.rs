@@ -108,12 +108,12 @@ pub fn load_first(path: &Path, kept: &Kept, output: &Publisher) -> Result<(), Fi
     Ok(())
 }
 
-/// Reads the file, to see whether it can be used.
+/// Reads the file, to see whether it can be used, and what it has.
 ///
 /// # Errors
 /// As [`load`].
-pub fn check(path: &Path) -> Result<(), FileError> {
-    is_good(&read(path)?).map_err(|diagnostics| diagnosed(path, diagnostics))
+pub fn check(path: &Path) -> Result<Catalog, FileError> {
+    catalog_alone(&read(path)?).map_err(|diagnostics| diagnosed(path, diagnostics))
 }
 
 /// The same at the start, when a good copy serves as well.
@@ -122,8 +122,8 @@ pub fn check(path: &Path) -> Result<(), FileError> {
 /// As [`load_first`].
 pub fn check_first(path: &Path, kept: &Kept) -> Result<(), FileError> {
     match check(path) {
-        Err(_) if kept.read().is_some_and(|text| is_good(&text).is_ok()) => Ok(()),
-        result => result,
+        Err(_) if kept.read().is_some_and(|text| catalog_alone(&text).is_ok()) => Ok(()),
+        result => result.map(drop),
     }
 }
 
@@ -132,8 +132,8 @@ fn read(path: &Path) -> Result<String, FileError> {
         .map_err(|source| FileError::Read { path: path.into(), source })
 }
 
-fn is_good(text: &str) -> Result<(), Vec<Diagnostic>> {
-    Chunks::default().read(text, &Catalog::new()).map(drop)
+fn catalog_alone(text: &str) -> Result<Catalog, Vec<Diagnostic>> {
+    Chunks::default().read(text, &Catalog::new())
 }
 
 /// The catalog of a text; what didn't change is shared with the last one.

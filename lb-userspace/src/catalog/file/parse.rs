@@ -9,9 +9,9 @@ use std::sync::Arc;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::config::BalanceAlgorithm;
+use crate::config::{BalanceAlgorithm, MAX_PORTS};
 use crate::table::{
-    HealthStatus, Instance, MAX_PORTS, NodeIdentity, Ports, Protocols, PublicAddresses, ServiceMeta,
+    HealthStatus, Instance, NodeIdentity, Ports, Protocols, PublicAddresses, ServiceMeta,
 };
 
 /// Something wrong with a static catalog.

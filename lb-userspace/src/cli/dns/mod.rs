@@ -57,9 +57,6 @@ pub fn setup(
 ) -> anyhow::Result<SetupReport> {
     let target = ZoneServer::of(config, root);
     let kinds = arguments.kinds();
-    if (apply || undo) && kinds != [ResolverKind::SystemdResolved] {
-        anyhow::bail!("--apply and --undo are for --systemd-resolved alone");
-    }
     let setups = match &kinds[..] {
         [kind] if apply => {
             if root == Path::new("/") {
@@ -119,8 +116,6 @@ mod tests {
             text.contains("nameserver 169.254.53.53") && text.contains("daemon.json"),
             "{text}"
         );
-        let refused = setup(both, true, false, Path::new("/"), &Config::default());
-        assert!(refused.unwrap_err().to_string().contains("--systemd-resolved alone"));
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub fn query(
     server: Option<SocketAddr>,
     arguments: &ClientArguments,
 ) -> anyhow::Result<api::DnsLookup> {
+    dns::check_question(name, kind)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         if let Some(server) = server {
