@@ -23,6 +23,7 @@ use super::response::{
 use super::route::{Endpoint, EndpointError, Wait, route};
 use super::trace::{TraceFilter, TraceRefusal};
 use super::view::View;
+use crate::dns::check_question;
 use crate::{logging, terminal};
 
 /// Answers a request. `local` is the address that its client has connected to, `None` on a unix socket.
@@ -168,7 +169,12 @@ async fn show<V: View>(
         Endpoint::LookUp { name, kind } => {
             return match view.look_up(name, kind).await {
                 Ok(lookup) => rendered(json(StatusCode::OK, &lookup), at),
-                Err(wrong) => text(StatusCode::BAD_REQUEST, &format!("{wrong}\n")),
+                Err(why) => {
+                    let is_valid = check_question(name, kind).is_ok();
+                    let status =
+                        if is_valid { StatusCode::BAD_GATEWAY } else { StatusCode::BAD_REQUEST };
+                    text(status, &format!("{why}\n"))
+                }
             };
         }
         Endpoint::Metrics => &limits.metrics,

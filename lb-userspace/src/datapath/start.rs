@@ -24,7 +24,7 @@ use super::names::Names;
 use super::object::load;
 use super::obstacles::{self, Obstacle};
 use super::options::Options;
-use super::pins::{PinnedMaps, Pins};
+use super::pins::{PinnedMaps, Pins, ensure_bpffs};
 use super::reconcile::adopt::AdoptError;
 use super::reconcile::{Reconciler, Served};
 use super::socket_terminator::SocketTerminator;
@@ -57,6 +57,7 @@ impl Datapath {
         if let Some(refusal) = options.refusal {
             features.refusal = refusal;
         }
+        ensure_bpffs(&options.bpffs)?;
         let former = FormerPins::open(&options.scope, &options.bpffs)?;
         let pins = Pins::open(&options.bpffs, options.layout)?;
         let (was_empty, had_links) = (pins.is_empty()?, !pins.all_links()?.is_empty());

@@ -21,13 +21,12 @@ use lb_common::Control;
 use rustix::fs::{FlockOperation, flock};
 
 use super::map_specs::{MapShape, socket_shapes};
-use bpffs::ensure_bpffs;
 use directory::make_private;
 use layouts::{MARK, collect_all_links, is_free, is_ours, layouts, remove_tree};
 use lock::lock;
 use maps::{Compat, compare};
 
-pub use bpffs::{is_bpffs, nearest};
+pub use bpffs::{ensure_bpffs, is_bpffs, nearest};
 pub use directory::{Safety, look};
 pub use error::PinError;
 pub use layouts::{Collected, PinnedLink, links_in, unpin};
