@@ -175,14 +175,17 @@ pub(super) fn answer<'m, 'k>(
                 return Resolution::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
             }
             _ if forwards && !named.is_ours(&snapshot.table) => return Resolution::Forward(query),
-            // Never NXDOMAIN for lack of an answer: resolvers would cache it.
-            (Missing::Unknown, Some((_, None))) => return error(ResponseCode::ServFail),
+            // Never NXDOMAIN for lack of an answer, which resolvers would cache, and no address at which
+            // connections would be refused though there may be instances: clients ask again.
+            (Missing::Unknown, Some((_, service))) if service.is_none_or(is_unread) => {
+                return error(ResponseCode::ServFail);
+            }
             _ => {}
         }
     }
-    // A service that is listed and wasn't read yet may have this VIP, from before.
+    // An address isn't looked up: the table has all VIPs, once sources have reported.
     if let Some((ReverseName::Address(address), _)) = reversed
-        && known.missing != Missing::Absent
+        && known.missing == Missing::Unknown
         && snapshot.at(address).is_none()
     {
         return error(ResponseCode::ServFail);
@@ -203,6 +206,11 @@ pub(super) fn answer<'m, 'k>(
 
 fn is_live(service: &Service) -> bool {
     service.watch == Watch::Live
+}
+
+/// Whether nothing is known of the service's instances.
+fn is_unread(service: &Service) -> bool {
+    !is_live(service) && service.backends.is_empty() && service.excluded.is_empty()
 }
 
 impl Zone {

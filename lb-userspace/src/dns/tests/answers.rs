@@ -17,7 +17,7 @@ use crate::datapath::answered_by_kernel;
 use crate::dns::resolve::Missing::{self, Absent, LookUp, Unknown};
 use crate::dns::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use crate::dns::{DnsServer, Transport, bind, fuzzing};
-use crate::table::{Backend, Ports, Protocols, Service, Table};
+use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
 
 const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
 
@@ -288,7 +288,17 @@ fn outcome(
     attached: bool,
     missing: Missing,
 ) -> String {
-    let (zone, snapshot) = (zone(config), TableSnapshot::new(Arc::new(table(generation))));
+    outcome_in(table(generation), bytes, config, attached, missing)
+}
+
+fn outcome_in(
+    table: Table,
+    bytes: &[u8],
+    config: &DnsConfig,
+    attached: bool,
+    missing: Missing,
+) -> String {
+    let (zone, snapshot) = (zone(config), TableSnapshot::new(Arc::new(table)));
     let known =
         ResolveContext { zone: &zone, snapshot: &snapshot, attached, waits: false, missing };
     let mut out = Vec::new();
@@ -373,6 +383,9 @@ fn a_name_that_nobody_answered_for_is_never_one_that_does_not_exist() {
             assert_eq!(got, expected, "{name} {query_type}, {missing:?}");
         }
     }
+    // The table has all VIPs, so addresses aren't looked up.
+    let reverse = query("9.9.128.127.in-addr.arpa.", "PTR");
+    assert_eq!(outcome(&reverse, &config, 7, true, LookUp), "NXDomain");
     let known = [
         ("web.service.", "A", "NoError web"),
         ("_web._tcp.service.", "SRV", "NoError web"),
@@ -383,6 +396,25 @@ fn a_name_that_nobody_answered_for_is_never_one_that_does_not_exist() {
     for (name, query_type, expected) in known {
         let got = outcome(&query(name, query_type), &config, 7, true, Unknown);
         assert_eq!(got, expected, "{name} {query_type}");
+    }
+}
+
+#[test]
+fn a_cold_service_that_was_never_read_has_no_address_yet() {
+    let config = Config::default().dns;
+    let backends = vec![backend("10.0.0.7:1")];
+    for (watch, backends, missing, expected) in [
+        (Watch::Cold, vec![], LookUp, "warm web"),
+        (Watch::Cold, vec![], Unknown, "ServFail"),
+        (Watch::Cold, backends, Unknown, "NoError"),
+        (Watch::Live, vec![], Unknown, "NoError web"),
+    ] {
+        let mut table = table(7);
+        let mut web = Service::clone(&table.services["web"]);
+        (web.watch, web.backends) = (watch, backends);
+        table.services.insert("web".into(), Arc::new(web));
+        let got = outcome_in(table, &query("web.service.", "A"), &config, true, missing);
+        assert_eq!(got, expected, "{watch:?} {missing:?}");
     }
 }
 

@@ -120,7 +120,17 @@ impl ServiceStore {
             let reason = suspicion::own_reason(evidence, self.is_list_filtered)
                 .or(is_hidden.then_some(Reason::Hidden))
                 .or(is_mass.then_some(Reason::Mass));
-            suspicion::assess(&mut self.list_suspicion, evidence, reason, self.distrust)
+            let before = self.list_suspicion;
+            let assessment =
+                suspicion::assess(&mut self.list_suspicion, evidence, reason, self.distrust);
+            // Where few services are live, only the list shows that their loss was one of many.
+            if let Some(new) = self.list_suspicion.filter(|new| Some(*new) != before)
+                && new.reason != Reason::Filtered
+            {
+                self.discard_vanished(evidence.now);
+                self.take_back(new);
+            }
+            assessment
         } else {
             self.list_suspicion = None;
             match is_loss && !evidence.is_consistent {

@@ -18,13 +18,7 @@ impl ServiceStore {
     ) -> Assessment {
         let (now, serves) = (evidence.now, answer.n_serving() > 0);
         self.edit_live(name, |live| live.suspect_at = (!serves).then_some(now));
-        // Only records that change: many services may vanish at once.
-        let live = |name: &Arc<str>| self.by_name.get(name)?.live.as_deref();
-        let is_outdated = |name: &&Arc<str>| live(name).is_some_and(|live| live.is_outdated(now));
-        let outdated: Vec<_> = self.index.vanished.iter().filter(is_outdated).cloned().collect();
-        for other in outdated {
-            self.edit_live(&other, |live| live.discard_vanished(now));
-        }
+        self.discard_vanished(now);
         let Some(service) = self.by_name.get(name) else { return Assessment::Apply };
         // A job that runs again has new instances, and its former ones are dead. Only an answer from a
         // state that can't have changed that way lacks some of what is there.
@@ -61,6 +55,17 @@ impl ServiceStore {
         assessment
     }
 
+    /// Discards what vanished more than the window of a mass loss ago.
+    pub(super) fn discard_vanished(&mut self, now: Instant) {
+        // Only records that change: many services may vanish at once.
+        let live = |name: &Arc<str>| self.by_name.get(name)?.live.as_deref();
+        let is_outdated = |name: &&Arc<str>| live(name).is_some_and(|live| live.is_outdated(now));
+        let outdated: Vec<_> = self.index.vanished.iter().filter(is_outdated).cloned().collect();
+        for other in outdated {
+            self.edit_live(&other, |live| live.discard_vanished(now));
+        }
+    }
+
     /// Until when the token seems to read less than before of some service.
     fn hidden_until(&self, now: Instant) -> Option<Instant> {
         let suspicions =
@@ -79,7 +84,7 @@ impl ServiceStore {
 
     /// Restores what was lost just before so much else vanished, or was hidden. Its loss is suspicious from
     /// now on.
-    fn take_back(&mut self, suspicion: Suspicion) {
+    pub(super) fn take_back(&mut self, suspicion: Suspicion) {
         for name in self.index.vanished.clone() {
             self.edit(&name, |service, node| {
                 let live = service.live.as_mut()?;

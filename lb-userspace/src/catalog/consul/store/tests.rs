@@ -1082,6 +1082,36 @@ fn a_suspicious_list_makes_the_loss_of_a_service_suspicious() {
 }
 
 #[test]
+fn a_suspicious_list_restores_the_few_services_that_are_live() {
+    let start = Instant::now();
+    // (after how many seconds the list loses all, whether filtered, whether the service is restored)
+    for (after, is_filtered, is_restored) in
+        [(20, false, true), (60, false, true), (61, false, false), (20, true, false)]
+    {
+        let (mut store, _) = synced(&["web", "s1", "s2", "s3", "s4"]);
+        for cold in ["s1", "s2", "s3", "s4"] {
+            store.set_live(cold, false);
+        }
+        let vanished = evidence(start, true, IndexMove::Forward);
+        assert_eq!(handle(&mut store, "web", &instances([]), vanished), Assessment::Apply);
+        let now = start + after * S;
+        let of_list = Evidence { is_filtered, ..evidence(now, true, IndexMove::Forward) };
+        assert_eq!(store.assess_list(&List::default(), false, of_list), Assessment::Withhold);
+        store.check();
+        let what = format!("{after} s, filtered: {is_filtered}");
+        assert_eq!(store.by_name["web"].n_serving() > 0, is_restored, "{what}");
+        if is_restored {
+            let again = evidence(now, true, IndexMove::Forward);
+            let got = handle(&mut store, "web", &instances([]), again);
+            assert_eq!(got, Assessment::Withhold, "{what}");
+            let end = evidence(now + DISTRUST, true, IndexMove::Forward);
+            store.assess_list(&List::default(), false, end);
+            assert_eq!(handle(&mut store, "web", &instances([]), end), Assessment::Apply);
+        }
+    }
+}
+
+#[test]
 fn services_that_vanish_within_a_minute_are_restored() {
     let start = Instant::now();
     // (how many serve, after how many seconds each of them vanishes, how many are restored)
