@@ -51,8 +51,8 @@ pub struct Status {
 pub struct SourceStatus {
     /// `consul` or `file`.
     pub name: String,
-    /// `connecting` before the first sync, then `live`, or `failing` while the source doesn't answer
-    /// and the last table stays in use.
+    /// `connecting` before the source has answered this daemon, also while a saved catalog serves, then
+    /// `live`, or `failing` while the source doesn't answer and the last table stays in use.
     pub state: String,
     /// Seconds since the source last answered; `null` before that.
     pub age_seconds: Option<f64>,
@@ -224,7 +224,7 @@ pub struct DnsLookup {
     /// The resolver it came from, where it was forwarded.
     #[serde(default)]
     pub upstream: Option<String>,
-    /// Why no resolver answered, where none did.
+    /// Why no resolver answered, where none did, or why this server's own answer is SERVFAIL.
     #[serde(default)]
     pub reason: Option<String>,
 }

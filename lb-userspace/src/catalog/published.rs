@@ -26,6 +26,8 @@ pub struct Health {
     pub facts: Vec<String>,
     /// When the source last answered, with news or without; `None` before that.
     pub last_answer: Option<Instant>,
+    /// Whether it answered this daemon; an earlier one's answer is one, too, for its age.
+    pub has_answered: bool,
 }
 
 impl Health {

@@ -69,6 +69,7 @@ impl Publisher {
                 is_failing: false,
                 facts: Vec::new(),
                 last_answer: None,
+                has_answered: false,
             }),
             off: Sender::new(false),
             stats: Arc::default(),
@@ -174,7 +175,9 @@ impl Publisher {
     /// services.
     pub fn mark_success(&self, now: Instant) {
         if self.current().is_some() {
-            self.shared.health.send_modify(|health| health.last_answer = Some(now));
+            self.shared.health.send_modify(|health| {
+                (health.last_answer, health.has_answered) = (Some(now), true);
+            });
         }
     }
 
@@ -514,5 +517,17 @@ mod tests {
         assert!(published.borrow().is_none());
         second.publish(catalog(), Instant::now());
         assert!(published.borrow().is_some());
+    }
+
+    #[test]
+    fn what_an_earlier_daemon_got_is_no_answer_to_this_one() {
+        let output = Publisher::new("consul");
+        let (_, health, _) = output.subscribe();
+        let now = Instant::now();
+        output.mark_earlier_success(now);
+        let of = |health: &Health| (health.last_answer, health.has_answered);
+        assert_eq!(of(&health.borrow()), (Some(now), false));
+        output.mark_success(now);
+        assert_eq!(of(&health.borrow()), (Some(now), true));
     }
 }

@@ -9,7 +9,7 @@ use crate::admin::api::{
     WatchStatus,
 };
 use crate::counted::counted;
-use crate::table::BackendState;
+use crate::table::{BackendState, Watch};
 
 /// `nohop status`
 pub fn status(status: &Status, palette: Palette) -> String {
@@ -336,8 +336,19 @@ fn service_notes(text: &mut String, service: &ServiceStatus, palette: Palette) {
         line(text, format!("  {}", palette.paint(&error, Tone::Bad)));
     }
     if service.backends.is_empty() {
-        let none = palette.paint("no backend: connections are refused", Tone::Bad);
+        let tone = if service.watch == Watch::Cold { Tone::Plain } else { Tone::Bad };
+        let none = palette.paint(no_backend(service.watch), tone);
         line(text, format!("  {none}"));
+    }
+}
+
+/// What a service without a backend means.
+pub fn no_backend(watch: Watch) -> &'static str {
+    match watch {
+        Watch::Cold => {
+            "cold: nothing on this node uses it; its instances are fetched when its name is looked up"
+        }
+        Watch::Live => "no backend: connections are refused",
     }
 }
 
@@ -422,6 +433,7 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::args::ColorChoice;
     use crate::table::{Ports, Protocols};
 
     fn helloworld() -> ServiceStatus {
@@ -464,6 +476,13 @@ mod tests {
                     web         127.186.3.9:80  tcp  random  connects 1, refused 0\n  \
                     ejected  10.0.0.7:23456  n1/h1  weight 1  connects 123  3 failures in a row\n";
         assert_eq!(shown(&[helloworld(), web]), text);
+        let empty = ServiceStatus { backends: Vec::new(), ..helloworld() };
+        let text = shown(std::slice::from_ref(&empty));
+        assert!(text.ends_with("\n  no backend: connections are refused\n"), "{text}");
+        let cold = [ServiceStatus { watch: Watch::Cold, ..empty }];
+        let text = super::services(&cold, Palette::of_stdout(ColorChoice::Always));
+        let cold = "\n  cold: nothing on this node uses it; its instances are fetched when its name is looked up\n";
+        assert!(text.ends_with(cold), "{text}");
         let odd = ServiceStatus {
             vip6: Some("fd00::9".parse().unwrap()),
             ports: Ports::Any,

@@ -10,8 +10,8 @@ use crate::catalog::{InspectResult, InspectedCheck, InspectedInstance, Inspectio
 use crate::config::BalanceAlgorithm;
 use crate::counted::counted;
 use crate::table::{
-    Backend, BackendState, Excluded, Ports, Protocols, Service, Table, check_name, display_name,
-    parse_ip, with_display_names,
+    Backend, BackendState, Excluded, Ports, Protocols, Service, Table, Watch, check_name,
+    display_name, parse_ip, with_display_names,
 };
 
 /// How many services or instances a sentence names.
@@ -132,9 +132,11 @@ pub fn other_port(service: &Service, connected: SocketAddr, shown: &str) -> Opti
     ))
 }
 
-/// All instances of a name: its backends, those that are out, and what else the source has.
+/// All instances of a name: its backends, those that are out, and what else the source has. `is_cold` is
+/// whether its service's instances are only fetched by demand.
 pub fn instances(
     name: &str,
+    is_cold: bool,
     backends: &[BackendStatus],
     excluded: &[Excluded],
     inspection: Option<&Inspection>,
@@ -180,8 +182,12 @@ pub fn instances(
                 format!("one backend with `{}/{}`", backend.node, backend.instance_name),
             ),
             (None, None) => {
-                let not_yet = || "this node hasn't taken it over yet".to_owned();
-                (OUT.to_owned(), check_name(&it.service).err().unwrap_or_else(not_yet))
+                let not_yet = match is_cold {
+                    true => "cold: fetched when the name is looked up",
+                    false => "this node hasn't taken it over yet",
+                };
+                let why = check_name(&it.service).err().unwrap_or_else(|| not_yet.to_owned());
+                (OUT.to_owned(), why)
             }
         };
         all.push(InstanceStatus {
@@ -203,11 +209,12 @@ fn check(check: &InspectedCheck) -> CheckStatus {
     CheckStatus { name, status, output }
 }
 
-/// What the source has of a name that isn't routed, and what keeps more from being shown.
+/// What the source has of a name that isn't routed, or no longer has of one that is, and what keeps more
+/// from being shown.
 pub fn notes(
     name: &str,
     tag: &str,
-    is_routed: bool,
+    service: Option<&Service>,
     result: Option<&InspectResult>,
 ) -> Vec<String> {
     let inspection = match result {
@@ -221,9 +228,15 @@ pub fn notes(
     let n_tagged = instances.iter().filter(|instance| instance.is_tagged).count();
     let names: BTreeSet<&str> = instances.iter().map(|it| &*it.service).collect();
     let instances = counted(n, "instance");
+    let is_routed = service.is_some();
     let shown = names.first().copied().filter(|name| !name.is_empty()).unwrap_or(name);
     if !is_routed && n == 0 && !is_filtered {
         notes.push(format!("Consul has no service `{name}`"));
+    } else if service.is_some_and(has_no_instance) && n == 0 && !is_filtered {
+        notes.push(format!(
+            "Consul no longer has the service `{name}`: the name is answered for up to 5 minutes after \
+             it left Consul's list"
+        ));
     } else if !is_routed && n > 0 && n_tagged == 0 {
         notes.push(format!(
             "Consul has `{shown}` with {instances}, none with the tag `{tag}`: add it to the tags of the \
@@ -260,19 +273,41 @@ pub fn similar<'a>(name: &str, services: impl Iterator<Item = &'a str>) -> Optio
     (!named.is_empty()).then(|| format!("did you mean {named}?"))
 }
 
+fn has_no_instance(service: &Service) -> bool {
+    service.backends.is_empty() && service.excluded.is_empty()
+}
+
+/// What the result of a connection depends on in addition to the service in the table.
+#[derive(Clone, Debug, Default)]
+pub struct ConnectContext<'a> {
+    /// The backends that failed by themselves so that few connections or none go to them for now.
+    pub n_ejected: usize,
+    /// That critical instances are kept, if they are.
+    pub kept: Option<String>,
+    /// What the source has of the service, if it was asked.
+    pub inspection: Option<&'a Inspection>,
+}
+
 /// The result of a connection in this state of the service.
-pub fn sentence(fqdn: &str, service: &Service) -> String {
+pub fn sentence(fqdn: &str, service: &Service, context: &ConnectContext<'_>) -> String {
     let healthy: Vec<&Backend> = service.healthy().collect();
     // The kernel uses the groups in order.
     let group = healthy.iter().map(|backend| backend.group).min().unwrap_or_default();
     let n_first = healthy.iter().filter(|backend| backend.group == group).count();
-    let kind = if group == 0 { "healthy" } else { "spare" };
+    // Of those that are ejected or kept, the further clauses have the state.
+    let is_doubtful = context.n_ejected > 0 || context.kept.is_some();
+    let kind = match group {
+        0 if is_doubtful => "",
+        0 => "healthy ",
+        _ => "spare ",
+    };
     let by = match service.algorithm {
         BalanceAlgorithm::Random => "at random by weight".to_owned(),
         algorithm => format!("by `{algorithm}`"),
     };
     let target = target(fqdn, service);
     let mut clauses = vec![match n_first {
+        0 if service.watch == Watch::Cold => cold(&target, context.inspection),
         0 => format!(
             "{target} is refused with ECONNREFUSED: {}",
             match service.backends.len() + service.excluded.len() {
@@ -281,8 +316,8 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
                 n => format!("none of its {n} instances is fit"),
             }
         ),
-        1 => format!("{target} goes to its one {kind} backend"),
-        n => format!("{target} goes to one of {n} {kind} backends, {by}"),
+        1 => format!("{target} goes to its one {kind}backend"),
+        n => format!("{target} goes to one of {n} {kind}backends, {by}"),
     }];
     match healthy.len() - n_first {
         0 => {}
@@ -327,18 +362,48 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
     if !healthy.is_empty() {
         clauses.extend(refused(service));
     }
+    match context.n_ejected {
+        0 => {}
+        1 => clauses.push("1 of them is ejected for now: see its reason".to_owned()),
+        n => clauses.push(format!("{n} of them are ejected for now: see their reasons")),
+    }
+    clauses.extend(context.kept.clone());
     clauses.join("; ")
 }
 
-/// The backends that failed by themselves so that few connections or none go to them for now, a clause
-/// behind the result of a connection.
-pub fn ejected(backends: &[BackendStatus]) -> Option<String> {
-    let n = backends.iter().filter(|it| it.state == BackendState::Ejected).count();
-    match n {
-        0 => None,
-        1 => Some("1 of them is ejected for now: see its reason".to_owned()),
-        n => Some(format!("{n} of them are ejected for now: see their reasons")),
-    }
+/// The result of a connection to a cold service of which no fit instance is known.
+fn cold(target: &str, inspection: Option<&Inspection>) -> String {
+    let n_fit = inspection.map(|it| it.instances.iter().filter(|one| one.out.is_none()).count());
+    let why = "the service is cold, since nothing on this node uses it";
+    let has = match n_fit {
+        Some(0) => {
+            return format!(
+                "{target} is refused with ECONNREFUSED: {why}, and Consul has no fit instance"
+            );
+        }
+        Some(n) => format!("; Consul has {n} fit {}", if n == 1 { "one" } else { "ones" }),
+        None => String::new(),
+    };
+    format!(
+        "{target} goes to the instances that are fetched when its name is looked up: {why}{has}; a \
+         connection without a lookup is refused until then"
+    )
+}
+
+/// What a name gets of which it isn't known whether a service has it.
+pub fn unknown(fqdn: &str, is_forwarded: bool, why: &str) -> String {
+    let what = match is_forwarded {
+        true => {
+            "is forwarded to other resolvers (dns.unrouted), and gets SERVFAIL where they lack it"
+        }
+        false => "gets SERVFAIL",
+    };
+    format!("{fqdn} {what}: it isn't known whether there is such a service; {why}")
+}
+
+/// How many of them are ejected.
+pub fn n_ejected(backends: &[BackendStatus]) -> usize {
+    backends.iter().filter(|it| it.state == BackendState::Ejected).count()
 }
 
 /// A connection, and all that it may be to: the name, its addresses, ports and protocols.
@@ -524,7 +589,7 @@ pub(super) mod tests {
             is_filtered: false,
         };
         let (backends, excluded) = ([backend], [excluded]);
-        let all = instances("web", &backends, &excluded, Some(&inspection));
+        let all = instances("web", false, &backends, &excluded, Some(&inspection));
         let shown = all.iter().map(|it| {
             let reason = it.reason.as_deref().unwrap_or_default();
             format!("{} {}: {reason}: {}", it.instance, it.state, it.checks[0].name)
@@ -539,7 +604,10 @@ pub(super) mod tests {
                 "d out: this node hasn't taken it over yet: check of d",
             ]
         );
-        let without = instances("web", &backends, &excluded, None);
+        let cold = instances("web", true, &[], &[], Some(&inspection));
+        let cold: Vec<_> = cold.iter().filter_map(|it| it.reason.as_deref()).collect();
+        assert_eq!(cold[0], "cold: fetched when the name is looked up");
+        let without = instances("web", false, &backends, &excluded, None);
         assert_eq!(without.len(), 2);
         assert!(without.iter().all(|it| it.checks.is_empty()));
     }
@@ -553,29 +621,35 @@ pub(super) mod tests {
             Ok(Inspection { instances, is_filtered, ..Inspection::default() }.into())
         };
         let failed = Err(InspectError::Failed("connection refused".into()));
-        for (result, is_routed, expected) in [
-            (None, false, ""),
-            (Some(failed), true, "checks aren't shown: connection refused"),
-            (Some(of(2, true, false)), true, ""),
-            (Some(of(0, false, false)), false, "Consul has no service `web`"),
+        let full = service(&["10.0.0.7:1"]);
+        let empty = service(&[]);
+        let gone = "Consul no longer has the service `web`: the name is answered for up to 5 minutes \
+                    after it left Consul's list";
+        for (result, routed, expected) in [
+            (None, None, ""),
+            (Some(failed), Some(&full), "checks aren't shown: connection refused"),
+            (Some(of(2, true, false)), Some(&full), ""),
+            (Some(of(0, false, false)), Some(&empty), gone),
+            (Some(of(0, false, false)), Some(&full), ""),
+            (Some(of(0, false, false)), None, "Consul has no service `web`"),
             (
                 Some(of(2, false, false)),
-                false,
+                None,
                 "Consul has `Web` with 2 instances, none with the tag `routed`: add it to the tags of the \
                  registration",
             ),
             (
                 Some(of(2, true, false)),
-                false,
+                None,
                 "Consul has `Web` with 2 instances, 2 of them with the tag `routed`: see the reason of each",
             ),
             (
                 Some(of(0, false, true)),
-                false,
+                None,
                 "Consul left out what the token may not read: it needs service:read and node:read",
             ),
         ] {
-            let notes = notes("web", "routed", is_routed, result.as_ref()).join("; ");
+            let notes = notes("web", "routed", routed, result.as_ref()).join("; ");
             assert_eq!(notes, expected, "{result:?}");
         }
     }
@@ -650,7 +724,7 @@ pub(super) mod tests {
             let service =
                 Service { ports: ports.clone(), protocols: *protocols, ..service(backends) };
             let expected = format!("a connection to web.service (127.128.0.1) {expected}");
-            assert_eq!(sentence("web.service", &service), expected);
+            assert_eq!(sentence("web.service", &service, &ConnectContext::default()), expected);
         }
     }
 
@@ -658,7 +732,7 @@ pub(super) mod tests {
     fn an_ipv6_backend_is_reached_by_a_public_address() {
         let mut both = service(&["10.0.0.7:1", "[2001:db8::7]:1"]);
         both.public = vec!["[2001:db8:1::10]:443".parse().unwrap()];
-        let text = sentence("w", &both);
+        let text = sentence("w", &both, &ConnectContext::default());
         let expected =
             "1 of them at IPv6 addresses, which only connections to [2001:db8:1::10]:443 reach";
         assert!(text.contains(expected), "{text}");
@@ -672,7 +746,7 @@ pub(super) mod tests {
             for (backend, (state, group)) in some.backends.iter_mut().zip(states) {
                 (backend.state, backend.group) = (state, group);
             }
-            let text = sentence("w", &some);
+            let text = sentence("w", &some, &ConnectContext::default());
             assert!(text.contains(expected), "{text}");
         };
         use BackendState::*;
@@ -689,12 +763,72 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_cold_service_is_fetched_by_a_lookup() {
+        let cold = Service { watch: Watch::Cold, ..service(&[]) };
+        let of = |outs: &[Option<&str>]| {
+            let instance = |out: &Option<&str>| InspectedInstance {
+                out: out.map(str::to_owned),
+                ..Default::default()
+            };
+            Inspection { instances: outs.iter().map(instance).collect(), ..Inspection::default() }
+        };
+        let (two, none) = (of(&[None, Some("critical"), None]), of(&[Some("critical")]));
+        let fetched = "goes to the instances that are fetched when its name is looked up: the service is \
+                       cold, since nothing on this node uses it";
+        let until = "a connection without a lookup is refused until then";
+        for (inspection, expected) in [
+            (None, format!("{fetched}; {until}")),
+            (Some(&two), format!("{fetched}; Consul has 2 fit ones; {until}")),
+            (
+                Some(&none),
+                "is refused with ECONNREFUSED: the service is cold, since nothing on this node uses it, \
+                 and Consul has no fit instance"
+                    .to_owned(),
+            ),
+        ] {
+            let context = ConnectContext { inspection, ..ConnectContext::default() };
+            let target = "a connection to w (127.128.0.1) at port 80 by TCP";
+            assert_eq!(sentence("w", &cold, &context), format!("{target} {expected}"));
+        }
+    }
+
+    #[test]
+    fn backends_that_are_ejected_or_kept_are_not_called_healthy() {
+        let two = service(&["10.0.0.7:1", "10.0.0.8:1"]);
+        let kept = "kept: all instances are critical since 3 s; for 57 s more";
+        for (n_ejected, kept, expected) in [
+            (0, None, "goes to one of 2 healthy backends, at random by weight; any other port"),
+            (2, None, "goes to one of 2 backends, at random by weight; any other port"),
+            (2, None, "is refused; 2 of them are ejected for now: see their reasons"),
+            (0, Some(kept), "goes to one of 2 backends, at random by weight; any other port"),
+            (0, Some(kept), "is refused; kept: all instances are critical since 3 s; for"),
+        ] {
+            let kept = kept.map(str::to_owned);
+            let context = ConnectContext { n_ejected, kept, inspection: None };
+            let text = sentence("w", &two, &context);
+            assert!(text.contains(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_may_exist_is_not_absent() {
+        assert_eq!(
+            unknown("x.service", false, "Consul hangs"),
+            "x.service gets SERVFAIL: it isn't known whether there is such a service; Consul hangs"
+        );
+        assert!(
+            unknown("x.service", true, "Consul hangs").contains("is forwarded to other resolvers")
+        );
+    }
+
+    #[test]
     fn both_addresses_are_named() {
         let service = Service { vip6: Some("fd00::1".parse().unwrap()), ..service(&[]) };
         let expected = "a connection to w (127.128.0.1 or fd00::1) at port 80 by TCP";
         assert_eq!(target("w", &service), expected);
         let mixed = self::service(&["10.0.0.7:1", "[2001:db8::7]:1"]);
-        let text = sentence("w", &Service { vip6: service.vip6, ..mixed });
+        let text =
+            sentence("w", &Service { vip6: service.vip6, ..mixed }, &ConnectContext::default());
         let clause = "1 of them at IPv6 addresses, which only connections to fd00::1 reach; ";
         assert!(text.contains(clause), "{text}");
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::Message;
+use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::Record;
 use hyper::body::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -16,7 +16,7 @@ use super::condition;
 use super::drains::{self, Change, DrainRequest, DrainsView};
 use super::edge::{self, Announcement};
 use super::edge_notes;
-use super::explain::{self, ExplainTarget};
+use super::explain::{self, ConnectContext, ExplainTarget};
 use super::metrics::{EdgeReadings, Readings, SourceReadings, exposition};
 use super::process_stats::ProcessStats;
 use super::recorder::Recorder;
@@ -37,7 +37,7 @@ use crate::logging;
 use crate::table::vips::PoolUse;
 use crate::table::{
     BackendState, DRAIN_KINDS, Drain, DrainTarget, Drains, Excluded, Service, SharedWaits, Table,
-    Watch, display_name, with_display_names,
+    Watch, check_name, display_name, with_display_names,
 };
 
 /// The longest wait for what a source has of a name.
@@ -45,6 +45,9 @@ const INSPECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// The most services of one address that a source is asked about.
 const N_INSPECTED: usize = 4;
+
+/// The source that isn't asked by name.
+const FILE: &str = "file";
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -282,7 +285,18 @@ impl View for DaemonView {
 
     async fn look_up(&self, name: &str, kind: &str) -> Result<api::DnsLookup, String> {
         match self.debug_client.look_up(name, kind).await {
-            Ok((answer, origin)) => Ok(lookup_document(&answer, Some(origin))),
+            Ok((answer, origin)) => {
+                let is_own_failure = origin == dns::AnswerOrigin::Own
+                    && answer.metadata.response_code == ResponseCode::ServFail;
+                let mut lookup = lookup_document(&answer, Some(origin));
+                if is_own_failure {
+                    let table = self.table.borrow().clone();
+                    let why = self.unready(&table).or_else(|| self.unreliable());
+                    let late = "discovery hasn't answered about the name within 250 ms: ask again";
+                    lookup.reason = Some(why.unwrap_or_else(|| late.to_owned()));
+                }
+                Ok(lookup)
+            }
             Err(error) => Err(error.to_string()),
         }
     }
@@ -487,8 +501,10 @@ fn source_status(source: &SourceView) -> api::SourceStatus {
     let (health, watches) = (source.health.borrow().clone(), source.stats.watches());
     let state = match (source.has_reported(), health.is_failing) {
         (false, _) => "connecting",
-        (true, false) => "live",
         (true, true) => "failing",
+        // What an earlier daemon saved serves.
+        (true, false) if !health.has_answered => "connecting",
+        (true, false) => "live",
     };
     api::SourceStatus {
         name: health.source.to_owned(),
@@ -690,7 +706,7 @@ impl DaemonView {
         let sources = self.sources.borrow().clone();
         let mut sources = sources.iter().filter(|source| source.has(name)).map(SourceView::name);
         let source = sources.next().map(str::to_owned);
-        let is_of_file = source.as_deref() == Some("file");
+        let is_of_file = source.as_deref() == Some(FILE);
         let inspected = match may_ask && !is_of_file {
             true => self.inspect(name).await,
             false => None,
@@ -709,7 +725,8 @@ impl DaemonView {
             let backends = status.as_ref().map(|status| &status.backends[..]).unwrap_or_default();
             let inspection = inspected.as_ref().and_then(|result| result.as_deref().ok());
             let is_routed = service.is_some();
-            let mut notes = explain::notes(name, &tag, is_routed, inspected.as_ref());
+            let is_cold = service.is_some_and(|service| service.watch == Watch::Cold);
+            let mut notes = explain::notes(name, &tag, service.map(|it| &**it), inspected.as_ref());
             if !is_routed {
                 notes.extend(explain::similar(name, table.services.keys().map(|name| &**name)));
             }
@@ -717,10 +734,10 @@ impl DaemonView {
             notes.extend(service.into_iter().flat_map(|service| self.edge_notes(service)));
             api::Explanation {
                 name: name.to_owned(),
-                connect: self.connect(name, table, backends),
+                connect: self.connect(name, table, backends, inspected.as_ref()),
                 source,
                 shadowed: sources.map(str::to_owned).collect(),
-                instances: explain::instances(name, backends, &excluded, inspection),
+                instances: explain::instances(name, is_cold, backends, &excluded, inspection),
                 notes,
                 service: status,
                 excluded,
@@ -758,25 +775,63 @@ impl DaemonView {
         inspection.unwrap_or(Some(Err(late)))
     }
 
-    /// The result of a connection, a sentence.
-    fn connect(&self, name: &str, table: &Table, backends: &[api::BackendStatus]) -> String {
-        let fqdn = format!("{name}.{}", self.dns.domain);
+    /// Why all names of the zone get SERVFAIL, if they do.
+    fn unready(&self, table: &Table) -> Option<String> {
         if !table.is_synced() {
-            return format!("{fqdn} gets SERVFAIL: discovery has not answered in full yet");
+            return Some("discovery has not answered in full yet".to_owned());
+        }
+        if !self.datapath.hooks().attached {
+            return Some(format!("the hooks aren't attached to {}", self.scope.display()));
+        }
+        match self.datapath.mode() {
+            Mode::Shadow { why } => {
+                Some(format!("connections are only counted, none is translated: {why}"))
+            }
+            Mode::Translate => None,
+        }
+    }
+
+    /// Why names that the table lacks may exist, where a source that is asked by name has a problem.
+    fn unreliable(&self) -> Option<String> {
+        let sources = self.sources.borrow();
+        let mut asked = sources.iter().filter(|source| source.name() != FILE);
+        let failing =
+            asked.find(|source| !source.has_reported() || source.health.borrow().is_failing)?;
+        let unreported = format!("{} hasn't answered in full yet", failing.name());
+        Some(failing.health.borrow().problem.clone().unwrap_or(unreported))
+    }
+
+    /// Why it isn't known whether there is a service of this name, which the table lacks; `None` where
+    /// there is none.
+    fn unknown(&self, inspected: Option<&InspectResult>) -> Option<String> {
+        if !self.demand.is_connected() {
+            return None;
+        }
+        let failed = inspected.and_then(|result| result.as_ref().err());
+        self.unreliable().or_else(|| failed.map(ToString::to_string))
+    }
+
+    /// The result of a connection, a sentence.
+    fn connect(
+        &self,
+        name: &str,
+        table: &Table,
+        backends: &[api::BackendStatus],
+        inspected: Option<&InspectResult>,
+    ) -> String {
+        let fqdn = format!("{name}.{}", self.dns.domain);
+        if let Some(why) = self.unready(table) {
+            return format!("{fqdn} gets SERVFAIL: {why}");
         }
         let hooks = self.datapath.hooks();
-        if !hooks.attached {
-            let scope = self.scope.display();
-            return format!("{fqdn} gets SERVFAIL: the hooks aren't attached to {scope}");
-        }
-        if let Mode::Shadow { why } = self.datapath.mode() {
-            return format!(
-                "{fqdn} gets SERVFAIL: connections are only counted, none is translated: {why}"
-            );
-        }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
         let Some(service) = table.services.get(name) else {
-            let answer = match self.debug_client.unrouted() {
+            let unrouted = self.debug_client.unrouted();
+            let may_exist = rejected.is_none() && check_name(name).is_ok();
+            if let Some(why) = self.unknown(inspected).filter(|_| may_exist) {
+                return explain::unknown(&fqdn, unrouted == Unrouted::Forward, &why);
+            }
+            let answer = match unrouted {
                 Unrouted::Nxdomain => "doesn't exist",
                 Unrouted::Forward => "is forwarded to other resolvers (dns.unrouted)",
             };
@@ -801,13 +856,12 @@ impl DaemonView {
             };
             return format!("{} {served}: {error}", explain::target(&fqdn, service));
         }
-        let mut sentence = explain::sentence(&fqdn, service);
-        if let Some(ejected) = explain::ejected(backends) {
-            sentence += &format!("; {ejected}");
-        }
-        if let Some(kept) = self.waits.lock().keeps.status(name, Instant::now()) {
-            sentence += &format!("; {kept}");
-        }
+        let context = ConnectContext {
+            n_ejected: explain::n_ejected(backends),
+            kept: self.waits.lock().keeps.status(name, Instant::now()),
+            inspection: inspected.and_then(|result| result.as_deref().ok()),
+        };
+        let mut sentence = explain::sentence(&fqdn, service, &context);
         if let Some((given, reason)) = rejected {
             sentence += &format!("; `{given}` is left out: {reason}");
         }

@@ -72,6 +72,7 @@ pub fn text(lookup: &api::DnsLookup) -> String {
     if let Some(origin) = &lookup.origin {
         let from = match (origin, &lookup.upstream, &lookup.reason) {
             (api::Origin::Kernel, ..) => "the kernel, from the table".to_owned(),
+            (api::Origin::Table, _, Some(reason)) => format!("this server itself: {reason}"),
             (api::Origin::Table, ..) => "this server itself, from its table".to_owned(),
             (api::Origin::Upstream, Some(upstream), _) => format!("{upstream}, forwarded"),
             (api::Origin::Upstream, None, _) => "forwarded".to_owned(),
@@ -123,6 +124,10 @@ mod tests {
             (
                 lookup(Some(api::Origin::Table), None, None),
                 "  from        this server itself, from its table\n",
+            ),
+            (
+                lookup(Some(api::Origin::Table), None, Some("Consul hangs")),
+                "  from        this server itself: Consul hangs\n",
             ),
             (
                 lookup(Some(api::Origin::Upstream), Some("192.0.2.1:53"), None),

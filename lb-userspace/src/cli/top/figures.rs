@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::admin::api::{BackendStatus, ServiceStatus, Status};
-use crate::table::{BackendState, Ports};
+use crate::table::{BackendState, Ports, Watch};
 
 /// What the daemon reported at one moment.
 #[derive(Clone, Debug)]
@@ -63,6 +63,8 @@ pub struct ServiceFigures {
     pub ports: Ports,
     /// How a backend is chosen.
     pub algorithm: String,
+    /// Whether its instances are followed.
+    pub watch: Watch,
     /// Why the kernel doesn't have this state of it; `null` when it does.
     pub error: Option<String>,
     /// Connections that were sent to a backend.
@@ -164,6 +166,7 @@ fn service_figures(
         vip: now.vip,
         ports: now.ports.clone(),
         algorithm: now.algorithm.to_string(),
+        watch: now.watch,
         error: now.error.clone(),
         connects_per_second: rate(|service| service.connects),
         refused_per_second: rate(|service| service.refused),

@@ -10,7 +10,9 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Paragraph, Row, Table, TableState};
 
 use super::figures::{BackendFigures, Figures, ServiceFigures};
+use crate::cli::format::no_backend;
 use crate::counted::counted;
+use crate::table::Watch;
 
 /// A key, or several that mean the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,7 +315,8 @@ impl Screen {
             ];
             let row = Row::new(cells.into_iter().enumerate().map(|(at, text)| aligned(at, text)));
             let is_failing = |rate: Option<f64>| rate.is_some_and(|rate| rate > 0.0);
-            let is_bad = service.reached == 0
+            let is_down = service.reached == 0 && service.watch == Watch::Live;
+            let is_bad = is_down
                 || service.error.is_some()
                 || is_failing(service.refused_per_second)
                 || is_failing(service.failed_per_second);
@@ -339,7 +342,7 @@ impl Screen {
         let text = format!("{name}  {vip}:{ports}  {algorithm}  {rates}");
         let text = match (&service.error, service.backends.is_empty()) {
             (Some(error), _) => format!("{text}  ! {error}"),
-            (None, true) => format!("{text}  no backend: connections are refused"),
+            (None, true) => format!("{text}  {}", no_backend(service.watch)),
             (None, false) => text,
         };
         frame.render_widget(Line::styled(text, Modifier::BOLD), about);
