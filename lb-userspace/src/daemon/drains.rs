@@ -14,9 +14,11 @@ use tokio::sync::{oneshot, watch};
 use super::recorder::{FIRST_PAUSE, Recorded, Recorder, Snapshot};
 use crate::admin::api;
 use crate::capabilities;
+use crate::counted::counted;
 use crate::datapath::{Mode, SharedDatapath};
 use crate::table::{
-    Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, Table, resolve_drained,
+    Backend, BackendState, Drain, DrainCatalog, DrainError, DrainTarget, Drains, EDGE, Service,
+    Table, Watch, resolve_drained,
 };
 use crate::{boot, durable, regular_file};
 
@@ -590,7 +592,7 @@ pub fn result(
             warnings.push(format!("{} keeps its former backends for now: {error}", service.name));
         }
         match change {
-            Change::Drain if service.healthy().next().is_none() => warnings.push(format!(
+            Change::Drain if lost_all(service, &covered) => warnings.push(format!(
                 "{} has no backend left here: connections to it are refused",
                 service.name
             )),
@@ -605,6 +607,15 @@ pub fn result(
                 ))
             })),
         }
+    }
+    let n_cold = table.services.values().filter(|it| it.watch == Watch::Cold).count();
+    if change == Change::Drain && *target != DrainTarget::Edge && n_backends == 0 && n_cold > 0 {
+        let cold = counted(n_cold, "service");
+        let are = if n_cold == 1 { "is" } else { "are" };
+        warnings.push(format!(
+            "it covers no instance that is known here; {cold} {are} cold, and what it covers of them \
+             is drained once it is fetched"
+        ));
     }
     // Who undrains it wants it to get connections. Of a node or an address some instances may be drained on purpose.
     let is_held = n_held == n_backends && n_held != 0 && !matches!(target, DrainTarget::Node(_));
@@ -625,6 +636,14 @@ pub fn result(
         backends: n_backends,
         warnings,
     }
+}
+
+/// Whether a drain that covers these backends took the last ones of a service. One of weight 0 had no
+/// connections before either.
+fn lost_all(service: &Service, covered: &[&Backend]) -> bool {
+    let was_reached =
+        |backend: &&Backend| backend.state == BackendState::Draining && backend.weight > 0;
+    service.healthy().next().is_none() && covered.iter().any(was_reached)
 }
 
 /// The result where nothing was changed.

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Catalog, Hosts, Instance, ServiceRecord, allocation, parse_ip};
+use super::{Catalog, Hosts, Instance, ServiceRecord, Watch, allocation, is_uuid, parse_ip};
 use crate::counted::counted;
 
 /// The most drains at a time: each is compared with every instance that is built.
@@ -286,16 +286,26 @@ pub struct Nearby {
     pub n_nodes: usize,
     /// The nearest names.
     pub closest: Vec<DrainTarget>,
+    /// The number of cold services, of whose instances little is known.
+    pub n_cold: usize,
 }
 
 impl fmt::Display for Nearby {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Nearby { n_instances, n_nodes, closest } = self;
+        let Nearby { n_instances, n_nodes, closest, n_cold } = self;
         let (instances, nodes) = (counted(*n_instances, "instance"), counted(*n_nodes, "node"));
         write!(formatter, "{instances} on {nodes}")?;
-        match closest.is_empty() {
-            true => Ok(()),
-            false => write!(formatter, "; the closest names are {}", listed(closest)),
+        if !closest.is_empty() {
+            write!(formatter, "; the closest names are {}", listed(closest))?;
+        }
+        match n_cold {
+            0 => Ok(()),
+            n => write!(
+                formatter,
+                "; {} may have it: to drain it all the same, name it as `node:NAME`, \
+                 `address:ADDRESS`, `instance:NODE/ID` or `allocation:UUID`",
+                counted(*n, "cold service")
+            ),
         }
     }
 }
@@ -327,6 +337,26 @@ impl Wanted<'_> {
             (_, "") => Err(DrainError::Empty),
             (None, EDGE) => Err(DrainError::NoEdge),
             (kind, name) => Ok(Wanted { kind, name }),
+        }
+    }
+
+    /// What it names by itself, where its kind is given.
+    fn explicit(self) -> Option<DrainTarget> {
+        match self.kind? {
+            "node" => Some(DrainTarget::Node(self.name.to_ascii_lowercase())),
+            "address" => {
+                let address = parse_ip(self.name).map(DrainTarget::Address);
+                address.or_else(|| self.endpoint().map(DrainTarget::Endpoint))
+            }
+            "instance" => {
+                let (node, id) = self.name.split_once('/')?;
+                let target = || DrainTarget::Instance { node: node.into(), id: id.into() };
+                (!node.is_empty() && !id.is_empty()).then(target)
+            }
+            "allocation" if is_uuid(self.name) => {
+                Some(DrainTarget::Allocation(self.name.to_ascii_lowercase()))
+            }
+            _ => None,
         }
     }
 
@@ -393,13 +423,24 @@ pub struct DrainCatalog {
 }
 
 impl DrainCatalog {
-    /// What an argument of `nohop drain` names.
+    /// What an argument of `nohop drain` names. Instances of cold services aren't known: while there are
+    /// such services, what is named with its kind may be theirs.
     ///
     /// # Errors
     /// When that is nothing, or several things.
     pub fn find(&self, text: &str) -> Result<DrainTarget, DrainError> {
         let instances = self.catalog.values().flat_map(ServiceRecord::instances);
-        resolve(text, instances, &self.hosts)
+        let error = match resolve(text, instances, &self.hosts) {
+            Err(DrainError::Unknown { text, nearby }) => {
+                let records = self.catalog.values();
+                let n_cold = records.filter(|record| record.watch == Watch::Cold).count();
+                DrainError::Unknown { text, nearby: Nearby { n_cold, ..nearby } }
+            }
+            found => return found,
+        };
+        let may_be_cold = matches!(&error, DrainError::Unknown { nearby, .. } if nearby.n_cold > 0);
+        let explicit = Wanted::parse(text).ok().and_then(Wanted::explicit);
+        explicit.filter(|_| may_be_cold).ok_or(error)
     }
 
     /// The services, by name in lower case, of which an instance is covered.
@@ -481,7 +522,7 @@ fn nearby<'a>(name: &str, instances: impl Iterator<Item = &'a Instance>) -> Near
     closest.truncate(N_LISTED);
     let n_nodes = nodes.iter().filter(|node| !node.is_empty()).count();
     let closest = closest.into_iter().map(|(_, target)| target).collect();
-    Nearby { n_instances, n_nodes, closest }
+    Nearby { n_instances, n_nodes, closest, n_cold: 0 }
 }
 
 #[cfg(test)]
@@ -575,6 +616,48 @@ mod tests {
         }
         let none = resolve("web", [].iter(), &Hosts::default()).unwrap_err().to_string();
         assert!(none.ends_with("`web`, among 0 instances on 0 nodes"), "{none}");
+    }
+
+    #[test]
+    fn what_cold_services_may_have_can_be_drained_by_its_kind() {
+        use crate::table::ServiceId;
+        let catalog = |n_cold: usize| {
+            let web: Vec<_> = instances();
+            let web = (ServiceId::new("web"), ServiceRecord::new(web.into(), Watch::Live));
+            let cold = ServiceRecord::new([].into(), Watch::Cold);
+            let cold = (0..n_cold).map(|n| (ServiceId::new(format!("s{n}")), cold.clone()));
+            let catalog = std::iter::once(web).chain(cold).collect();
+            DrainCatalog { catalog, hosts: Arc::default() }
+        };
+        let uuid = "01234567-89ab-cdef-0123-456789abcdef";
+        for (text, expected) in [
+            ("node:N7", Some("node:n7".to_owned())),
+            ("address:10.0.0.77", Some("address:10.0.0.77".to_owned())),
+            ("address:10.0.0.77:80", Some("address:10.0.0.77:80".to_owned())),
+            ("instance:n7/_nomad/x", Some("instance:n7/_nomad/x".to_owned())),
+            (&*format!("allocation:{uuid}"), Some(format!("allocation:{uuid}"))),
+            ("node:n1", Some("node:n1".to_owned())),
+            ("n7", None),
+            ("10.0.0.77", None),
+            ("address:n7", None),
+            ("instance:web-7", None),
+            ("instance:/web-7", None),
+            ("allocation:01234567", None),
+        ] {
+            let found = catalog(2).find(text).map(|target| target.to_string());
+            match expected {
+                Some(expected) => assert_eq!(found, Ok(expected)),
+                None => {
+                    let error = found.unwrap_err().to_string();
+                    let hint =
+                        "; 2 cold services may have it: to drain it all the same, name it as";
+                    assert!(error.contains(hint), "{text}: {error}");
+                }
+            }
+            // A typing error, where all instances are known.
+            let all_known = catalog(0).find(text);
+            assert_eq!(all_known.is_ok(), text == "node:n1", "{text}");
+        }
     }
 
     #[test]

@@ -17,6 +17,11 @@ struct Fleet {
 
 impl Fleet {
     fn new(drains: Arc<Drains>) -> Fleet {
+        Fleet::with(drains, [])
+    }
+
+    /// With these services in addition.
+    fn with<const N: usize>(drains: Arc<Drains>, others: [(&str, ServiceRecord); N]) -> Fleet {
         let vip = Config::default().vip;
         let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
         builder.set_drains(drains);
@@ -25,8 +30,9 @@ impl Fleet {
         // One endpoint that two nodes register.
         let db = [instance("n1", "db", "10.0.0.9"), instance("n3", "db", "10.0.0.9")];
         let catalog = [("web", record(&web)), ("db", record(&db))];
+        let catalog = catalog.into_iter().chain(others);
         let catalog: Catalog =
-            catalog.map(|(name, record)| (ServiceId::new(name), record)).into_iter().collect();
+            catalog.map(|(name, record)| (ServiceId::new(name), record)).collect();
         let table = builder.next(&Table::default(), &catalog, SystemTime::UNIX_EPOCH);
         let table = table.unwrap().table;
         Fleet { builder, catalog, table, obstacles: Obstacles::default() }
@@ -117,6 +123,37 @@ async fn what_is_drained_gets_nothing_and_what_is_unknown_changes_nothing() {
     assert_eq!(fleet.drained(), ["n3/db"]);
     let not_drained = fleet.change(&mut book, Change::Undrain, "web-1").unwrap();
     assert_eq!((not_drained.ok, not_drained.changed), (true, false));
+}
+
+#[tokio::test]
+async fn a_node_of_cold_services_is_drained_before_they_are_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut book = DrainBook::open(dir.path()).await.unwrap();
+    let cold = ServiceRecord::new([].into(), Watch::Cold);
+    let mut fleet = Fleet::with(book.drains(), [("s1", cold.clone()), ("s2", cold)]);
+    assert!(fleet.change(&mut book, Change::Drain, "n7").is_err());
+    let drained = fleet.change(&mut book, Change::Drain, "node:n7").unwrap();
+    assert_eq!((drained.changed, drained.drained, drained.backends), (true, true, 0));
+    let warning = "it covers no instance that is known here; 2 services are cold, and what it covers of \
+                   them is drained once it is fetched";
+    assert_eq!(drained.warnings, [warning]);
+    let fetched = ServiceRecord::new([instance("n7", "s1", "10.0.0.7")].into(), Watch::Live);
+    let known = fleet.catalog.iter().map(|(id, record)| (id.clone(), record.clone()));
+    fleet.catalog = known.chain([(ServiceId::new("s1"), fetched)]).collect();
+    let next = fleet.builder.next(&fleet.table, &fleet.catalog, SystemTime::UNIX_EPOCH);
+    fleet.table = next.unwrap().table;
+    assert_eq!(fleet.drained(), ["n7/s1"]);
+}
+
+#[tokio::test]
+async fn a_service_that_had_no_backend_is_no_loss_of_a_drain() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut book = DrainBook::open(dir.path()).await.unwrap();
+    let unweighted = Instance { weight: 0, ..instance("n5", "w0", "10.0.0.5") };
+    let record = ServiceRecord::new([unweighted].into(), Watch::Live);
+    let mut fleet = Fleet::with(book.drains(), [("w0", record)]);
+    let drained = fleet.change(&mut book, Change::Drain, "n5").unwrap();
+    assert_eq!((drained.backends, &drained.warnings[..]), (1, &[][..]));
 }
 
 #[tokio::test]
