@@ -14,8 +14,10 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::TryStreamExt;
-use ipnet::IpNet;
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
 use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
@@ -188,6 +190,40 @@ pub async fn add_unreachable(pool: IpNet) -> Result<bool, RouteError> {
     .await
 }
 
+/// The routes that an earlier configuration left: unreachable ones as [`add_unreachable`] adds them, of
+/// other pools than these. Only of loopback and unique local addresses: others may be an administrator's.
+///
+/// # Errors
+/// When the routes can't be read.
+pub async fn former(pools: &[IpNet]) -> Result<Vec<Route>, RouteError> {
+    with_handle(async |handle| {
+        let mut found = Vec::new();
+        for range in [LOOPBACK, UNIQUE_LOCAL] {
+            let routes = local_messages(&handle, range).await?;
+            found.extend(routes.iter().filter_map(|route| former_route(route, pools)));
+        }
+        Ok(found)
+    })
+    .await
+}
+
+const LOOPBACK: IpNet = IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8));
+const UNIQUE_LOCAL: IpNet =
+    IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
+
+fn former_route(message: &RouteMessage, pools: &[IpNet]) -> Option<Route> {
+    let RouteHeader { kind, protocol, .. } = message.header;
+    if kind != RouteType::Unreachable || protocol != RouteProtocol::Static {
+        return None;
+    }
+    let is_former = |route: &Route| {
+        let ranges = [LOOPBACK, UNIQUE_LOCAL];
+        ranges.iter().any(|range| range.contains(&route.destination))
+            && !pools.contains(&route.destination)
+    };
+    Route::of(message).filter(is_former)
+}
+
 /// Removes the route again. Returns whether it was there.
 ///
 /// # Errors
@@ -280,14 +316,17 @@ fn destination(rule: &RuleMessage, pool: IpNet) -> Option<IpAddr> {
 }
 
 async fn local_routes(handle: &Handle, pool: IpNet) -> Result<Vec<Route>, RouteError> {
+    Ok(local_messages(handle, pool).await?.iter().filter_map(Route::of).collect())
+}
+
+/// The routes of all tables, of the family of `pool`.
+async fn local_messages(handle: &Handle, pool: IpNet) -> Result<Vec<RouteMessage>, RouteError> {
     let all = match pool {
         IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
         IpNet::V6(_) => RouteMessageBuilder::<Ipv6Addr>::new().build(),
     };
     let unreadable = |error| RouteError::Unreadable(Box::new(error));
-    let routes: Vec<RouteMessage> =
-        handle.route().get(all).execute().try_collect().await.map_err(unreadable)?;
-    Ok(routes.iter().filter_map(Route::of).collect())
+    handle.route().get(all).execute().try_collect().await.map_err(unreadable)
 }
 
 /// Does `work` over a netlink socket of its own.
@@ -400,6 +439,22 @@ mod tests {
             let expected = expected.map(|address| address.parse().unwrap());
             assert_eq!(destination(&rule, pool), expected, "{named:?}");
         }
+    }
+
+    #[test]
+    fn routes_of_former_pools_are_recognized() {
+        let pools: [IpNet; 2] = ["127.64.0.0/10", "fd00:1::/96"].map(|pool| pool.parse().unwrap());
+        let removal = |message: &RouteMessage| former_route(message, &pools).map(|it| it.removal());
+        let ours = |pool: &str| message(pool.parse().unwrap());
+        let v4 = "ip route del unreachable 127.128.0.0/9 table local";
+        assert_eq!(removal(&ours("127.128.0.0/9")).as_deref(), Some(v4));
+        let v6 = "ip -6 route del unreachable fd00:2::/96 table local";
+        assert_eq!(removal(&ours("fd00:2::/96")).as_deref(), Some(v6));
+        let mut others = [ours("127.128.0.0/9"), ours("127.128.0.0/9")];
+        others[0].header.kind = RouteType::BlackHole;
+        others[1].header.protocol = RouteProtocol::Kernel;
+        let others = others.into_iter().chain(["127.64.0.0/10", "10.1.0.0/16"].map(ours));
+        assert!(others.into_iter().all(|other| removal(&other).is_none()));
     }
 
     #[test]
