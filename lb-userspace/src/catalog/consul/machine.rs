@@ -606,6 +606,11 @@ impl Machine {
                 self.answered.push((name.clone(), news_at));
                 self.mark_success(news_at);
                 let is_gone = answer.instances.as_ref().is_none_or(Vec::is_empty);
+                if is_gone && self.store.is_serving(name) {
+                    // Only the list shows whether others have vanished with it.
+                    let pause = self.timing().confirm.mul_f64(self.rng.f64());
+                    self.list.hurry(now + pause);
+                }
                 self.store.apply(name, answer, now);
                 if is_gone && self.store.presence(name) == Some(Presence::Found) {
                     self.store.empty(name, now + self.timing().linger, now);

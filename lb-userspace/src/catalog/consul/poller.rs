@@ -197,9 +197,9 @@ impl Poller {
         self.due = self.due.max(now + self.backoff.pause(random));
     }
 
-    /// Makes the next request due now, if it isn't yet.
-    pub fn hurry(&mut self, now: Instant) {
-        self.due = self.due.min(now);
+    /// Makes the next request due then, if it isn't before.
+    pub fn hurry(&mut self, instant: Instant) {
+        self.due = self.due.min(instant);
     }
 
     /// Delays the next request until then, at least.

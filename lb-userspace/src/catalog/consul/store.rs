@@ -216,6 +216,11 @@ impl ServiceStore {
         self.by_name.get(name).map(|service| service.presence)
     }
 
+    /// Whether a service has instances that serve.
+    pub fn is_serving(&self, name: &str) -> bool {
+        self.by_name.get(name).is_some_and(|service| service.n_serving() > 0)
+    }
+
     /// The names that DNS regards as this one, which is in lower case.
     pub fn of(&self, folded: &str) -> Vec<Arc<str>> {
         let name = self.by_name.get_key_value(folded).map(|(name, _)| name);

@@ -217,6 +217,24 @@ fn follows_names_and_instances_and_confirms_a_loss() {
     assert_eq!((rig.n_instances("web"), rig.n_instances("db")), (Some(0), Some(1)));
 }
 
+/// Where few services are live, only the list shows that their loss is one of many: it isn't waited for.
+#[test]
+fn a_lost_service_has_the_list_read() {
+    let names: Vec<String> = (0..60).map(|n| format!("s{n}")).collect();
+    let mut services: Vec<(&str, u8)> = names.iter().map(|name| (&**name, 1)).collect();
+    services.extend([("web", 1), ("other", 1)]);
+    let mut rig =
+        MachineRig::new(settings(WatchPolicy::Auto, 8), SavedCatalog::default(), &services);
+    rig.run(S);
+    let _found = rig.look_up("web");
+    rig.run(6 * S);
+    assert_eq!((rig.n_instances("web"), rig.n_instances("s1")), (Some(1), Some(0)));
+    rig.index += 1;
+    rig.services.retain(|name, _| &**name == "other");
+    rig.run(S);
+    assert_eq!(rig.n_instances("web"), Some(1), "{:?}", rig.problem);
+}
+
 #[test]
 fn a_lookup_gets_the_result_that_consul_answers() {
     let mut rig =
