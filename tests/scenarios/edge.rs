@@ -162,7 +162,9 @@ pub fn run() -> Result<()> {
     cli(&nohop, "drain helloworld-0")?;
     let avoids = |answer: &str| answer == "hello from helloworld-1";
     let connects = reached(40)?;
-    ensure!(connects.all_answered(avoids), "{connects:?}");
+    // What became of the packets of one that got no answer.
+    let shown = || [cli(&nohop, "status --json"), cli(&nohop, "flows --json")];
+    ensure!(connects.all_answered(avoids), "{connects:?}: {:?}", shown());
     let connects = connect(site.edge.inside(&cgroup), VIP, 20)?;
     ensure!(connects.all_answered(avoids), "{connects:?}");
     cli(&nohop, "undrain helloworld-0")?;
