@@ -225,6 +225,17 @@ pub async fn trace(
     opened: impl FnOnce(),
     each: impl FnMut(&[u8]) -> bool,
 ) -> Result<(), ClientError> {
+    trace_within(address, filter, opened, each, TIME_LIMIT).await
+}
+
+/// The same with another limit for the beginning.
+async fn trace_within(
+    address: &AdminAddress,
+    filter: &TraceFilter,
+    opened: impl FnOnce(),
+    each: impl FnMut(&[u8]) -> bool,
+    limit: Duration,
+) -> Result<(), ClientError> {
     let request = Request::get(filter.path());
     let has_begun = AtomicBool::new(false);
     let opened = || {
@@ -250,11 +261,11 @@ pub async fn trace(
         }
     };
     let mut traced = std::pin::pin!(traced);
-    match tokio::time::timeout(TIME_LIMIT, &mut traced).await {
+    match tokio::time::timeout(limit, &mut traced).await {
         Ok(ended) => ended,
         // Only the beginning is limited.
         Err(_) if has_begun.load(Ordering::Relaxed) => traced.await,
-        Err(_) => Err(ClientError::TimeLimit { address: address.clone(), limit: TIME_LIMIT }),
+        Err(_) => Err(ClientError::TimeLimit { address: address.clone(), limit }),
     }
 }
 
@@ -337,6 +348,9 @@ mod tests {
         let late = late.unwrap_err().to_string();
         assert!(late.contains("may still apply the change"), "{late}");
         let late = get_within::<serde_json::Value>(&address, "/v1/status", limit).await;
+        assert!(late.unwrap_err().to_string().contains("doesn't answer within"));
+        let (opened, each) = (|| unreachable!("it never answers"), |_: &[u8]| true);
+        let late = trace_within(&address, &TraceFilter::default(), opened, each, limit).await;
         assert!(late.unwrap_err().to_string().contains("doesn't answer within"));
     }
 }

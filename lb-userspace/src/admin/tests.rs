@@ -506,6 +506,10 @@ async fn those_that_wait_take_no_place_from_others() {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let close = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     assert!(raw(stream, close).await.contains("nohop_ready 1"));
+    // What is past needs no place.
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let past = close.replace("/metrics", "/v1/status?after=7&wait=600");
+    assert!(raw(stream, &past).await.starts_with("HTTP/1.1 200"));
 }
 
 #[tokio::test]

@@ -135,6 +135,7 @@ fn watch(
                     return Err(error.into());
                 }
                 path = "/v1/status".to_owned();
+                // There is no event for a socket that doesn't exist yet.
                 std::thread::sleep(PAUSE);
                 continue;
             }

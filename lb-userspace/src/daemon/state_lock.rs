@@ -10,7 +10,7 @@ use rustix::fs::{FlockOperation, OFlags};
 
 use crate::file_lock::{holders, try_lock};
 
-/// Its file, which only root can open: whoever opens a file can lock it.
+/// Its file, which only root can open: a process that opens a file can lock it.
 const FILE_NAME: &str = "lock";
 
 /// After how long the disk is taken for one that doesn't answer, as by those who read the directory.

@@ -1,7 +1,7 @@
 //! Pins of an earlier daemon in another directory than today's: `bpffs` was changed, and its hooks serve the same
 //! cgroup still.
 //!
-//! Both sets of programs run on each connection, the earlier one's first, with a table that nobody updates. So it
+//! Both sets of programs run on each connection, the earlier one's first, with a table that isn't updated. So it
 //! serves until this daemon has a table of its own, and is then detached.
 
 use std::collections::BTreeSet;

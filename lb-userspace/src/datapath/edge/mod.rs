@@ -75,7 +75,7 @@ pub struct Edge {
     /// Their frontends, each with its service.
     wanted: Arc<BTreeMap<FrontendKey, Arc<str>>>,
     /// Frontends that no service has any more, and since when, as long as there is room. They are VIPs still, to
-    /// which nobody else on this host is to answer.
+    /// which nothing else on this host is to answer.
     left: BTreeMap<FrontendKey, Instant>,
     /// Whether there was a table. Until then an earlier daemon's frontends stay: its flows are looked up only
     /// where they lead.
