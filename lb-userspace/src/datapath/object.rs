@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
@@ -14,7 +14,7 @@ use super::btf::Bit;
 use super::cause::is_transient;
 use super::error::DatapathError;
 use super::features::{Features, Limit, N_ATTEMPTS};
-use super::map_specs::{Sizes, socket_shapes};
+use super::map_specs::{MapShape, Sizes, socket_shapes};
 use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
@@ -103,6 +103,24 @@ fn without_descriptors<T>(work: impl FnOnce() -> T) -> T {
     let result = work();
     let _ = setrlimit(Resource::Nofile, before);
     result
+}
+
+/// Creates the maps of a unit that come in addition to those of the first one, as [`memcg::create_uncharged`] does.
+/// Where that fails, or there is no program for it, loading creates them.
+pub fn create_additional_maps(
+    unit: &str,
+    shapes: &[MapShape],
+    sizes: &Sizes,
+    program: Option<&Path>,
+    pins: &Pins,
+) {
+    let Some(program) = program else { return };
+    // With those of the first unit, which are there: the mark is about all of them.
+    let all = sizes.shapes().into_iter().chain(shapes.iter().copied());
+    let all: Vec<_> = all.map(|shape| (pins.maps().join(shape.name), shape.max_entries)).collect();
+    if let Err(reason) = memcg::create_uncharged(program, &all, &pins.charged()) {
+        tracing::debug!("the maps of the unit {unit} are charged: {reason}");
+    }
 }
 
 /// Opens an object over the maps in `pins`.

@@ -17,8 +17,7 @@ use super::super::error::DatapathError;
 use super::super::kernel::Counters;
 use super::super::map_specs::{EDGE, MapShape, Sizes, edge_shapes};
 use super::super::maps::FrontendKey;
-use super::super::memcg;
-use super::super::object::load_program;
+use super::super::object::{create_additional_maps, load_program};
 use super::super::pins::{PinnedMaps, Pins, monotonic_ns, unpin};
 use super::super::tc::Interface;
 use super::super::trace::EndedFlows;
@@ -77,15 +76,7 @@ impl LoadedEdge {
         if is_there("EDGE_FLOWS") != is_there("EDGE_RECORDS") {
             remove_pins(sizes, pins);
         }
-        if let Some(program) = map_creator {
-            // With those of the first unit, which are there: the mark is about all of them.
-            let all = sizes.shapes().into_iter().chain(shapes.iter().copied());
-            let all: Vec<_> =
-                all.map(|shape| (pins.maps().join(shape.name), shape.max_entries)).collect();
-            if let Err(reason) = memcg::create_uncharged(program, &all, &pins.charged()) {
-                tracing::debug!("the maps of the unit {UNIT} are charged: {reason}");
-            }
-        }
+        create_additional_maps(UNIT, &shapes, sizes, map_creator.as_deref(), pins);
         let ebpf = loader(&shapes, sizes, pins).load(EDGE);
         let mut ebpf = ebpf.map_err(|error| failed(DatapathError::Load(error)))?;
         for (name, _) in PROGRAMS {

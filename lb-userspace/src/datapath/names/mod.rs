@@ -25,8 +25,7 @@ use lb_common::{
 
 use super::error::DatapathError;
 use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
-use super::memcg;
-use super::object::{load_program, processed};
+use super::object::{create_additional_maps, load_program, processed};
 use super::pins::{PinnedLink, PinnedMaps, Pins, unpin};
 use super::tc::{
     Attached, Direction, FilterHandle, Interface, Place, detach_filter, end_links, interface_names,
@@ -368,15 +367,7 @@ impl LoadedNames {
         if both.iter().any(|pin| !pin.exists()) {
             both.iter().try_for_each(|pin| unpin(pin)).map_err(|error| error.to_string())?;
         }
-        if let Some(program) = map_creator {
-            // With those of the first unit, which are there: the mark is about all of them.
-            let all = sizes.shapes().into_iter().chain(shapes.iter().copied());
-            let all: Vec<_> =
-                all.map(|shape| (pins.maps().join(shape.name), shape.max_entries)).collect();
-            if let Err(reason) = memcg::create_uncharged(program, &all, &pins.charged()) {
-                tracing::debug!("the maps of the unit {UNIT} are charged: {reason}");
-            }
-        }
+        create_additional_maps(UNIT, &shapes, sizes, map_creator, pins);
         let failed = |error: DatapathError| causes::with_root(&error);
         let ebpf = loader(&shapes, pins).load(NAMES);
         let mut ebpf = ebpf.map_err(|error| failed(DatapathError::Load(error)))?;
